@@ -1,0 +1,189 @@
+"""Attention, one function with interchangeable kernels, and the transformer blocks of SVD.
+
+Tokens are `[..., s, c]`; heads are split as `[n, s, heads, d]`.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import lax
+
+from sfv_jax.models.layers import AlphaBlender, GroupNorm, LayerNorm, Linear, TimestepEmbedding, remat
+from sfv_jax.models.layers import sinusoidal_embedding as sinusoid
+
+Array = jax.Array
+QUERY_BLOCK = 1024  # queries per step of the blocked kernel: 9 steps at 9216 tokens, scores of 5x1024x9216 per frame
+
+
+def einsum_attention(q: Array, k: Array, v: Array) -> Array:
+    """softmax(q k^T / sqrt(d)) v with an fp32 softmax, the reference. All `[n, s, heads, d]`."""
+    scores = jnp.einsum("nqhd,nkhd->nhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1).astype(v.dtype)
+    return jnp.einsum("nhqk,nkhd->nqhd", weights, v)
+
+
+def blocked_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) -> Array:
+    """`einsum_attention` over blocks of queries, so that the full score matrix never exists. `[n, s, heads, d]`."""
+    n, s, heads, d = q.shape
+    pad = -s % block
+    blocks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(n, -1, block, heads, d).swapaxes(0, 1)
+    out = lax.map(jax.checkpoint(lambda query: einsum_attention(query, k, v)), blocks)
+    return out.swapaxes(0, 1).reshape(n, s + pad, heads, d)[:, :s]
+
+
+def reduce_attention(q: Array, k: Array, v: Array) -> Array:
+    """Attention for few keys (frames) by multiply-and-reduce: no limit on the batch. `[n, t, heads, d]`.
+
+    Flash kernels refuse or corrupt batches above 65535, which pixels x videos reach; matrix units waste most of a
+    14 x 14 product. In fp32 the products fuse into the reductions.
+    """
+    f32 = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.sum(q[:, :, None].astype(f32) * k[:, None].astype(f32), axis=-1) / math.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(scores, axis=2)
+    return jnp.sum(weights[..., None] * v[:, None].astype(f32), axis=2).astype(v.dtype)
+
+
+def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
+    """Self-attention over `[n, s, heads, d]`.
+
+    Args:
+      kernel: "einsum", "blocked", "reduce", "cudnn" (GPU, fp16/bf16) or "auto": cuDNN flash attention where it is
+        legal, blocked above `QUERY_BLOCK` tokens elsewhere, plain einsum below.
+    Raises:
+      ValueError: for an unknown kernel name.
+    """
+    if kernel == "auto":
+        half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+        if half and jax.default_backend() == "gpu":
+            kernel = "cudnn"
+        else:
+            kernel = "blocked" if q.shape[1] > QUERY_BLOCK else "einsum"
+    if kernel == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    kernels = {"einsum": einsum_attention, "blocked": blocked_attention, "reduce": reduce_attention}
+    if kernel not in kernels:
+        raise ValueError(f"attention kernel {kernel!r}: choose auto, cudnn or one of {sorted(kernels)}")
+    return kernels[kernel](q, k, v)
+
+
+class Identity(nnx.Module):
+    """Holds the place of diffusers' Dropout in `net`, so that indices match."""
+
+    def __call__(self, x: Array) -> Array:
+        return x
+
+
+class Attention(nnx.Module):
+    """Multi-head attention (diffusers Attention). Self-attention, or one-key cross-attention through `context`.
+
+    SVD's context is a single CLIP token, so softmax over it is one and the layer is `to_out(to_v(context))`;
+    `to_q` and `to_k` are kept for the round trip and receive no gradient.
+    """
+
+    def __init__(self, channels: int, heads: int, *, context_dim=None, qkv_bias=False, kernel="auto", **kw):
+        self.to_q = Linear(channels, channels, use_bias=qkv_bias, **kw)
+        self.to_k = Linear(context_dim or channels, channels, use_bias=qkv_bias, **kw)
+        self.to_v = Linear(context_dim or channels, channels, use_bias=qkv_bias, **kw)
+        self.to_out = nnx.List([Linear(channels, channels, **kw)])
+        self.heads, self.kernel = heads, kernel
+
+    def __call__(self, x: Array) -> Array:
+        """`x [n, s, c] -> [n, s, c]`."""
+        q, k, v = (
+            rearrange(project(x), "n s (heads d) -> n s heads d", heads=self.heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        return self.to_out[0](rearrange(attention(q, k, v, self.kernel), "n s heads d -> n s (heads d)"))
+
+    def cross(self, context: Array) -> Array:
+        """`context [b, d] -> [b, c]`: cross-attention of any query to that single token."""
+        return self.to_out[0](self.to_v(context))
+
+
+class GEGLU(nnx.Module):
+    """value * gelu(gate), value first, exact (erf) GELU (diffusers GEGLU)."""
+
+    def __init__(self, i: int, o: int, **kw):
+        self.proj = Linear(i, 2 * o, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * nnx.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU to 4c, then Linear back (diffusers FeedForward)."""
+
+    def __init__(self, channels: int, **kw):
+        self.net = nnx.List([GEGLU(channels, 4 * channels, **kw), Identity(), Linear(4 * channels, channels, **kw)])
+
+    def __call__(self, x: Array) -> Array:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention, one-key cross-attention and feed-forward, pre-norm (diffusers BasicTransformerBlock).
+
+    `temporal=True` puts a residual feed-forward in front (TemporalBasicTransformerBlock). `norm2` belongs to the
+    queries that one key makes irrelevant; it is kept for the round trip.
+    """
+
+    def __init__(self, channels: int, heads: int, context_dim: int, *, temporal: bool, kernel: str, **kw):
+        if temporal:
+            self.norm_in = LayerNorm(channels, **kw)
+            self.ff_in = FeedForward(channels, **kw)
+        self.norm1 = LayerNorm(channels, **kw)
+        self.attn1 = Attention(channels, heads, kernel=kernel, **kw)
+        self.norm2 = LayerNorm(channels, **kw)
+        self.attn2 = Attention(channels, heads, context_dim=context_dim, **kw)
+        self.norm3 = LayerNorm(channels, **kw)
+        self.ff = FeedForward(channels, **kw)
+        self.temporal = temporal
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        """`x [b, t, s, c]`, `context [b, d]`; attends over s, or over t when temporal. Returns `[b, t, s, c]`."""
+        b = x.shape[0]
+        if self.temporal:
+            x = self.ff_in(self.norm_in(x)) + x
+            tokens = rearrange(self.norm1(x), "b t s c -> (b s) t c")
+            x = x + rearrange(self.attn1(tokens), "(b s) t c -> b t s c", b=b)
+        else:
+            tokens = rearrange(self.norm1(x), "b t s c -> (b t) s c")
+            x = x + rearrange(self.attn1(tokens), "(b t) s c -> b t s c", b=b)
+        x = x + rearrange(self.attn2.cross(context), "b c -> b 1 1 c")
+        return x + self.ff(self.norm3(x))
+
+
+class TransformerSpatioTemporal(nnx.Module):
+    """Spatial block, frame embedding, temporal block, mixed (diffusers TransformerSpatioTemporalModel)."""
+
+    def __init__(self, channels: int, heads: int, context_dim: int, *, groups: int, kernel: str, remat: bool, **kw):
+        block = partial(TransformerBlock, channels, heads, context_dim, **kw)
+        self.norm = GroupNorm(channels, groups=groups, eps=1e-6, per_frame=True, **kw)
+        self.proj_in = Linear(channels, channels, **kw)
+        self.transformer_blocks = nnx.List([block(temporal=False, kernel=kernel)])
+        self.temporal_transformer_blocks = nnx.List([block(temporal=True, kernel="reduce")])
+        self.time_pos_embed = TimestepEmbedding(channels, 4 * channels, channels, **kw)
+        self.time_mixer = AlphaBlender(0.5, **kw)
+        self.proj_out = Linear(channels, channels, **kw)
+        self.remat = remat
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        """`x [b, t, h, w, c]`, `context [b, d]` -> `[b, t, h, w, c]`."""
+        _, t, height, width, c = x.shape
+
+        def spatial(x: Array) -> Array:
+            tokens = self.proj_in(rearrange(self.norm(x), "b t h w c -> b t (h w) c"))
+            return self.transformer_blocks[0](tokens, context)
+
+        def temporal(tokens: Array) -> Array:
+            frames = self.time_pos_embed(sinusoid(jnp.arange(t), c).astype(tokens.dtype))
+            moved = self.temporal_transformer_blocks[0](tokens + frames[:, None], context)
+            return self.proj_out(self.time_mixer(tokens, moved))
+
+        tokens = remat(temporal, self.remat)(remat(spatial, self.remat)(x))
+        return x + rearrange(tokens, "b t (h w) c -> b t h w c", h=height, w=width)

@@ -1,0 +1,60 @@
+"""Between NNX modules and plain trees: state is nested dicts of arrays with string keys, modules are its structure."""
+
+import jax
+from flax import nnx
+
+Params = dict  # nested dict[str, Params | jax.Array]
+
+
+def _plain(tree) -> Params:
+    return {str(k): _plain(v) if isinstance(v, dict) else v for k, v in tree.items()}
+
+
+def abstract(module: type[nnx.Module], config, **kw) -> tuple[nnx.GraphDef, Params]:
+    """Graph definition and shapes of `module(config, **kw)`; allocates nothing.
+
+    Returns:
+      graphdef: what `nnx.merge(graphdef, params)` needs to make the module from a tree of arrays.
+      params: nested dict of `jax.ShapeDtypeStruct`.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, **kw, rngs=nnx.Rngs(0))))
+    return graphdef, _plain(nnx.to_pure_dict(state))
+
+
+def init(module: type[nnx.Module], config, seed: int = 0, **kw) -> Params:
+    """Freshly initialised parameters of `module(config, **kw)` as a nested dict (jit this to initialise sharded)."""
+    return _plain(nnx.to_pure_dict(nnx.state(module(config, **kw, rngs=nnx.Rngs(seed)))))
+
+
+def flatten(params: Params, prefix: str = "") -> dict[str, jax.Array]:
+    """`{"down_blocks.0.resnets.0.conv1.kernel": array}`, in tree order."""
+    flat = {}
+    for k, v in params.items():
+        flat.update(flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v})
+    return flat
+
+
+def unflatten(flat: dict[str, jax.Array]) -> Params:
+    """Inverse of `flatten`."""
+    params: Params = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = params
+        for k in parents:
+            node = node.setdefault(k, {})
+        node[leaf] = value
+    return params
+
+
+def subtree(params: Params, like: Params) -> Params:
+    """The part of `params` whose paths are in `like` (a backbone out of a whole network).
+
+    Raises:
+      KeyError: naming the first path of `like` that `params` lacks.
+    """
+    return {k: subtree(params[k], v) if isinstance(v, dict) else params[k] for k, v in like.items()}
+
+
+def count(params: Params) -> int:
+    """Number of parameters of a tree of arrays or shapes."""
+    return sum(x.size for x in jax.tree.leaves(params))
