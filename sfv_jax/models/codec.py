@@ -1,0 +1,175 @@
+"""Between pixels and what the UNet sees: latents of clips, and the two conditions made from the first image.
+
+Both codecs have the same methods, so that whatever encodes, trains or samples does not know which one it holds.
+Latents leave `encode` and `condition` unscaled. The caller multiplies video latents by `scaling_factor`, never the
+conditioning latent: SVD was trained that way.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce
+from flax import nnx
+
+from sfv_jax.models import clip, tree
+from sfv_jax.models.vae import TemporalVAE, VAEConfig
+
+Array = jax.Array
+
+
+def to_signed(pixels: Array) -> Array:
+    """fp32 in [-1, 1] of uint8 pixels, any shape."""
+    return jnp.asarray(pixels).astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_pixels(x: Array) -> Array:
+    """uint8 pixels, rounded and clipped, of `x` nominally in [-1, 1], any shape."""
+    return jnp.round(jnp.clip(x.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def augmentation_noise(keys: Array, shape: tuple[int, ...]) -> Array:
+    """Standard normal fp32 `[b, *shape]`, one of `keys [b]` per sample: a sample's noise ignores its neighbours.
+
+    Raises:
+      ValueError: if `keys` is not a vector of typed keys (`jax.random.split(key, b)`).
+    """
+    if keys is None or keys.ndim != 1:
+        raise ValueError("condition needs one random key per image: keys of shape [b], or the noise itself")
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+class SVDCodec:
+    """SVD's temporal VAE and CLIP image tower (steps 1, 4, 5 and 10 of StableVideoDiffusionPipeline).
+
+    Args:
+      params: `{"vae": ..., "image_encoder": ...}`, nested dicts of arrays, wherever they are placed.
+      decode_dtype: compute dtype of the decoder. Encoding and CLIP are fp32, as in the reference. The decoder loses
+        visible precision below fp32, so lower it knowingly.
+    """
+
+    def __init__(
+        self,
+        vae_config: VAEConfig,
+        clip_config: clip.CLIPConfig,
+        params: dict[str, tree.Params],
+        *,
+        decode_dtype=jnp.float32,
+    ):
+        self.params = params
+        self.scaling_factor = vae_config.scaling_factor
+        self.latent_channels = vae_config.latent_channels
+        self.downscale = vae_config.downscale
+        encoder, decoder = (tree.abstract(TemporalVAE, vae_config, dtype=d)[0] for d in (jnp.float32, decode_dtype))
+        tower, _ = tree.abstract(clip.CLIPVision, clip_config)
+
+        def encode(params, frames):
+            return nnx.merge(encoder, params).encode(to_signed(frames))
+
+        def encode_image(params, images, noise, strength):
+            noisy = to_signed(images) + jnp.reshape(strength, (-1, 1, 1, 1)) * noise
+            return nnx.merge(encoder, params).encode(noisy[:, None])[:, 0]
+
+        def embed(params, images):
+            unit = jnp.asarray(images).astype(jnp.float32) / 255.0
+            return nnx.merge(tower, params)(clip.preprocess(unit, clip_config.image_size))
+
+        def decode(params, latents):
+            return to_pixels(nnx.merge(decoder, params).decode(latents / vae_config.scaling_factor))
+
+        self._encode, self._encode_image, self._embed, self._decode = map(
+            jax.jit, (encode, encode_image, embed, decode)
+        )
+
+    def encode(self, frames: Array) -> Array:
+        """Unscaled posterior means fp32 `[b, t, h/8, w/8, 4]` of `frames` uint8 `[b, t, h, w, 3]`."""
+        return self._encode(self.params["vae"], frames)
+
+    def embed(self, images: Array) -> Array:
+        """CLIP embeddings fp32 `[b, d]`, not normalised, of `images` uint8 `[b, h, w, 3]` of any size."""
+        return self._embed(self.params["image_encoder"], images)
+
+    def condition(
+        self, images: Array, keys: Array | None, noise_aug_strength, noise: Array | None = None, original=None
+    ):
+        """The conditions of a video that starts with `images`.
+
+        Args:
+          images: uint8 `[b, h, w, 3]`, at the size of the video.
+          keys: `[b]` typed keys of the pixel noise; unused when `noise` is given.
+          noise_aug_strength: standard deviation of the pixel noise on [-1, 1], scalar or `[b]`; SVD samples with 0.02.
+          noise: standard normal fp32 `[b, h, w, 3]` to use instead.
+          original: uint8 `[b, h', w', 3]`, the images before they were resized, for CLIP; default `images`.
+        Returns:
+          cond_latent: fp32 `[b, h/8, w/8, 4]`, unscaled, of the noised image.
+          image_embed: fp32 `[b, d]`, of the clean one.
+        """
+        noise = augmentation_noise(keys, images.shape[1:]) if noise is None else noise
+        strength = jnp.asarray(noise_aug_strength, jnp.float32)
+        latent = self._encode_image(self.params["vae"], images, noise, strength)
+        return latent, self.embed(images if original is None else original)
+
+    def decode(self, latents: Array) -> Array:
+        """uint8 frames `[b, t, 8h, 8w, 3]` of scaled `latents [b, t, h, w, 4]`, all frames of a clip at once."""
+        return self._decode(self.params["vae"], latents)
+
+
+@dataclass(frozen=True)
+class PatchCodec:
+    """Pixels as latents, for small procedural videos: patches become channels and nothing is lost.
+
+    The image embedding is the image averaged over `embed_cell` x `embed_cell` pixels and flattened:
+    `3 * (h / embed_cell) * (w / embed_cell)` numbers in [-1, 1], 48 for 32 x 32.
+
+    Attributes:
+      patch: pixels per latent cell in each direction.
+      scaling_factor: what multiplies the latents before diffusion; choose it so that they have about unit variance.
+    """
+
+    patch: int = 4
+    scaling_factor: float = 1.0
+    embed_cell: int = 8
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell in each direction."""
+        return self.patch
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent cell."""
+        return 3 * self.patch**2
+
+    @partial(jax.jit, static_argnums=0)
+    def encode(self, frames: Array) -> Array:
+        """Unscaled fp32 `[b, t, h/patch, w/patch, 3 patch^2]` of `frames` uint8 `[b, t, h, w, 3]`."""
+        return self._fold(to_signed(frames))
+
+    @partial(jax.jit, static_argnums=0)
+    def embed(self, images: Array) -> Array:
+        """Coarse images fp32 `[b, d]` of `images` uint8 `[b, h, w, 3]`."""
+        n = self.embed_cell
+        return rearrange(
+            reduce(to_signed(images), "b (h m) (w n) c -> b h w c", "mean", m=n, n=n), "b h w c -> b (h w c)"
+        )
+
+    def condition(
+        self, images: Array, keys: Array | None, noise_aug_strength, noise: Array | None = None, original=None
+    ):
+        """`cond_latent [b, h/patch, w/patch, 3 patch^2]` of the noised and `image_embed [b, d]` of the clean image.
+
+        Arguments as in `SVDCodec.condition`.
+        """
+        noise = augmentation_noise(keys, images.shape[1:]) if noise is None else noise
+        strength = jnp.reshape(jnp.asarray(noise_aug_strength, jnp.float32), (-1, 1, 1, 1))
+        return self._fold(to_signed(images) + strength * noise), self.embed(images if original is None else original)
+
+    @partial(jax.jit, static_argnums=0)
+    def decode(self, latents: Array) -> Array:
+        """uint8 frames `[b, t, patch h, patch w, 3]` of scaled `latents [b, t, h, w, 3 patch^2]`."""
+        frames = latents / self.scaling_factor
+        return to_pixels(rearrange(frames, "... h w (m n c) -> ... (h m) (w n) c", m=self.patch, n=self.patch))
+
+    def _fold(self, x: Array) -> Array:
+        return rearrange(x, "... (h m) (w n) c -> ... h w (m n c)", m=self.patch, n=self.patch)
