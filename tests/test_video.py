@@ -79,25 +79,31 @@ def test_a_slow_video_repeats_frames(tmp_path):
     assert numbers(read_clip(path, num_frames=8, fps=4)) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def damaged(clean: bytes) -> dict[str, tuple[bytes, str]]:
+def damaged(clean: bytes) -> dict[str, bytes]:
     flipped = bytearray(clean)
-    data = clean.index(b"mdat") + 1200
+    data = clean.index(b"mdat") + 12_500  # inside a picture: a player would hide the damage
     flipped[data : data + 40] = bytes(byte ^ 0xFF for byte in flipped[data : data + 40])
     return {
-        "empty": (b"", "cannot read"),
-        "text": (b"not a video\n" * 100, "cannot read"),
-        "truncated": (clean[: len(clean) // 2], "cannot read"),
-        "flipped": (bytes(flipped), "cannot read"),
+        "empty": b"",
+        "text": b"not a video\n" * 100,
+        "truncated": clean[: len(clean) // 2],
+        "flipped": bytes(flipped),
     }
 
 
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory) -> Path:
+    frames = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
+    return encode(tmp_path_factory.mktemp("video") / "noisy.mp4", frames, 7, g="12", bf="0", crf="30")
+
+
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated", "flipped"])
-def test_damage_is_named_in_one_line(ntsc, tmp_path, kind):
-    content, message = damaged(ntsc.read_bytes())[kind]
+def test_damage_is_named_in_one_line(noisy, tmp_path, kind):
     path = tmp_path / f"{kind}.mp4"
-    path.write_bytes(content)
-    with pytest.raises(VideoError, match=message) as caught:
-        read_clip(path)
+    path.write_bytes(damaged(noisy.read_bytes())[kind])
+    assert len(read_clip(noisy, num_frames=28)) == 28
+    with pytest.raises(VideoError, match="cannot read") as caught:
+        read_clip(path, num_frames=28)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
