@@ -6,6 +6,20 @@ from flax import nnx
 Params = dict  # nested dict[str, Params | jax.Array]
 
 
+class _Keys:
+    """The `rngs` of our modules: one key per parameter, counted in Python.
+
+    nnx.Rngs counts in a traced variable, which makes abstract initialisation of the full UNet take half a minute.
+    """
+
+    def __init__(self, seed: int):
+        self.key, self.used = jax.random.key(seed), 0
+
+    def params(self) -> jax.Array:
+        self.used += 1
+        return jax.random.fold_in(self.key, self.used)
+
+
 def _plain(tree) -> Params:
     return {str(k): _plain(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
@@ -17,13 +31,13 @@ def abstract(module: type[nnx.Module], config, **kw) -> tuple[nnx.GraphDef, Para
       graphdef: what `nnx.merge(graphdef, params)` needs to make the module from a tree of arrays.
       params: nested dict of `jax.ShapeDtypeStruct`.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, **kw, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, **kw, rngs=_Keys(0))))
     return graphdef, _plain(nnx.to_pure_dict(state))
 
 
 def init(module: type[nnx.Module], config, seed: int = 0, **kw) -> Params:
     """Freshly initialised parameters of `module(config, **kw)` as a nested dict (jit this to initialise sharded)."""
-    return _plain(nnx.to_pure_dict(nnx.state(module(config, **kw, rngs=nnx.Rngs(seed)))))
+    return _plain(nnx.to_pure_dict(nnx.state(module(config, **kw, rngs=_Keys(seed)))))
 
 
 def flatten(params: Params, prefix: str = "") -> dict[str, jax.Array]:

@@ -1,0 +1,73 @@
+"""Losses of SF-V (arXiv 2406.04324). Scores follow the paper's sign: real towards <= -1, fake towards >= +1.
+
+Hinge terms are taken per position of every logit map and averaged afterwards: averaging logits first lets one confident
+position silence all others. Logits are `[b, t, h, w]` per head; every loss is an fp32 scalar.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def _mean_over_heads(maps: list[Array]) -> Array:
+    return jnp.mean(jnp.stack([jnp.mean(x) for x in maps]))
+
+
+def hinge_discriminator(real: list[Array], fake: list[Array]) -> Array:
+    """Hinge terms of Eq. 11: E max(0, 1 + D(x')) + E max(0, 1 - D(x_hat')), mean over positions, then over heads."""
+    return _mean_over_heads([jax.nn.relu(1 + x) for x in real]) + _mean_over_heads([jax.nn.relu(1 - x) for x in fake])
+
+
+def adversarial_generator(fake: list[Array]) -> Array:
+    """Eq. 8: E D(x_hat'); minimising it moves fakes to where real samples are pushed."""
+    return _mean_over_heads(fake)
+
+
+def r1_on_features(heads: Callable, features: list[Array]) -> Array:
+    """R1 of Eq. 11 on the heads' inputs: E ||d sum(logits) / d features||^2 on real samples, mean over heads and batch.
+
+    `heads(features) -> logits` must treat samples independently. The gradient stops at the features, as in ADD
+    (arXiv 2311.17042): second derivatives never reach the frozen backbone. `features` may be shared by several heads;
+    each head's own gradient is penalised.
+    """
+    logits, pullback = jax.vjp(heads, features)
+    zeros = [jnp.zeros_like(x) for x in logits]
+
+    def penalty(n: int) -> Array:
+        cotangent = [jnp.ones_like(x) if i == n else zeros[i] for i, x in enumerate(logits)]
+        (gradients,) = pullback(cotangent)
+        squares = sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients)
+        return squares / logits[n].shape[0]
+
+    return jnp.mean(jnp.stack([penalty(n) for n in range(len(logits))]))
+
+
+def pseudo_huber(x: Array, target: Array, c: float | None = None, reduction: str = "video") -> Array:
+    """Eq. 9: sqrt(||x - target||^2 + c^2) - c of `[b, t, h, w, c]`, mean over the batch.
+
+    Args:
+      c: default 0.00054 sqrt(d), d the number of elements under the norm (improved consistency training).
+      reduction: "video" takes the norm over the whole latent of a video, as printed; "element" takes it per element and
+        averages, which makes gradients smaller by about sqrt(d).
+    Raises:
+      ValueError: for another reduction.
+    """
+    x, target = x.astype(jnp.float32), target.astype(jnp.float32)
+    if reduction == "video":
+        square = jnp.sum(jnp.square(x - target), axis=tuple(range(1, x.ndim)))
+        d = math.prod(x.shape[1:])
+    elif reduction == "element":
+        square, d = jnp.square(x - target), 1
+    else:
+        raise ValueError(f"reduction {reduction!r}: choose 'video' or 'element'")
+    c = 0.00054 * math.sqrt(d) if c is None else c
+    return jnp.mean(jnp.sqrt(square + c**2) - c)
+
+
+def edm(raw: Array, target: Array) -> Array:
+    """Denoising loss: mean squared error of the raw output against `edm.velocity_target`."""
+    return jnp.mean(jnp.square(raw.astype(jnp.float32) - target))

@@ -1,0 +1,82 @@
+"""EDM denoising: trains or fine-tunes the base model (the multi-step teacher SF-V starts from).
+
+State: `step`, `generator`, `ema`, `opt_g`. Nothing is frozen.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sfv_jax import edm, losses, optim
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.state import Networks, Params, accumulate, global_norm
+
+Array = jax.Array
+
+
+def make_networks(unet: UNetConfig, config) -> Networks:
+    """The UNet alone."""
+    return Networks(unet, None, config.dtype)
+
+
+def init_state(networks: Networks, config, generator: Params) -> tuple[Params, Params]:
+    """(state, frozen) from initial UNet parameters; frozen is empty."""
+    del networks
+    generator = jax.tree.map(lambda x: jnp.array(x, jnp.float32), generator)
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "generator": generator,
+        "ema": jax.tree.map(jnp.copy, generator),
+        "opt_g": optim.make_optimizer(config.generator_optimizer).init(generator),
+    }
+    return state, {}
+
+
+def drop_conditions(batch: dict, key: Array, p: float) -> dict:
+    """Conditions for classifier-free guidance: per sample, zero the image embedding, the latent, or both.
+
+    With u uniform: the embedding is dropped for u < 2p, the latent for p <= u < 3p (InstructPix2Pix, arXiv 2211.09800).
+    """
+    u = jax.random.uniform(key, (len(batch["latents"]),))
+    embed = batch["image_embed"] * (u >= 2 * p)[:, None]
+    latent = batch["cond_latent"] * ((u < p) | (u >= 3 * p))[:, None, None, None]
+    return batch | {"image_embed": embed, "cond_latent": latent}
+
+
+def make_train_step(networks: Networks, config):
+    """`(state, frozen, batch) -> (state, metrics)`, pure; `batch` as in `sfv.make_train_step`.
+
+    ln sigma ~ N(p_mean, p_std^2); loss is the unweighted squared error of the raw output (SVD appendix D).
+    """
+    method = config.teacher
+    optimizer = optim.make_optimizer(config.generator_optimizer)
+
+    def gradients(generator, batch, key):
+        k_sigma, k_noise, k_drop = jax.random.split(key, 3)
+        batch = drop_conditions(batch, k_drop, method.cond_drop) if method.cond_drop else batch
+        x0 = batch["latents"]
+        sigma = jnp.minimum(edm.draw_lognormal(k_sigma, method.p_mean, method.p_std, (len(x0),)), edm.SIGMA_MAX)
+        noise = jax.random.normal(k_noise, x0.shape)
+        x = edm.model_input(edm.add_noise(x0, noise, sigma), batch["cond_latent"], sigma)
+
+        def loss(params):
+            raw = networks.generator(params)(x, edm.scalings(sigma)[3], batch["image_embed"], batch["ids"])
+            return losses.edm(raw, edm.velocity_target(x0, noise, sigma))
+
+        value, grads = jax.value_and_grad(loss)(generator)
+        return grads, {"loss/denoising": value}
+
+    def train_step(state, frozen, batch):
+        del frozen
+        step, generator = state["step"], state["generator"]
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        grads, metrics = accumulate(
+            lambda micro, k: gradients(generator, micro, k), batch, key, config.accumulation_steps
+        )
+        metrics["norm/generator_gradient"] = global_norm(grads)
+        generator, opt_g = optim.apply(optimizer, grads, state["opt_g"], generator)
+        # A constant decay would average over the initialisation for 1 / (1 - decay) steps.
+        decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
+        ema = optim.ema_update(state["ema"], generator, decay)
+        return {"step": step + 1, "generator": generator, "ema": ema, "opt_g": opt_g}, metrics
+
+    return train_step

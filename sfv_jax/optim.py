@@ -1,0 +1,96 @@
+"""Optimisers: SM3 as SF-V uses it, AdamW, and the moving average of parameters."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Array = jax.Array
+
+
+class SM3State(NamedTuple):
+    """Per parameter: `accumulators`, a tuple of fp32 arrays `[1, .., n_r, .., 1]`, one per axis r; `momentum`, fp32."""
+
+    accumulators: optax.Params
+    momentum: optax.Params
+
+
+def scale_by_sm3(momentum: float = 0.5, beta: float = 0.999, eps: float = 1e-30) -> optax.GradientTransformation:
+    """SM3-II (arXiv 1901.11150) with the momentum and decay arguments of the torch-SM3 package.
+
+    nu = beta min_r mu_r + (1 - beta) g^2 (no factors when beta = 0), mu_r = max(mu_r, max of nu over the other axes),
+    m = momentum m + (1 - momentum) g / sqrt(nu + eps), update = m. Tensors of rank 0 and 1 keep one full accumulator.
+    There is no bias correction: the first update is (1 - momentum) / sqrt(1 - beta), about 16 times the learning rate
+    at the defaults, so consider a warm-up. State is fp32 whatever the parameters are.
+
+    `optax.sm3` has no beta; `optax.scale_by_sm3` has no running maximum, rejects 0-d parameters, keeps its state in the
+    parameter dtype and uses an eps that shortens steps of small gradients.
+    """
+
+    def init(params):
+        def accumulators(p):
+            shapes = [tuple(n if r == axis else 1 for r, n in enumerate(p.shape)) for axis in range(p.ndim)]
+            return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes or [()])
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        return SM3State(jax.tree.map(accumulators, params), zeros)
+
+    def second_moment(g, mus):
+        cover = mus[0]
+        for mu in mus[1:]:
+            cover = jnp.minimum(cover, mu)
+        return beta * cover + (1 - beta) * g**2 if beta else cover + g**2
+
+    def cover_update(mu, nu):
+        others = tuple(r for r in range(nu.ndim) if mu.shape[r] != nu.shape[r])
+        return jnp.maximum(mu, jnp.max(nu, axis=others, keepdims=True) if others else nu)
+
+    def update(grads, state, params=None):
+        del params
+        grads, tree = jax.tree.flatten(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        covers, moments = tree.flatten_up_to(state.accumulators), tree.flatten_up_to(state.momentum)
+        nus = [second_moment(g, mus) for g, mus in zip(grads, covers, strict=True)]
+        steps = [
+            momentum * m + (1 - momentum) * g * jax.lax.rsqrt(nu + eps)
+            for m, g, nu in zip(moments, grads, nus, strict=True)
+        ]
+        covers = [tuple(cover_update(mu, nu) for mu in mus) for mus, nu in zip(covers, nus, strict=True)]
+        return tree.unflatten(steps), SM3State(tree.unflatten(covers), tree.unflatten(steps))
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """Optimiser of a config section: `name` ("sm3" or "adamw"), `lr`, `warmup_steps` and the optimiser's own fields.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if config.name == "sm3":
+        scale = scale_by_sm3(config.momentum, config.beta)
+    elif config.name == "adamw":
+        scale = optax.chain(
+            optax.scale_by_adam(config.b1, config.b2), optax.add_decayed_weights(config.weight_decay)
+        )
+    else:
+        raise ValueError(f"optimiser {config.name!r}: choose 'sm3' or 'adamw'")
+    schedule = optax.schedules.constant_schedule(config.lr)
+    if config.decay_steps:
+        schedule = optax.schedules.cosine_decay_schedule(config.lr, config.decay_steps)
+    if config.warmup_steps:
+        warmup = optax.schedules.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps)
+        schedule = optax.schedules.join_schedules([warmup, schedule], [config.warmup_steps])
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, scale, optax.scale_by_learning_rate(schedule))
+
+
+def ema_update(ema: optax.Params, params: optax.Params, decay: float | Array) -> optax.Params:
+    """decay * ema + (1 - decay) * params, in the dtype of `ema`."""
+    return jax.tree.map(lambda e, p: (decay * e + (1 - decay) * p).astype(e.dtype), ema, params)
+
+
+def apply(optimizer: optax.GradientTransformation, grads, opt_state, params) -> tuple:
+    """One step: (new params, new optimiser state)."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
