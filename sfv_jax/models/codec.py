@@ -125,11 +125,13 @@ class PatchCodec:
     Attributes:
       patch: pixels per latent cell in each direction.
       scaling_factor: what multiplies the latents before diffusion; choose it so that they have about unit variance.
+      offset: mean of the signed pixels, taken off before folding, so that latents are about centred.
     """
 
     patch: int = 4
     scaling_factor: float = 1.0
     embed_cell: int = 8
+    offset: float = 0.0
 
     @property
     def downscale(self) -> int:
@@ -168,8 +170,8 @@ class PatchCodec:
     @partial(jax.jit, static_argnums=0)
     def decode(self, latents: Array) -> Array:
         """uint8 frames `[b, t, patch h, patch w, 3]` of scaled `latents [b, t, h, w, 3 patch^2]`."""
-        frames = latents / self.scaling_factor
+        frames = latents / self.scaling_factor + self.offset
         return to_pixels(rearrange(frames, "... h w (m n c) -> ... (h m) (w n) c", m=self.patch, n=self.patch))
 
     def _fold(self, x: Array) -> Array:
-        return rearrange(x, "... (h m) (w n) c -> ... h w (m n c)", m=self.patch, n=self.patch)
+        return rearrange(x - self.offset, "... (h m) (w n) c -> ... h w (m n c)", m=self.patch, n=self.patch)
