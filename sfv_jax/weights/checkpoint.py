@@ -1,0 +1,182 @@
+"""Our model folder: `model.json` and one orbax tree per network.
+
+    DIR/model.json      what it is: codec, configs, noise range, origin; written last
+    DIR/unet/           orbax pytree of the UNet's parameters
+    DIR/vae/  DIR/image_encoder/      only with codec "svd"
+
+It holds what sampling and training start from. The state of a training run is another thing.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from sfv_jax.models import tree
+from sfv_jax.models.codec import PatchCodec, SVDCodec
+from sfv_jax.weights.configs import COMPONENTS
+from sfv_jax.weights.diffusers import read_json, write_json
+from sfv_jax.weights.folders import WeightsError, new_folder
+from sfv_jax.weights.pipeline import SIGMAS
+
+FORMAT, VERSION = "sfv_jax", 1
+CODECS = ("svd", "patch")
+CONFIGS = {name: component.config for name, component in COMPONENTS.items()} | {"codec": PatchCodec}
+
+
+def resolve_model(path: str | Path) -> Path:
+    """The model folder that `path` stands for.
+
+    Raises:
+      WeightsError: saying what `path` is instead.
+    """
+    path = Path(path)
+    if (path / "model.json").is_file():
+        return path
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist")
+    if (path / "model_index.json").is_file():
+        raise WeightsError(
+            f"{path} is a diffusers folder. Convert it first: python -m sfv_jax.convert --src {path} --dst NEW_FOLDER"
+        )
+    raise WeightsError(f"{path} is not a model folder: it has no model.json")
+
+
+def save_model(
+    folder: str | Path,
+    components: dict[str, tree.Params],
+    configs: dict,
+    *,
+    codec: str = "svd",
+    extra: dict | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model folder, complete or not at all. For one process that can read every array.
+
+    Args:
+      components: `{"unet": ..., "vae": ..., "image_encoder": ...}` or some of them, nested dicts of arrays.
+      configs: a config for each component; with codec "patch" also `{"codec": PatchCodec(...)}`.
+      codec: "svd" (vae and image_encoder) or "patch".
+      extra: more of `model.json`, such as "scheduler" and "source".
+    Raises:
+      WeightsError: if the folder exists and `overwrite` is not set, or if parameters and configs do not fit.
+    """
+    if codec not in CODECS:
+        raise WeightsError(f"codec {codec!r}: choose one of {', '.join(CODECS)}")
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "codec": codec,
+        "components": {name: _describe(name, params, configs) for name, params in components.items()},
+        "configs": {name: dataclasses.asdict(config) for name, config in configs.items()},
+        "scheduler": SIGMAS | {"rho": 7.0},
+    }
+    with new_folder(folder, overwrite=overwrite) as partial, ocp.StandardCheckpointer() as checkpointer:
+        for name, params in components.items():
+            checkpointer.save(partial / name, params)
+            checkpointer.wait_until_finished()
+        write_json(partial / "model.json", meta | (extra or {}))
+
+
+def _describe(name: str, params: tree.Params, configs: dict) -> dict:
+    if name not in configs:
+        raise WeightsError(f"no config for {name}")
+    _check(name, {k: tuple(v.shape) for k, v in tree.flatten(params).items()}, configs[name], "the parameters given")
+    dtypes = sorted({str(np.dtype(x.dtype)) for x in jax.tree.leaves(params)})
+    return {"parameters": tree.count(params), "dtype": ", ".join(dtypes)}
+
+
+def _check(name: str, found: dict[str, tuple], config, where: str) -> tree.Params:
+    """The shapes that `config` asks for; raises WeightsError listing all that differ from `found`."""
+    _, shapes = tree.abstract(COMPONENTS[name].module, config)
+    expected = {k: v.shape for k, v in tree.flatten(shapes).items()}
+    problems = [f"missing: {k}" for k in expected.keys() - found.keys()]
+    problems += [f"unexpected: {k}" for k in found.keys() - expected.keys()]
+    problems += [
+        f"misshapen: {k} is {found[k]}, expected {expected[k]}"
+        for k in expected.keys() & found.keys()
+        if found[k] != expected[k]
+    ]
+    if problems:
+        raise WeightsError(f"{name}: {where} do not fit the config:\n  " + "\n  ".join(sorted(problems)))
+    return shapes
+
+
+def read_model(folder: str | Path) -> tuple[dict, dict]:
+    """`(configs, meta)` of a model folder, without its weights.
+
+    Returns:
+      configs: our config of each component, and "codec" for the patch codec.
+      meta: the content of `model.json`; `meta["scheduler"]` has sigma_min, sigma_max and rho.
+    Raises:
+      WeightsError: if the folder is not a model folder or was written by a newer version of this program.
+    """
+    folder = resolve_model(folder)
+    meta = read_json(folder / "model.json")
+    if meta.get("format") != FORMAT:
+        raise WeightsError(f"{folder}/model.json is not of format {FORMAT!r}")
+    if meta.get("version") != VERSION:
+        raise WeightsError(f"{folder} has version {meta.get('version')}, this program reads version {VERSION}")
+    configs = {name: _config(CONFIGS[name], values, folder) for name, values in meta["configs"].items()}
+    return configs, meta
+
+
+def _config(kind: type, values: dict, folder: Path):
+    unknown = values.keys() - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        raise WeightsError(f"{folder}/model.json: {kind.__name__} has no {', '.join(sorted(unknown))}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def load_model(
+    folder: str | Path,
+    components: tuple[str, ...] = tuple(COMPONENTS),
+    *,
+    dtype=None,
+    shardings=None,
+) -> tuple[dict[str, tree.Params], dict, dict]:
+    """Reads networks of a model folder, straight to where they are wanted.
+
+    Args:
+      dtype: of every parameter; None keeps the stored one.
+      shardings: `{component: sharding or tree of shardings like its parameters}`, for some or all components, or one
+        sharding for everything; default: the first local device.
+    Returns:
+      params: `{component: nested dict of jax.Array}`.
+      configs, meta: as from `read_model`.
+    Raises:
+      WeightsError: as `read_model`, and if a component is not in the folder or does not fit its config.
+    """
+    folder = resolve_model(folder).absolute()
+    configs, meta = read_model(folder)
+    absent = [name for name in components if name not in meta["components"]]
+    if absent:
+        raise WeightsError(f"{folder} has no {', '.join(absent)}, only {', '.join(meta['components'])}")
+    by_name = shardings if isinstance(shardings, dict) else dict.fromkeys(components, shardings)
+    params = {name: _restore(folder / name, name, configs[name], dtype, by_name.get(name)) for name in components}
+    return params, configs, meta
+
+
+def _restore(path: Path, name: str, config, dtype, sharding) -> tree.Params:
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(path).item_metadata.tree
+        shapes = _check(name, {k: tuple(v.shape) for k, v in tree.flatten(stored).items()}, config, "stored parameters")
+        if isinstance(sharding, jax.sharding.Sharding):
+            sharding = jax.tree.map(lambda _: sharding, shapes)
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), stored, sharding
+        )
+        return checkpointer.restore(path, target)
+
+
+def load_codec(folder: str | Path, **kw) -> SVDCodec | PatchCodec:
+    """The codec of a model folder; `kw` (dtype, shardings) as in `load_model`."""
+    configs, meta = read_model(folder)
+    if meta["codec"] == "patch":
+        return configs["codec"]
+    params, configs, _ = load_model(folder, ("vae", "image_encoder"), **kw)
+    return SVDCodec(configs["vae"], configs["image_encoder"], params)

@@ -1,0 +1,138 @@
+"""The three components of SVD, and their `config.json` as diffusers and transformers write it."""
+
+from dataclasses import dataclass, fields
+
+from flax import nnx
+
+from sfv_jax.models.clip import CLIPConfig, CLIPVision
+from sfv_jax.models.unet import UNet, UNetConfig
+from sfv_jax.models.vae import TemporalVAE, VAEConfig
+from sfv_jax.weights.folders import WeightsError
+
+DIFFUSERS_VERSION = "0.42.1"  # the writer whose files ours equal
+NORM_GROUPS = 32  # diffusers has no field for it
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network of the pipeline: our module and config, and what the other side calls them."""
+
+    module: type[nnx.Module]
+    config: type
+    library: str
+    class_name: str
+    weights: str  # name of the weight file up to the variant
+
+
+COMPONENTS = {
+    "unet": Component(UNet, UNetConfig, "diffusers", "UNetSpatioTemporalConditionModel", "diffusion_pytorch_model"),
+    "vae": Component(TemporalVAE, VAEConfig, "diffusers", "AutoencoderKLTemporalDecoder", "diffusion_pytorch_model"),
+    "image_encoder": Component(CLIPVision, CLIPConfig, "transformers", "CLIPVisionModelWithProjection", "model"),
+}
+
+# Fields that no tensor depends on, or that are settled before or differently: never compared.
+_FREE = {"_class_name", "_diffusers_version", "architectures", "force_upcast", "sample_size"}
+# transformers leaves out what equals its defaults.
+_CLIP_DEFAULTS = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_channels=3,
+    patch_size=32,
+    image_size=224,
+    projection_dim=512,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+    model_type="clip_vision_model",
+)
+
+
+def to_json(component: str, config) -> dict:
+    """The `config.json` of `component` for one of our configs.
+
+    Fields that are ours alone (`temporal_conv`, `attention_kernel`, `remat`, the norm epsilons) are left out: the other
+    side runs with its own values.
+    Raises:
+      WeightsError: if `norm_groups` is not 32, which diffusers cannot express.
+    """
+    if getattr(config, "norm_groups", NORM_GROUPS) != NORM_GROUPS:
+        raise WeightsError(f"{component}: norm_groups is {config.norm_groups}, diffusers knows only {NORM_GROUPS}")
+    shared = {f.name: getattr(config, f.name) for f in fields(config)}
+    shared = {k: list(v) if isinstance(v, tuple) else v for k, v in shared.items()}
+    return {"unet": _unet_json, "vae": _vae_json, "image_encoder": _clip_json}[component](config, shared)
+
+
+def _unet_json(config: UNetConfig, shared: dict) -> dict:
+    plain = len(config.block_out_channels) - 1
+    ours = {"norm_groups", "resnet_eps", "mid_eps", "temporal_conv", "attention_kernel", "remat"}
+    return {
+        "_class_name": COMPONENTS["unet"].class_name,
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "down_block_types": ["CrossAttnDownBlockSpatioTemporal"] * plain + ["DownBlockSpatioTemporal"],
+        "up_block_types": ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * plain,
+        "projection_class_embeddings_input_dim": 3 * config.addition_time_embed_dim,
+        "transformer_layers_per_block": 1,
+    } | {k: v for k, v in shared.items() if k not in ours}
+
+
+def _vae_json(config: VAEConfig, shared: dict) -> dict:
+    ours = {"norm_groups", "temporal_conv"}
+    return {
+        "_class_name": COMPONENTS["vae"].class_name,
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "down_block_types": ["DownEncoderBlock2D"] * len(config.block_out_channels),
+        "force_upcast": True,
+    } | {k: v for k, v in shared.items() if k not in ours}
+
+
+def _clip_json(config: CLIPConfig, shared: dict) -> dict:
+    return {
+        "architectures": [COMPONENTS["image_encoder"].class_name],
+        "model_type": "clip_vision_model",
+        "num_channels": 3,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+    } | shared
+
+
+def from_json(component: str, data: dict, where: str):
+    """Our config of a `config.json` read from `where`.
+
+    Raises:
+      WeightsError: if it describes another class, or asks for something our networks do not do; lists every field.
+    """
+    expected = COMPONENTS[component]
+    found = data.get("_class_name") or (data.get("architectures") or ["(no class name)"])[0]
+    if found != expected.class_name:
+        raise WeightsError(f"{where} describes a {found}, expected a {expected.class_name}")
+    data = (_CLIP_DEFAULTS if component == "image_encoder" else {}) | data
+    levels = len(data.get("block_out_channels", ()))
+    known = {f.name: _like(f.type, data[f.name], levels) for f in fields(expected.config) if f.name in data}
+    try:
+        config = expected.config(**known)
+    except ValueError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    problems = [
+        f"{k} is {data[k]!r}, here it must be {v!r}" if k in data else f"{k} is missing"
+        for k, v in to_json(component, config).items()
+        if k not in _FREE and not (k in data and _same(data[k], v))
+    ]
+    if problems:
+        raise WeightsError(f"{where} describes a network that is not supported: " + "; ".join(problems))
+    return config
+
+
+def _like(kind: type, value, levels: int):
+    """`value` as a field of type `kind`: diffusers takes one number for all levels or one per level."""
+    if kind is int or kind is float:
+        return value[0] if isinstance(value, list) else value
+    return tuple(value) if isinstance(value, list) else (value,) * levels
+
+
+def _same(theirs, ours) -> bool:
+    if isinstance(theirs, list) and not isinstance(ours, list):
+        return all(x == ours for x in theirs)
+    if isinstance(ours, list) and not isinstance(theirs, list):
+        return all(x == theirs for x in ours)
+    return theirs == ours

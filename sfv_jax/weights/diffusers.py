@@ -1,0 +1,171 @@
+"""Weights in the diffusers folder layout, in and out: same names, other leaves, strict both ways, without torch.
+
+A parameter path of ours is a diffusers key but for the last word: `kernel`, `scale` and `embedding` are all `weight`
+there. Kernels are stored with their axes in the order of JAX, see `to_ours`.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sfv_jax.models import tree
+from sfv_jax.weights.configs import COMPONENTS, from_json, to_json
+from sfv_jax.weights.folders import WeightsError
+
+# Axes of a kernel in torch's order -> in ours, by rank: Linear (o, i), Conv2d (o, i, h, w), Conv3d (o, i, k, 1, 1).
+_AXES = {2: (1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # VAEs before 2023
+
+
+def their_name(path: str) -> str:
+    """`down_blocks.0.norm.scale -> down_blocks.0.norm.weight`."""
+    return re.sub(r"\.(kernel|scale|embedding)$", ".weight", path)
+
+
+def to_ours(path: str, value: np.ndarray) -> np.ndarray:
+    """A tensor of theirs as our parameter `path`: Linear `[i, o]`, Conv2d `[h, w, i, o]`, Conv3d `[k, 1, 1, i, o]`."""
+    return value.transpose(_AXES[value.ndim]) if path.endswith(".kernel") else value
+
+
+def to_theirs(path: str, value: np.ndarray) -> np.ndarray:
+    """Inverse of `to_ours`."""
+    return value.transpose(np.argsort(_AXES[value.ndim])) if path.endswith(".kernel") else value
+
+
+def their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of `to_theirs` without an array."""
+    return tuple(shape[axis] for axis in np.argsort(_AXES[len(shape)])) if path.endswith(".kernel") else tuple(shape)
+
+
+def manifest(component: str, config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a diffusers weight file of this network holds."""
+    _, shapes = tree.abstract(COMPONENTS[component].module, config)
+    return {their_name(path): their_shape(path, x.shape) for path, x in tree.flatten(shapes).items()}
+
+
+def weight_file(folder: Path, stem: str, variant: str | None = None) -> Path:
+    """The safetensors file of a component: of `variant` if named, else the plain one, else the fp16 one.
+
+    Raises:
+      WeightsError: if there is none, saying what was looked for.
+    """
+    variants = [variant] if variant else [None, "fp16"]
+    names = [".".join(filter(None, (stem, v, "safetensors"))) for v in variants]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsError(f"{folder} holds no {' or '.join(names)}")
+
+
+def load_component(folder: str | Path, component: str, *, variant: str | None = None, dtype=None):
+    """Reads one network of a diffusers pipeline folder.
+
+    Args:
+      folder: the component's own folder, with `config.json` and a safetensors file.
+      component: "unet", "vae" or "image_encoder".
+      variant: "fp16" to read that file even if a plain one lies beside it.
+      dtype: what to cast to; None keeps the file's.
+    Returns:
+      params: nested dict of numpy arrays in our layout.
+      config: our config.
+      path: the weight file that was read.
+    Raises:
+      WeightsError: for a config or a file that is not exactly such a network; lists all tensors that do not fit.
+    """
+    folder = Path(folder)
+    config = from_json(component, read_json(folder / "config.json"), str(folder / "config.json"))
+    path = weight_file(folder, COMPONENTS[component].weights, variant)
+    _, shapes = tree.abstract(COMPONENTS[component].module, config)
+    try:
+        with safe_open(path, framework="np") as file:
+            return read_tensors(file, shapes, str(path), dtype), config, path
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is cut short or not a safetensors file ({error})") from error
+
+
+def read_tensors(file, shapes: tree.Params, where: str, dtype=None) -> tree.Params:
+    """Parameters like `shapes` out of an open safetensors file, one tensor in memory at a time besides the result.
+
+    Raises:
+      WeightsError: listing every missing, unexpected, misshapen or non-floating tensor.
+    """
+    ours = {their_name(path): (path, their_shape(path, x.shape)) for path, x in tree.flatten(shapes).items()}
+    stored = {modern_name(name): name for name in file.keys() if not name.endswith(".position_ids")}
+    problems = [f"missing: {name}" for name in ours if name not in stored]
+    problems += [f"unexpected: {old}" for name, old in stored.items() if name not in ours]
+    for name in ours.keys() & stored.keys():
+        tensor, expected = file.get_slice(stored[name]), ours[name][1]
+        if tuple(tensor.get_shape()) != expected:
+            problems.append(f"misshapen: {stored[name]} is {tuple(tensor.get_shape())}, expected {expected}")
+        if tensor.get_dtype() not in _FLOATS:
+            problems.append(f"not floating point: {stored[name]} is {tensor.get_dtype()}")
+    if problems:
+        raise WeightsError(f"{where} does not fit its config.json:\n  " + "\n  ".join(sorted(problems)))
+    flat = {}
+    for name, (path, _) in ours.items():
+        value = to_ours(path, file.get_tensor(stored[name]))
+        flat[path] = value if dtype is None else value.astype(dtype)
+    return tree.unflatten(flat)
+
+
+def modern_name(name: str) -> str:
+    """The present name of a tensor: VAE attentions were once `query`, `key`, `value`, `proj_attn`."""
+    return re.sub(
+        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name
+    )
+
+
+def save_component(folder: str | Path, component: str, params: tree.Params, config, *, variant: str | None = None):
+    """Writes one network as diffusers does: `config.json` and one safetensors file, fp16 for variant "fp16", else fp32.
+
+    Args:
+      params: nested dict of arrays, readable from this process.
+    Raises:
+      WeightsError: if diffusers cannot express the config, `params` are not such a network, or fp16 cannot hold them.
+    """
+    folder, spec = Path(folder), COMPONENTS[component]
+    description = to_json(component, config)
+    flat = tree.flatten(params)
+    found, expected = {their_name(k): their_shape(k, v.shape) for k, v in flat.items()}, manifest(component, config)
+    if found != expected:
+        differing = sorted(k for k in found | expected if found.get(k) != expected.get(k))
+        raise WeightsError(f"{component}: parameters that do not fit the config: {', '.join(differing)}")
+    dtype = np.dtype(np.float16 if variant == "fp16" else np.float32)
+    tensors = {their_name(k): _cast(k, to_theirs(k, np.asarray(v)), dtype) for k, v in flat.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".".join(filter(None, (spec.weights, variant, "safetensors")))
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    write_json(folder / "config.json", description)
+    partial.rename(path)
+
+
+def _cast(path: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if np.max(np.abs(value.astype(np.float32)), initial=0.0) > np.finfo(dtype).max:
+        raise WeightsError(f"{path} has values that {dtype} cannot hold: export without --fp16")
+    return np.ascontiguousarray(value, dtype)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises WeightsError if it is missing or not one."""
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist")
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise WeightsError(f"{path} does not hold a JSON object")
+    return data
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Writes `data` at once or not at all, in the format of the libraries' own files."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    partial.rename(path)

@@ -1,0 +1,133 @@
+"""A whole StableVideoDiffusionPipeline folder: its networks, and the small files beside them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from sfv_jax.models import clip, tree
+from sfv_jax.weights.configs import COMPONENTS, DIFFUSERS_VERSION
+from sfv_jax.weights.diffusers import load_component, read_json, save_component, write_json
+from sfv_jax.weights.folders import WeightsError, new_folder, sha256
+
+PIPELINE = "StableVideoDiffusionPipeline"
+SIGMAS = {"sigma_min": 0.002, "sigma_max": 700.0}  # of SVD's scheduler_config.json
+
+# With Karras sigmas between two limits the betas have no effect; diffusers wants them all the same.
+SCHEDULER = SIGMAS | {
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": DIFFUSERS_VERSION,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "timestep_type": "continuous",
+    "use_karras_sigmas": True,
+}
+FEATURE_EXTRACTOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "feature_extractor_type": "CLIPImageProcessor",
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": list(clip.MEAN),
+    "image_std": list(clip.STD),
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "size": {"shortest_edge": 224},
+}
+
+
+def load_pipeline(folder: str | Path, *, variant: str | None = None, dtype=None):
+    """Reads a StableVideoDiffusionPipeline folder.
+
+    Args:
+      variant, dtype: as in `diffusers.load_component`.
+    Returns:
+      params: `{"unet": ..., "vae": ..., "image_encoder": ...}`, nested dicts of numpy arrays.
+      configs: our configs by the same names.
+      facts: `{"scheduler": {"sigma_min", "sigma_max", "rho"}, "source": {"folder", "sha256": {file: digest}}}`.
+    Raises:
+      WeightsError: if it is not such a folder or any part of it differs from what SVD's networks are.
+    """
+    folder = Path(folder)
+    check_pipeline(folder)
+    facts = {"scheduler": read_scheduler(folder), "source": {"folder": folder.resolve().name, "sha256": {}}}
+    check_normalisation(folder)
+    params, configs = {}, {}
+    for name in COMPONENTS:
+        params[name], configs[name], path = load_component(folder / name, name, variant=variant, dtype=dtype)
+        for file in (path, folder / name / "config.json"):
+            facts["source"]["sha256"][f"{name}/{file.name}"] = sha256(file)
+    return params, configs, facts
+
+
+def check_pipeline(folder: Path) -> None:
+    """Raises WeightsError unless `model_index.json` names SVD's pipeline."""
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is not a folder")
+    if not (folder / "model_index.json").is_file():
+        raise WeightsError(f"{folder} has no model_index.json: not a diffusers pipeline folder")
+    found = read_json(folder / "model_index.json").get("_class_name")
+    if found != PIPELINE:
+        raise WeightsError(f"{folder}/model_index.json describes a {found}, expected a {PIPELINE}")
+
+
+def read_scheduler(folder: Path) -> dict:
+    """The noise range of the pipeline's scheduler; `rho` 7 is diffusers' constant.
+
+    Raises:
+      WeightsError: if the networks were not trained for v-prediction.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    data = read_json(path)
+    if data.get("prediction_type") != "v_prediction":
+        raise WeightsError(f"{path}: prediction_type is {data.get('prediction_type')!r}, SVD's is 'v_prediction'")
+    return {k: float(data.get(k) or v) for k, v in SIGMAS.items()} | {"rho": 7.0}
+
+
+def check_normalisation(folder: Path) -> None:
+    """Raises WeightsError if the pipeline normalises CLIP's images in another way than `clip.preprocess`."""
+    path = folder / "feature_extractor" / "preprocessor_config.json"
+    data = read_json(path)
+    for field, ours in (("image_mean", clip.MEAN), ("image_std", clip.STD)):
+        if not np.allclose(data.get(field, ours), ours, atol=1e-6):
+            raise WeightsError(f"{path}: {field} is {data[field]}, here it must be {list(ours)}")
+
+
+def save_pipeline(
+    folder: str | Path,
+    params: dict[str, tree.Params],
+    configs: dict,
+    scheduler: dict,
+    *,
+    variant: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that `StableVideoDiffusionPipeline.from_pretrained` loads, complete or not at all.
+
+    Args:
+      params, configs: of all three components.
+      scheduler: `{"sigma_min", "sigma_max"}`.
+      variant: "fp16" for half precision files of that name, None for fp32.
+    Raises:
+      WeightsError: if the folder exists, or a component cannot be expressed (see `save_component`).
+    """
+    index = {"_class_name": PIPELINE, "_diffusers_version": DIFFUSERS_VERSION}
+    index |= {name: [c.library, c.class_name] for name, c in COMPONENTS.items()}
+    index |= {"scheduler": ["diffusers", SCHEDULER["_class_name"]]}
+    index |= {"feature_extractor": ["transformers", FEATURE_EXTRACTOR["image_processor_type"]]}
+    with new_folder(folder, overwrite=overwrite) as partial:
+        for name in COMPONENTS:
+            save_component(partial / name, name, params[name], configs[name], variant=variant)
+        for name in ("scheduler", "feature_extractor"):
+            (partial / name).mkdir()
+        write_json(partial / "scheduler" / "scheduler_config.json", SCHEDULER | {k: scheduler[k] for k in SIGMAS})
+        write_json(partial / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR)
+        write_json(partial / "model_index.json", index)
