@@ -43,8 +43,8 @@ class VAEConfig:
 
     @classmethod
     def tiny(cls, **changes) -> "VAEConfig":
-        """Four levels as SVD's (a latent is an eighth of the image), 32 channels, for tests on CPU."""
-        sizes = dict(block_out_channels=(32, 32, 32, 32), layers_per_block=1, sample_size=64, temporal_conv="matmul")
+        """Four narrow levels (a latent is an eighth of the image, as in SVD), for tests on CPU."""
+        sizes = dict(block_out_channels=(32, 32, 64, 64), sample_size=64, temporal_conv="matmul")
         return cls(**sizes | changes)
 
     @property
@@ -69,7 +69,10 @@ class MidAttention(nnx.Module):
 
 
 class Blocks(nnx.Module):
-    """A level or the middle of the VAE: resnets, and at most one of attention, downsampler, upsampler."""
+    """A level or the middle of the VAE: resnets, and at most one of attention, downsampler, upsampler.
+
+    The attention comes before the second resnet, so a middle with one resnet never runs it (as in diffusers).
+    """
 
     def __init__(self, resnets, *, attention=None, downsampler=None, upsampler=None):
         self.resnets = nnx.List(resnets)
@@ -79,9 +82,9 @@ class Blocks(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         for n, resnet in enumerate(self.resnets):
-            x = resnet(x)
-            if n == 0 and self.attentions is not None:
+            if n == 1 and self.attentions is not None:
                 x = self.attentions[0](x)
+            x = resnet(x)
         for sampler in (self.downsamplers, self.upsamplers):
             x = x if sampler is None else sampler[0](x)
         return x
