@@ -1,0 +1,150 @@
+"""From records to batches: shuffled, sharded over processes, resumable to the exact example (grain).
+
+A source is anything with `len` and `[]` that yields one example:
+
+  latents      float32 [t, h, w, c]  scaled, as the diffusion model sees them
+  cond_latent  float32 [h, w, c]     unscaled, as SVD was trained
+  image_embed  float32 [d]
+  ids          float32 [3]           (fps - 1, motion_bucket_id, noise_aug_strength)
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+
+from sfv_jax.data.latents import SCHEMA, LatentError
+from sfv_jax.data.worlds import World
+
+Example = dict[str, np.ndarray]
+
+
+def micro_conditioning(fps: float, motion_bucket_id: float, noise_aug_strength: float) -> np.ndarray:
+    """SVD's three extra conditions: float32 [3]. It was trained on the rate less one, so 7 fps reads 6."""
+    return np.array([fps - 1, motion_bucket_id, noise_aug_strength], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSource:
+    """Examples of a latent cache; see `latent_source`."""
+
+    records: Sequence[dict[str, Any]]
+    scaling_factor: float
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.records[index]
+        if record["schema"] != SCHEMA:
+            raise LatentError(f"clip {record['key'].decode()}: schema {record['schema']}, this code reads {SCHEMA}")
+        return {
+            "latents": record["latents"].astype(np.float32) * np.float32(self.scaling_factor),
+            "cond_latent": record["cond_latent"].astype(np.float32),
+            "image_embed": record["image_embed"].astype(np.float32),
+            "ids": micro_conditioning(record["fps"], record["motion_bucket_id"], record["noise_aug_strength"]),
+        }
+
+
+def latent_source(data_dir: str | os.PathLike, split: str = "train", scaling_factor: float = 0.18215) -> LatentSource:
+    """Open a cache made by `python -m sfv_jax.prepare`.
+
+    `scaling_factor` multiplies the latents (never `cond_latent`); 0.18215 is that of SVD's VAE.
+    Raises LatentError if `data_dir` is missing or unfinished, or has no such split.
+    """
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise LatentError(f"{folder}: no such folder; make a cache with `python -m sfv_jax.prepare`")
+    if not (folder / "dataset_info.json").is_file() or not (folder / "features.json").is_file():
+        raise LatentError(f"{folder}: not a finished cache; run `python -m sfv_jax.prepare` to its end")
+    builder = tfds.builder_from_directory(os.fspath(folder))
+    if split not in builder.info.splits:
+        raise LatentError(f"{folder}: no split {split!r}, only {sorted(builder.info.splits)}")
+    return LatentSource(builder.as_data_source(split), scaling_factor)
+
+
+class Codec(Protocol):
+    """What `world_source` needs of a codec: batches of uint8 pixels in, float32 arrays out, unscaled."""
+
+    scaling_factor: float
+
+    def encode(self, frames: np.ndarray) -> np.ndarray:
+        """[b, t, h, w, 3] to [b, t, h', w', c]."""
+
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        """[b, h, w, 3] to [b, d]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldSource:
+    """`size` clips of a procedural world, drawn when asked for; example i is always the same.
+
+    Conditions are those of a 7 fps clip with motion bucket 127 and no noise on the first frame.
+    """
+
+    world: World
+    split: str
+    size: int
+    codec: Codec
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Example:
+        frames, _ = self.world.clip(index, self.split)
+        latents = np.asarray(self.codec.encode(frames[None])[0], np.float32)
+        return {
+            "latents": latents * np.float32(self.codec.scaling_factor),
+            "cond_latent": latents[0],
+            "image_embed": np.asarray(self.codec.embed(frames[:1])[0], np.float32),
+            "ids": micro_conditioning(7, 127, 0),
+        }
+
+
+def world_source(world: World, split: str, size: int, codec: Codec) -> WorldSource:
+    """The first `size` clips of `split` of a procedural world, as `codec` encodes them."""
+    return WorldSource(world, split, size, codec)
+
+
+def make_loader(
+    source: Sequence[Example],
+    *,
+    global_batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    transform: Callable[[Example], Example] | None = None,
+    num_threads: int = 8,
+) -> grain.DatasetIterator:
+    """An endless iterator over this process's part of every batch, in a new order each epoch.
+
+    `next` gives the examples stacked: [b, ...] with b = global_batch_size / process_count. `get_state()` is a small
+    JSON-able dict and `set_state` continues exactly after it, also with another `process_count`: batch k holds the
+    same examples, however many processes share it.
+
+    Args:
+      source: random access examples, the same on every process.
+      global_batch_size: examples per batch over all processes.
+      seed: decides the order.
+      process_index: which process this is, of `process_count`.
+      process_count: how many processes share a batch.
+      transform: applied to each example; must be a function of the example alone.
+      num_threads: readers.
+    Raises:
+      ValueError: if a batch cannot be shared evenly or the source is smaller than one.
+    """
+    if global_batch_size % process_count or not 0 <= process_index < process_count:
+        raise ValueError(f"a batch of {global_batch_size} cannot be shared by {process_count} processes")
+    if len(source) < global_batch_size:
+        raise ValueError(f"{len(source)} examples do not fill one batch of {global_batch_size}; use a smaller batch")
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()[process_index::process_count]
+    if transform is not None:
+        dataset = dataset.map(transform)
+    dataset = dataset.batch(global_batch_size // process_count, drop_remainder=True)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads))
+    return iter(dataset.to_iter_dataset(options))
