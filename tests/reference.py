@@ -3,6 +3,7 @@
 Default initialisation leaves zeros, ones and equal mixing factors, behind which wrong code hides.
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -137,29 +138,29 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
 
 def run_unet(model: UNetSpatioTemporalConditionModel, x, c_noise, context, ids) -> tuple[np.ndarray, list[np.ndarray]]:
     """Output `[b, t, h, w, c]` and down-block outputs of the reference on our arguments, in float64."""
-    model, taps = model.double(), []
-    hooks = [block.register_forward_hook(lambda *a: taps.append(a[2][0])) for block in model.down_blocks]
+    model, taps = copy.deepcopy(model).double(), []
+    for block in model.down_blocks:
+        block.register_forward_hook(lambda module, args, result: taps.append(result[0]))
     b, t = x.shape[:2]
     as_double = [torch.from_numpy(np.array(a)).double() for a in (c_noise, context, ids)]
     out = model(to_torch(x), as_double[0], as_double[1][:, None], added_time_ids=as_double[2], return_dict=False)[0]
-    for hook in hooks:
-        hook.remove()
     return to_numpy(out), [to_numpy(tap.unflatten(0, (b, t))) for tap in taps]
 
 
 def run_vae_encoder(model: AutoencoderKLTemporalDecoder, frames) -> np.ndarray:
     """Posterior means `[b, t, h, w, 4]` of the reference, in float64."""
     b, t = frames.shape[:2]
-    mean = model.double().encode(to_torch(frames).flatten(0, 1)).latent_dist.mode()
+    mean = copy.deepcopy(model).double().encode(to_torch(frames).flatten(0, 1)).latent_dist.mode()
     return to_numpy(mean.unflatten(0, (b, t)))
 
 
 def run_vae_decoder(model: AutoencoderKLTemporalDecoder, latents) -> np.ndarray:
     """Frames `[b, t, h, w, 3]` of the reference, in float64."""
     b, t = latents.shape[:2]
-    return to_numpy(model.double().decode(to_torch(latents).flatten(0, 1), num_frames=t).sample.unflatten(0, (b, t)))
+    frames = copy.deepcopy(model).double().decode(to_torch(latents).flatten(0, 1), num_frames=t).sample
+    return to_numpy(frames.unflatten(0, (b, t)))
 
 
 def run_clip(model: CLIPVisionModelWithProjection, images) -> np.ndarray:
     """Embeddings `[b, d]` of the reference on preprocessed images `[b, 224, 224, 3]`, in float64."""
-    return model.double()(to_torch(images)).image_embeds.numpy()
+    return copy.deepcopy(model).double()(to_torch(images)).image_embeds.numpy()

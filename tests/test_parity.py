@@ -1,0 +1,153 @@
+"""Our networks against diffusers and transformers in float64, on random weights."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sfv_jax.models import attention, clip, tree
+from sfv_jax.models.clip import CLIPConfig
+from sfv_jax.models.layers import sinusoidal_embedding
+from sfv_jax.models.unet import UNet, UNetConfig
+from sfv_jax.models.vae import VAEConfig
+from sfv_jax.weights.diffusers import manifest
+from tests.conftest import CONFIGS, error, noise
+
+MANIFESTS = json.loads((Path(__file__).parent / "manifests" / "svd.json").read_text())
+FULL = {"unet": UNetConfig.svd(), "vae": VAEConfig.svd(), "image_encoder": CLIPConfig.svd()}
+
+
+def assert_close(found, expected, *, peak, rms):
+    found_peak, found_rms = error(found, expected)
+    assert found_peak <= peak and found_rms <= rms, (found_peak, found_rms)
+
+
+def test_unet(build, unet_case):
+    assert_close(jax.jit(build("unet"))(*unet_case.inputs), unet_case.expected, peak=1e-5, rms=3e-6)
+
+
+def test_unet_taps_are_the_down_blocks_outputs(build, unet_case):
+    taps = build("unet").encode(*unet_case.inputs)
+    assert len(taps) == len(unet_case.taps) == 2
+    for found, expected in zip(taps, unet_case.taps, strict=True):
+        assert_close(found, expected, peak=1e-5, rms=3e-6)
+
+
+def test_encoder_only_unet_is_a_subtree(params, unet_case):
+    graphdef, shapes = tree.abstract(UNet, CONFIGS["unet"], encoder_only=True)
+    half = nnx.merge(graphdef, tree.subtree(params["unet"], shapes))
+    assert_close(half.encode(*unet_case.inputs)[-1], unet_case.taps[-1], peak=1e-5, rms=3e-6)
+
+
+@pytest.mark.parametrize("changes", [{"temporal_conv": "conv"}, {"attention_kernel": "reduce"}], ids=str)
+def test_unet_execution_choices_do_not_change_the_output(build, unet_case, changes):
+    model = build("unet", dataclasses.replace(CONFIGS["unet"], **changes))
+    assert_close(model(*unet_case.inputs), unet_case.expected, peak=1e-5, rms=3e-6)
+
+
+def test_remat_does_not_change_the_output(build, unet_case):
+    model = build("unet", dataclasses.replace(CONFIGS["unet"], remat=True))
+    tap = jax.jit(lambda *inputs: model.encode(*inputs)[-1])(*unet_case.inputs)
+    assert_close(tap, unet_case.taps[-1], peak=1e-5, rms=3e-6)
+
+
+def test_unet_batch_members_do_not_mix(build, unet_case):
+    model = build("unet")
+    together = model(*unet_case.inputs)
+    swapped = model(*(x[::-1] for x in unet_case.inputs))
+    assert_close(swapped[::-1], np.asarray(together, np.float64), peak=1e-5, rms=3e-6)
+
+
+def test_attention_kernels_agree():
+    q, k, v = (jnp.asarray(noise(n, 3, 50, 2, 16)) for n in range(3))
+    expected = np.asarray(attention.einsum_attention(q, k, v), np.float64)
+    assert_close(attention.blocked_attention(q, k, v, block=16), expected, peak=1e-5, rms=1e-6)
+    assert_close(attention.attention(q, k, v, "reduce"), expected, peak=1e-5, rms=1e-6)
+    with pytest.raises(ValueError, match="flash"):
+        attention.attention(q, k, v, "flash")
+
+
+def test_vae_encoder(build, encoder_case):
+    assert_close(build("vae").encode(*encoder_case.inputs), encoder_case.expected, peak=5e-5, rms=2e-5)
+
+
+@pytest.mark.parametrize("form", ["matmul", "conv"])
+def test_vae_decoder(build, decoder_case, form):
+    model = build("vae", dataclasses.replace(CONFIGS["vae"], temporal_conv=form))
+    assert_close(model.decode(*decoder_case.inputs), decoder_case.expected, peak=1e-4, rms=2e-5)
+
+
+def test_vae_refuses_odd_sizes(build):
+    with pytest.raises(ValueError, match="multiples of 8"):
+        build("vae").encode(jnp.zeros((1, 1, 36, 32, 3)))
+
+
+def test_clip(reference, pipe, build):
+    images = noise(4, 2, 224, 224, 3)
+    assert_close(build("image_encoder")(images), reference.run_clip(pipe.image_encoder, images), peak=1e-5, rms=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(576, 1024), (448, 768), (1080, 1920), (224, 100)])
+def test_clip_preprocessing(reference, pipe, height, width):
+    torch = pytest.importorskip("torch")
+    from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+
+    images = np.random.default_rng(5).random((1, height, width, 3), np.float32)
+    signed = torch.from_numpy(images).movedim(-1, 1) * 2 - 1
+    resized = (_resize_with_antialiasing(signed, (224, 224)) + 1) / 2
+    expected = pipe.feature_extractor(
+        resized, do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=True, return_tensors="pt"
+    ).pixel_values.movedim(1, -1)
+    np.testing.assert_allclose(clip.preprocess(images), expected.numpy(), atol=2e-4)
+
+
+@pytest.mark.parametrize("side", [100, 224, 448, 576, 768, 1024, 1080, 1920])
+def test_clip_resize_matrix(reference, side):
+    torch = pytest.importorskip("torch")
+    from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+
+    image = np.random.default_rng(side).uniform(-1, 1, (side, 224)).astype(np.float32)
+    expected = _resize_with_antialiasing(torch.from_numpy(image)[None, None], (224, 224))[0, 0].numpy()
+    identity = clip.resize_matrix(224)  # the width stays, but is blurred as little as the reference blurs it
+    np.testing.assert_allclose(clip.resize_matrix(side) @ image @ identity.T, expected, atol=1e-4)
+
+
+# Index: value of diffusers' get_timestep_embedding, and the sum of all entries under None.
+SINUSOIDS = {
+    (1.637770, 320): {0: -0.066924, 1: 0.024639, 80: 0.999866, 160: 0.997758, 240: 0.016377, None: 174.0695},
+    (-1.553652, 320): {0: 0.017143, 160: -0.999853, None: 125.8983},
+    (13.0, 1280): {0: 0.907447, 1: 0.969434, 640: 0.420167, None: 527.7866},
+    (6.0, 256): {0: 0.960170, 128: -0.279415, None: 113.8075},
+    (127.0, 256): {0: 0.232359, 128: 0.972630, None: 78.6379},
+    (0.02, 256): {0: 0.9998, 128: 0.019999, None: 128.2865},
+}
+
+
+@pytest.mark.parametrize("args", SINUSOIDS, ids=str)
+def test_sinusoids(args):
+    embedding = np.asarray(sinusoidal_embedding(*args))
+    for index, value in SINUSOIDS[args].items():
+        np.testing.assert_allclose(embedding.sum() if index is None else embedding[index], value, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("component", FULL)
+def test_full_size_names_and_shapes(component):
+    shapes = manifest(component, FULL[component])
+    lines = sorted(f"{name} {','.join(map(str, shape))}" for name, shape in shapes.items())
+    found = {
+        "tensors": len(shapes),
+        "parameters": sum(int(np.prod(shape)) for shape in shapes.values()),
+        "sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+    }
+    assert found == MANIFESTS[component]
+
+
+def test_full_size_encoder_half():
+    _, shapes = tree.abstract(UNet, FULL["unet"], encoder_only=True)
+    assert tree.count(shapes) == 483_883_534
