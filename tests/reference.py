@@ -78,7 +78,7 @@ def image_encoder(config: CLIPConfig) -> CLIPVisionModelWithProjection:
 
 
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Fills every parameter: norm scales 1 + 0.2 N, biases 0.1 N, mixing factors N, weights N / sqrt(fan in)."""
+    """Fills every parameter: norm scales 1 + 0.2 N, biases 0.1 N, mixing factors N, weights about N / sqrt(fan in)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -90,7 +90,8 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             elif "norm" in name or "layrnorm" in name:
                 parameter.copy_(1 + 0.2 * noise)
             elif parameter.ndim > 1 and "embedding.weight" not in name:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+                gain = 0.5 if parameter.ndim > 2 else 1.0  # small features tell the epsilons of the norms apart
+                parameter.copy_(gain * noise / parameter[0].numel() ** 0.5)
             else:
                 parameter.copy_(0.2 * noise)
     return model.eval().requires_grad_(False)
@@ -136,6 +137,7 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
     return np.moveaxis(x.double().numpy(), -3, -1)
 
 
+@torch.no_grad()
 def run_unet(model: UNetSpatioTemporalConditionModel, x, c_noise, context, ids) -> tuple[np.ndarray, list[np.ndarray]]:
     """Output `[b, t, h, w, c]` and down-block outputs of the reference on our arguments, in float64."""
     model, taps = copy.deepcopy(model).double(), []
@@ -147,6 +149,7 @@ def run_unet(model: UNetSpatioTemporalConditionModel, x, c_noise, context, ids) 
     return to_numpy(out), [to_numpy(tap.unflatten(0, (b, t))) for tap in taps]
 
 
+@torch.no_grad()
 def run_vae_encoder(model: AutoencoderKLTemporalDecoder, frames) -> np.ndarray:
     """Posterior means `[b, t, h, w, 4]` of the reference, in float64."""
     b, t = frames.shape[:2]
@@ -154,6 +157,7 @@ def run_vae_encoder(model: AutoencoderKLTemporalDecoder, frames) -> np.ndarray:
     return to_numpy(mean.unflatten(0, (b, t)))
 
 
+@torch.no_grad()
 def run_vae_decoder(model: AutoencoderKLTemporalDecoder, latents) -> np.ndarray:
     """Frames `[b, t, h, w, 3]` of the reference, in float64."""
     b, t = latents.shape[:2]
@@ -161,6 +165,7 @@ def run_vae_decoder(model: AutoencoderKLTemporalDecoder, latents) -> np.ndarray:
     return to_numpy(frames.unflatten(0, (b, t)))
 
 
+@torch.no_grad()
 def run_clip(model: CLIPVisionModelWithProjection, images) -> np.ndarray:
     """Embeddings `[b, d]` of the reference on preprocessed images `[b, 224, 224, 3]`, in float64."""
     return copy.deepcopy(model).double()(to_torch(images)).image_embeds.numpy()

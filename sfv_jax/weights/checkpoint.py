@@ -17,8 +17,7 @@ import orbax.checkpoint as ocp
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.weights.configs import COMPONENTS
-from sfv_jax.weights.diffusers import read_json, write_json
-from sfv_jax.weights.folders import WeightsError, new_folder
+from sfv_jax.weights.folders import WeightsError, new_folder, read_json, shape_problems, write_json
 from sfv_jax.weights.pipeline import SIGMAS
 
 FORMAT, VERSION = "sfv_jax", 1
@@ -91,16 +90,9 @@ def _describe(name: str, params: tree.Params, configs: dict) -> dict:
 def _check(name: str, found: dict[str, tuple], config, where: str) -> tree.Params:
     """The shapes that `config` asks for; raises WeightsError listing all that differ from `found`."""
     _, shapes = tree.abstract(COMPONENTS[name].module, config)
-    expected = {k: v.shape for k, v in tree.flatten(shapes).items()}
-    problems = [f"missing: {k}" for k in expected.keys() - found.keys()]
-    problems += [f"unexpected: {k}" for k in found.keys() - expected.keys()]
-    problems += [
-        f"misshapen: {k} is {found[k]}, expected {expected[k]}"
-        for k in expected.keys() & found.keys()
-        if found[k] != expected[k]
-    ]
+    problems = shape_problems(found, {k: v.shape for k, v in tree.flatten(shapes).items()})
     if problems:
-        raise WeightsError(f"{name}: {where} do not fit the config:\n  " + "\n  ".join(sorted(problems)))
+        raise WeightsError(f"{name}: {where} do not fit the config:\n  " + "\n  ".join(problems))
     return shapes
 
 

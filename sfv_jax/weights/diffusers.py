@@ -4,7 +4,6 @@ A parameter path of ours is a diffusers key but for the last word: `kernel`, `sc
 there. Kernels are stored with their axes in the order of JAX, see `to_ours`.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from safetensors.numpy import save_file
 
 from sfv_jax.models import tree
 from sfv_jax.weights.configs import COMPONENTS, from_json, to_json
-from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.folders import WeightsError, read_json, shape_problems, write_json
 
 # Axes of a kernel in torch's order -> in ours, by rank: Linear (o, i), Conv2d (o, i, h, w), Conv3d (o, i, k, 1, 1).
 _AXES = {2: (1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
@@ -96,16 +95,14 @@ def read_tensors(file, shapes: tree.Params, where: str, dtype=None) -> tree.Para
     """
     ours = {their_name(path): (path, their_shape(path, x.shape)) for path, x in tree.flatten(shapes).items()}
     stored = {modern_name(name): name for name in file.keys() if not name.endswith(".position_ids")}
-    problems = [f"missing: {name}" for name in ours if name not in stored]
-    problems += [f"unexpected: {old}" for name, old in stored.items() if name not in ours]
-    for name in ours.keys() & stored.keys():
-        tensor, expected = file.get_slice(stored[name]), ours[name][1]
-        if tuple(tensor.get_shape()) != expected:
-            problems.append(f"misshapen: {stored[name]} is {tuple(tensor.get_shape())}, expected {expected}")
-        if tensor.get_dtype() not in _FLOATS:
-            problems.append(f"not floating point: {stored[name]} is {tensor.get_dtype()}")
+    slices = {name: file.get_slice(old) for name, old in stored.items()}
+    problems = shape_problems(
+        {name: tuple(x.get_shape()) for name, x in slices.items()}, {name: shape for name, (_, shape) in ours.items()}
+    )
+    dtypes = {name: x.get_dtype() for name, x in slices.items()}
+    problems += [f"not floating point: {name} is {dtype}" for name, dtype in dtypes.items() if dtype not in _FLOATS]
     if problems:
-        raise WeightsError(f"{where} does not fit its config.json:\n  " + "\n  ".join(sorted(problems)))
+        raise WeightsError(f"{where} does not fit its config.json:\n  " + "\n  ".join(problems))
     flat = {}
     for name, (path, _) in ours.items():
         value = to_ours(path, file.get_tensor(stored[name]))
@@ -131,10 +128,11 @@ def save_component(folder: str | Path, component: str, params: tree.Params, conf
     folder, spec = Path(folder), COMPONENTS[component]
     description = to_json(component, config)
     flat = tree.flatten(params)
-    found, expected = {their_name(k): their_shape(k, v.shape) for k, v in flat.items()}, manifest(component, config)
-    if found != expected:
-        differing = sorted(k for k in found | expected if found.get(k) != expected.get(k))
-        raise WeightsError(f"{component}: parameters that do not fit the config: {', '.join(differing)}")
+    problems = shape_problems(
+        {their_name(k): their_shape(k, v.shape) for k, v in flat.items()}, manifest(component, config)
+    )
+    if problems:
+        raise WeightsError(f"{component}: the parameters do not fit the config:\n  " + "\n  ".join(problems))
     dtype = np.dtype(np.float16 if variant == "fp16" else np.float32)
     tensors = {their_name(k): _cast(k, to_theirs(k, np.asarray(v)), dtype) for k, v in flat.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,23 +147,3 @@ def _cast(path: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if np.max(np.abs(value.astype(np.float32)), initial=0.0) > np.finfo(dtype).max:
         raise WeightsError(f"{path} has values that {dtype} cannot hold: export without --fp16")
     return np.ascontiguousarray(value, dtype)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises WeightsError if it is missing or not one."""
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist")
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise WeightsError(f"{path} does not hold a JSON object")
-    return data
-
-
-def write_json(path: Path, data: dict) -> None:
-    """Writes `data` at once or not at all, in the format of the libraries' own files."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
-    partial.rename(path)

@@ -6,8 +6,8 @@ import numpy as np
 
 from sfv_jax.models import clip, tree
 from sfv_jax.weights.configs import COMPONENTS, DIFFUSERS_VERSION
-from sfv_jax.weights.diffusers import load_component, read_json, save_component, write_json
-from sfv_jax.weights.folders import WeightsError, new_folder, sha256
+from sfv_jax.weights.diffusers import load_component, save_component
+from sfv_jax.weights.folders import WeightsError, new_folder, read_json, sha256, write_json
 
 PIPELINE = "StableVideoDiffusionPipeline"
 SIGMAS = {"sigma_min": 0.002, "sigma_max": 700.0}  # of SVD's scheduler_config.json
