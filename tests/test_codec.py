@@ -1,0 +1,75 @@
+"""The codecs: SVD's against the pipeline's own steps, patches against the identity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sfv_jax.models.codec import PatchCodec
+from sfv_jax.weights.checkpoint import load_codec
+from tests.conftest import error, noise
+
+
+def pixels(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def svd(model_folder):
+    return load_codec(model_folder)
+
+
+def test_condition_is_the_pipelines(svd, pipe, reference):
+    torch = pytest.importorskip("torch")
+    from PIL import Image
+
+    image, original, epsilon = pixels(0, 1, 32, 48, 3), pixels(1, 1, 300, 260, 3), noise(2, 1, 32, 48, 3)
+    latent, embed = svd.condition(image, None, 0.05, noise=epsilon, original=original)
+    noisy = pipe.video_processor.preprocess(Image.fromarray(image[0])) + 0.05 * reference.to_torch(
+        epsilon, torch.float32
+    )
+    expected = pipe._encode_vae_image(noisy, "cpu", 1, do_classifier_free_guidance=False)
+    assert error(latent, reference.to_numpy(expected))[1] <= 2e-5
+    expected = pipe._encode_image(Image.fromarray(original[0]), "cpu", 1, do_classifier_free_guidance=False)
+    assert error(embed, expected[:, 0].double().numpy())[1] <= 1e-4  # the reference resizes with fp32 coordinates
+
+
+def test_decode_is_the_pipelines(svd, pipe, reference):
+    torch = pytest.importorskip("torch")
+    latents = noise(3, 2, 3, 4, 6, 4)
+    with torch.no_grad():
+        # Chunks of one clip each: a larger chunk would mix the clips of the batch.
+        frames = pipe.decode_latents(reference.to_torch(latents, torch.float32), 3, decode_chunk_size=3)
+    expected = pipe.video_processor.postprocess_video(frames, output_type="np") * 255
+    found = np.asarray(svd.decode(latents), np.float64)
+    assert found.shape == (2, 3, 32, 48, 3)
+    assert np.abs(found - expected).max() <= 0.5 + 1e-2
+
+
+def test_a_sample_ignores_its_neighbours(svd):
+    images, keys = pixels(4, 2, 32, 48, 3), jax.random.split(jax.random.key(0), 2)
+    together, alone = svd.condition(images, keys, jnp.array([0.5, 0.02])), svd.condition(images[1:], keys[1:], 0.02)
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_allclose(a[1:], b, atol=1e-5)
+    np.testing.assert_allclose(svd.encode(images[:, None])[:, 0], svd.condition(images, keys, 0.0)[0], atol=1e-5)
+    with pytest.raises(ValueError, match="one random key per image"):
+        svd.condition(images, jax.random.key(0), 0.02)
+
+
+def test_patches_lose_nothing():
+    codec, frames = PatchCodec(scaling_factor=1.7, offset=-0.3), pixels(5, 2, 3, 32, 32, 3)
+    latents = codec.encode(frames)
+    assert latents.shape == (2, 3, 8, 8, codec.latent_channels) and codec.downscale == 4
+    assert np.array_equal(codec.decode(latents * codec.scaling_factor), frames)
+
+
+def test_patch_condition():
+    codec, images = PatchCodec(), pixels(6, 2, 32, 32, 3)
+    keys = jax.random.split(jax.random.key(0), 2)
+    latent, embed = codec.condition(images, keys, 0.0)
+    np.testing.assert_allclose(latent, codec.encode(images[:, None])[:, 0], atol=1e-6)
+    assert embed.shape == (2, 48)
+    np.testing.assert_allclose(embed[0, :3], images[0, :8, :8].mean((0, 1)) / 127.5 - 1, atol=1e-5)
+    noisy, clean = codec.condition(images, keys, 0.1)
+    assert 0.09 < np.std(noisy - latent) < 0.11 and np.array_equal(clean, embed)
+    np.testing.assert_allclose(codec.condition(images[1:], keys[1:], 0.1)[0], noisy[1:], atol=1e-6)
