@@ -61,7 +61,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: dict, data: dict) -> None:
-        """Starts saving `state` (a tree of arrays) and `data` (the loader's position, JSON); returns before it is done."""
+        """Starts saving `state` (a tree of arrays) and `data` (the loader's position, JSON) and returns early."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         self.manager.save(step, args=items)
 
@@ -77,8 +77,10 @@ class Checkpoints:
         self.manager.close()
 
 
-def restore_ema(workdir: Path, abstract_params: dict) -> tuple[dict, int]:
+def restore_ema(workdir: Path, abstract_params: dict, name: str = "ema") -> tuple[dict, int]:
     """(EMA of the generator, step) of the newest checkpoint of a run; nothing else is read.
+
+    `name` is the part of the state to read, "ema" or "generator"; both have the shapes of `abstract_params`.
 
     Raises:
       WorkdirError: if the run has not saved a checkpoint yet.
@@ -88,10 +90,10 @@ def restore_ema(workdir: Path, abstract_params: dict) -> tuple[dict, int]:
         step = manager.latest_step()
     if step is None:
         raise WorkdirError(f"{workdir} has no checkpoint yet; train longer than config.checkpoint_every steps")
-    target = {"ema": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract_params)}
+    target = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract_params)}
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             directory / str(step) / "state",
             args=ocp.args.PyTreeRestore(item=target, partial_restore=True),
         )
-    return restored["ema"], step
+    return restored[name], step

@@ -1,1 +1,5 @@
-"""One module per training method; each offers `make_train_step` with the same signature."""
+"""One module per training method; each offers `make_networks`, `init_state` and `make_train_step` alike."""
+
+from sfv_jax.methods import sfv, teacher
+
+METHODS = {"sfv": sfv, "teacher": teacher}

@@ -109,8 +109,8 @@ def make_gradients(networks: Networks, config):
 def make_train_step(networks: Networks, config):
     """`(state, frozen, batch) -> (state, metrics)`, pure; randomness is fold_in(seed, step).
 
-    `batch`: `latents [n, t, h, w, c]` (scaled), `cond_latent [n, h, w, c]`, `image_embed [n, d]`, `ids [n, 3]`, with n the
-    samples of all `accumulation_steps` micro-batches.
+    `batch`: `latents [n, t, h, w, c]` (scaled), `cond_latent [n, h, w, c]`, `image_embed [n, d]`, `ids [n, 3]`; n is
+    the number of samples of all `accumulation_steps` micro-batches together.
     """
     gradients = make_gradients(networks, config)
     g_optimizer = optim.make_optimizer(config.generator_optimizer)

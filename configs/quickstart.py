@@ -1,0 +1,39 @@
+"""The whole method on two CPU cores: `:teacher` trains a tiny base model on the procedural world, `:sfv` distils it.
+
+    python -m sfv_jax.quickstart --workdir runs/quickstart
+
+runs both and compares them. Shapes of three kinds move in one of four diagonal directions, so that the first frame
+leaves four futures open and their average is a blur.
+"""
+
+from sfv_jax import config as defaults
+
+WORLD = dict(shapes=("disc", "square", "ring"), directions=4, angle_offset=45.0, speeds=(2.0,), radii=(3.0, 4.5))
+
+
+def get_config(arg: str = "teacher"):
+    if arg == "teacher":
+        config = teacher()
+    elif arg == "sfv":
+        config = sfv()
+    else:
+        raise ValueError(f"configs/quickstart.py takes :teacher or :sfv, not :{arg}")
+    config.data.world.update(WORLD)
+    return config.lock()
+
+
+def teacher():
+    config = defaults.tiny(defaults.teacher())
+    config.steps = 1200
+    config.ema_decay = 0.995
+    config.generator_optimizer.update(lr=2e-3, b2=0.99, warmup_steps=50, decay_steps=1150, clip_norm=1.0)
+    config.teacher.cond_drop = 0.0
+    config.update(log_every=50, checkpoint_every=300, sample_every=300)
+    return config
+
+
+def sfv():
+    config = defaults.tiny(defaults.sfv())
+    config.steps = 400
+    config.update(log_every=20, checkpoint_every=100, sample_every=100)
+    return config

@@ -1,0 +1,176 @@
+"""The defaults of every config field, each with its source. Files in `configs/` start from here and change numbers.
+
+"paper" is SF-V (arXiv 2406.04324); "choice" marks what no source states, with the reason in docs/decisions.md.
+"""
+
+from ml_collections import ConfigDict
+
+from sfv_jax.data.worlds import World
+from sfv_jax.models.codec import PatchCodec
+from sfv_jax.models.unet import UNetConfig
+
+
+def sm3(lr: float, **changes) -> ConfigDict:
+    """SM3 with the paper's momentum 0.5 and beta 0.999; no warm-up is mentioned there."""
+    fields = dict(name="sm3", lr=lr, momentum=0.5, beta=0.999, warmup_steps=0, decay_steps=0, clip_norm=0.0)
+    return ConfigDict(fields | changes)
+
+
+def adamw(lr: float, **changes) -> ConfigDict:
+    """AdamW; SVD itself was trained with it (svd paper, appendix D)."""
+    fields = dict(
+        name="adamw", lr=lr, b1=0.9, b2=0.999, weight_decay=0.0, warmup_steps=0, decay_steps=0, clip_norm=0.0
+    )
+    return ConfigDict(fields | changes)
+
+
+def default() -> ConfigDict:
+    """Fields all methods share."""
+    return ConfigDict(
+        dict(
+            method="",  # module of sfv_jax.methods
+            init="",  # model folder or workdir to start from; "" initialises at random
+            init_weights="ema",  # of a workdir: "ema" or "generator"
+            seed=0,
+            steps=50_000,  # paper
+            batch_size=32,  # samples per optimiser step, over all devices and micro-batches; paper
+            accumulation_steps=1,
+            dtype="bfloat16",  # compute dtype; parameters and optimiser state are fp32
+            ema_decay=0.95,  # paper
+            # UNet fields to change: any without `init`, else only those that leave the parameters as they are.
+            unet=ConfigDict(dict(), allow_dotted_keys=False),
+            data=dict(
+                source="latents",  # "latents": a cache made by sfv_jax.prepare; "world": the procedural world
+                path="",
+                split="train",
+                world_size=10_000,  # clips of the world's training split
+                world=dict(),  # changes to worlds.World
+            ),
+            patch_codec=dict(),  # changes to codec.PatchCodec, for the world
+            mesh=dict(data=-1, fsdp=1, spatial=1),
+            log_every=50,
+            checkpoint_every=1000,
+            keep_checkpoints=3,
+            sample_every=1000,  # 0: never
+            sample_count=4,
+        )
+    )
+
+
+def sfv() -> ConfigDict:
+    """SF-V with every number of the paper."""
+    config = default()
+    config.update(
+        dict(
+            method="sfv",
+            accumulation_steps=4,  # paper: batch 32 by 4-step accumulation on 8 GPUs
+            generator_optimizer=sm3(1e-5),  # paper
+            heads_optimizer=sm3(1e-4),  # paper
+            discriminator=dict(  # paper Fig. 3; kernels and widths: choice
+                spatial=True, temporal=True, spatial_kernel=3, temporal_kernel=9, projection_dim=64, sinusoid_dim=256
+            ),
+            sfv=dict(
+                generator_levels=4,  # paper: Tg
+                discriminator_levels=1000,  # paper: Td
+                p_mean=-1.0,  # paper, Eq. 7
+                p_std=1.0,  # paper prints -1; only the magnitude matters
+                adv_weight=1.0,  # paper, Eq. 10
+                recon_weight=0.1,  # paper: lambda
+                recon_c=None,  # choice: 0.00054 sqrt(d), improved consistency training
+                recon_reduction="video",  # paper, Eq. 9 as printed
+                r1_weight=1e-5,  # choice: gamma of ADD (arXiv 2311.17042)
+                shared_noise=True,  # paper writes one s' and one eps' for the pair
+                generator_every=1,  # choice: one generator update per discriminator update
+            ),
+        )
+    )
+    return config
+
+
+def teacher() -> ConfigDict:
+    """EDM denoising with the numbers of SVD's last training stage (svd paper, appendix D.4)."""
+    config = default()
+    config.update(
+        dict(
+            method="teacher",
+            ema_decay=0.9999,
+            generator_optimizer=adamw(3e-5),
+            teacher=dict(
+                p_mean=1.0,
+                p_std=1.6,
+                cond_drop=0.1,  # choice: SVD's rate is unpublished; InstructPix2Pix uses 0.05
+                sample_steps=25,  # Euler steps of the pictures made during training
+            ),
+        )
+    )
+    return config
+
+
+def tiny(config: ConfigDict) -> ConfigDict:
+    """The same method on the procedural world with networks that train on two CPU cores."""
+    codec = dict(patch=3, embed_cell=6, scaling_factor=4.0, offset=-0.6)
+    config.update(
+        dict(
+            init="",
+            steps=200,
+            batch_size=8,
+            accumulation_steps=1,
+            dtype="float32",
+            patch_codec=codec,
+            unet=tiny_unet(codec, (24 // 6) ** 2 * 3),
+            log_every=10,
+            checkpoint_every=100,
+            sample_every=100,
+        )
+    )
+    config.data.source = "world"
+    config.data.world = ConfigDict(
+        dict(size=24, num_frames=6, directions=4, angle_offset=45.0, speeds=(2.0,), radii=(3.0, 4.5))
+    )
+    if "discriminator" in config:
+        config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
+    return config
+
+
+def tiny_unet(codec: dict, embed_dim: int) -> dict:
+    """Two levels, as narrow as the patches allow (a latent cell's noise must pass through the first level)."""
+    channels = 3 * codec["patch"] ** 2
+    return dict(
+        in_channels=2 * channels,
+        out_channels=channels,
+        block_out_channels=(32, 64),
+        num_attention_heads=(2, 4),
+        layers_per_block=1,
+        cross_attention_dim=embed_dim,
+        addition_time_embed_dim=16,
+        num_frames=6,
+        norm_groups=8,  # 32 groups of one channel would erase each frame's mean colour
+        temporal_conv="matmul",
+    )
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the field."""
+
+
+def world_of(config: ConfigDict) -> World:
+    """The world of `config.data.world`."""
+    return _build(World, config.data.world, "data.world")
+
+
+def patch_codec_of(config: ConfigDict) -> PatchCodec:
+    """The codec of `config.patch_codec`."""
+    return _build(PatchCodec, config.patch_codec, "patch_codec")
+
+
+def unet_of(config: ConfigDict) -> UNetConfig:
+    """SVD's UNet with the changes of `config.unet`."""
+    return _build(UNetConfig, config.unet, "unet")
+
+
+def _build(kind, changes: ConfigDict, name: str):
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.{name}: {error}") from error

@@ -1,0 +1,78 @@
+"""What there is to start from: a model folder, or the workdir of a training run.
+
+A workdir holds `network.json` beside its checkpoints: the UNet's config and where its codec comes from. So a run can be
+sampled, exported or fine-tuned further by naming its workdir.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from sfv_jax.checkpoint import restore_ema
+from sfv_jax.models import tree
+from sfv_jax.models.codec import PatchCodec, SVDCodec
+from sfv_jax.models.unet import UNet, UNetConfig
+from sfv_jax.weights.checkpoint import load_codec, load_model
+from sfv_jax.weights.folders import WeightsError
+
+
+@dataclass(frozen=True)
+class Base:
+    """A generator and the codec it was trained with.
+
+    Attributes:
+      params: UNet parameters, nested dict of arrays.
+      codec: None where the caller asked not to load it.
+      model: the model folder that holds the VAE and CLIP tower, None for the patch codec.
+      step: training steps, None for a model folder.
+    """
+
+    unet: UNetConfig
+    params: tree.Params
+    codec: SVDCodec | PatchCodec | None
+    model: Path | None
+    step: int | None
+
+
+def describe_run(workdir: Path, unet: UNetConfig, codec: PatchCodec | None, model: Path | None) -> None:
+    """Writes `workdir/network.json`: a patch codec in full, or the model folder of SVD's."""
+    content = {
+        "unet": dataclasses.asdict(unet),
+        "patch_codec": dataclasses.asdict(codec) if codec else None,
+        "model": str(model.resolve()) if model else None,
+    }
+    temporary = workdir / "network.json.tmp"
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(workdir / "network.json")
+
+
+def read_run(workdir: Path) -> tuple[UNetConfig, PatchCodec | None, Path | None]:
+    """What `describe_run` wrote."""
+    content = json.loads((workdir / "network.json").read_text())
+    unet = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in content["unet"].items()})
+    codec = PatchCodec(**content["patch_codec"]) if content["patch_codec"] else None
+    return unet, codec, Path(content["model"]) if content["model"] else None
+
+
+def load_generator(path: str | Path, *, raw: bool = False, codec: bool = True) -> Base:
+    """The generator of a model folder, or the newest moving average (`raw`: the trained weights) of a run.
+
+    Raises:
+      WeightsError: if `path` is neither, or if the model folder a run's codec came from is gone.
+      WorkdirError: if the run has no checkpoint yet.
+    """
+    path = Path(path)
+    if not (path / "network.json").is_file():
+        params, configs, meta = load_model(path, ("unet",))
+        patch = meta["codec"] == "patch"
+        return Base(configs["unet"], params["unet"], load_codec(path) if codec else None, None if patch else path, None)
+    unet, patch_codec, model = read_run(path)
+    _, abstract = tree.abstract(UNet, unet)
+    params, step = restore_ema(path, abstract, name="generator" if raw else "ema")
+    if model and codec and not model.is_dir():
+        raise WeightsError(f"{path} was trained from {model}, which is gone: its VAE and CLIP tower are needed")
+    loaded = patch_codec or (load_codec(model) if model and codec else None)
+    return Base(unet, jax.tree.map(jax.numpy.asarray, params), loaded, model, step)

@@ -1,0 +1,256 @@
+"""Train a model.
+
+    python -m sfv_jax.train --config configs/sfv.py --workdir runs/sfv --config.init=models/svd --config.data.path=cache
+
+Run the same command again to continue after an interruption. `--workdir` receives `config.json`, `checkpoints/`,
+`metrics.jsonl`, `tensorboard/` and `samples/`. Any field can be set with `--config.field=value`; see sfv_jax/config.py.
+"""
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from einops import rearrange
+from ml_collections import ConfigDict, config_flags
+
+from sfv_jax import config as configs
+from sfv_jax.checkpoint import Checkpoints, WorkdirError, claim_workdir
+from sfv_jax.config import ConfigError
+from sfv_jax.data.latents import LatentError
+from sfv_jax.data.loader import latent_source, make_loader, world_source
+from sfv_jax.data.video import write_video
+from sfv_jax.methods import METHODS
+from sfv_jax.metrics import MetricWriter, ProgressReport
+from sfv_jax.runs import Base, describe_run, load_generator
+from sfv_jax.sampler import Sampler
+from sfv_jax.sharding import batch_sharding, make_mesh, param_shardings, put_batch, put_tree
+from sfv_jax.state import Networks
+from sfv_jax.weights.folders import WeightsError
+
+SAME_PARAMETERS = ("remat", "temporal_conv", "attention_kernel", "num_frames")  # may change with `init` given
+
+
+def load_base(config: ConfigDict) -> Base:
+    """Where training starts: `config.init`, or random weights on the procedural world's codec.
+
+    Raises:
+      ConfigError: if `config.unet` would change parameters that `config.init` brings.
+    """
+    if not config.init:
+        unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
+        if config.data.source != "world":
+            raise ConfigError("config.init is empty: name a model folder (python -m sfv_jax.convert makes one)")
+        return Base(unet, Networks(unet).init_generator(config.seed), codec, None, None)
+    wrong = sorted(set(config.unet) - set(SAME_PARAMETERS))
+    if wrong and config.data.source != "world":
+        raise ConfigError(f"config.unet.{wrong[0]} cannot change: config.init={config.init} decides it")
+    base = load_generator(config.init, raw=config.init_weights == "generator")
+    return replace(base, unet=replace(base.unet, **{k: config.unet[k] for k in SAME_PARAMETERS if k in config.unet}))
+
+
+def open_source(config: ConfigDict, base: Base, split: str):
+    """Random-access examples of `config.data`.
+
+    Raises:
+      ConfigError: if latents and UNet do not fit, or the source is unknown.
+    """
+    data = config.data
+    if data.source == "world":
+        source = world_source(configs.world_of(config), split, data.world_size, base.codec)
+    elif data.source == "latents":
+        source = latent_source(data.path, split, base.codec.scaling_factor)
+    else:
+        raise ConfigError(f"config.data.source={data.source!r}: choose 'latents' or 'world'")
+    example = source[0]
+    channels = (example["latents"].shape[-1], example["image_embed"].shape[-1])
+    expected = (base.unet.out_channels, base.unet.cross_attention_dim)
+    if channels != expected:
+        raise ConfigError(
+            f"config.data: latents have {channels[0]} channels and image embeddings {channels[1]} numbers, the UNet of "
+            f"config.init={config.init!r} wants {expected[0]} and {expected[1]}: prepare the cache with that model"
+        )
+    return source
+
+
+class Pictures:
+    """Samples from fixed conditions, drawn now and then: rows are conditions, columns frames, the truth on top."""
+
+    def __init__(self, config: ConfigDict, base: Base, source, workdir: Path):
+        examples = [source[n] for n in range(min(config.sample_count, len(source)))]
+        batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+        self.condition = {k: batch[k] for k in ("cond_latent", "image_embed", "ids")}
+        self.sampler = Sampler(base.unet, None, base.codec)
+        self.noise = jax.random.normal(jax.random.key(config.seed), batch["latents"].shape)
+        self.steps = config.teacher.sample_steps if config.method == "teacher" else 1
+        self.truth = np.asarray(base.codec.decode(batch["latents"]))
+        self.folder = workdir / "samples"
+
+    def draw(self, params, step: int) -> np.ndarray:
+        """Writes `samples/STEP.png` (a strip of all frames) and `.gif`; returns the strip."""
+        self.sampler.params = params
+        latents = self.sampler.latents(self.condition, self.noise, steps=self.steps)
+        fakes = np.asarray(self.sampler.codec.decode(latents))
+        frames = rearrange(np.concatenate([self.truth, fakes], axis=2), "b t h w c -> t h (b w) c")
+        frames = enlarge(frames, 2)
+        self.folder.mkdir(exist_ok=True)
+        write_video(self.folder / f"{step:07d}.gif", frames)
+        strip = rearrange(np.stack([self.truth, fakes], axis=1), "b n t h w c -> (b n h) (t w) c")
+        strip = enlarge(strip[None], 2)
+        write_video(self.folder / f"{step:07d}.png", strip)
+        return strip[0]
+
+
+def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
+    """`[t, h, w, 3]` with every pixel repeated when the frames are small (below 256 pixels), else as they are."""
+    if frames.shape[1] >= 256:
+        return frames
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def train(config: ConfigDict, workdir: Path) -> dict:
+    """Trains until `config.steps`; returns the final state (nested dict of arrays)."""
+    if config.method not in METHODS:
+        raise ConfigError(f"config.method={config.method!r}: choose one of {', '.join(METHODS)}")
+    method, chief = METHODS[config.method], jax.process_index() == 0
+    claim_workdir(workdir, config.to_dict())
+
+    # ---- networks, state, shardings: shapes first ----
+    base = load_base(config)
+    describe_run(workdir, base.unet, base.codec if base.model is None else None, base.model)
+    source = open_source(config, base, config.data.split)
+    networks = method.make_networks(base.unet, config)
+    mesh = make_mesh(**config.mesh)
+
+    def init(params):
+        return method.init_state(networks, config, params)
+
+    shardings = param_shardings(mesh, jax.eval_shape(init, base.params))
+    params = put_tree(base.params, param_shardings(mesh, base.params))
+    state, frozen = jax.jit(init, out_shardings=shardings)(params)
+    del params
+
+    # ---- data, checkpoints ----
+    loader = make_loader(
+        source,
+        global_batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    writer, start = MetricWriter(workdir, chief), 0
+    if checkpoints.latest() is not None:
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings[0]
+        )
+        state, position = checkpoints.restore(checkpoints.latest(), abstract)
+        loader.set_state(position)
+        start = int(state["step"])
+        writer.resume(start)
+        print(f"continuing {workdir} at step {start}")
+
+    # ---- loop ----
+    step_fn = jax.jit(
+        method.make_train_step(networks, config),
+        in_shardings=(*shardings, batch_sharding(mesh)),
+        out_shardings=(shardings[0], None),
+        donate_argnums=0,
+    )
+    pictures = None
+    if config.sample_every and chief:
+        held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
+        pictures = Pictures(config, base, held_out, workdir)
+    report = ProgressReport(config.steps, start, chief, config.method)
+    pending, interval, clock = None, [], Clock(start)
+    for step in range(start + 1, config.steps + 1):
+        with clock.waiting():
+            batch = put_batch(mesh, next(loader))
+        state, metrics = step_fn(state, frozen, batch)
+        interval.append(metrics)
+        report.advance(step)
+        if step % config.log_every == 0 or step == config.steps:
+            # The device is never waited for: what is fetched now was finished an interval ago.
+            log(writer, report, clock, pending)
+            pending, interval = (step, interval), []
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            checkpoints.save(step, state, loader.get_state())
+        if pictures and (step % config.sample_every == 0 or step == config.steps):
+            writer.image(step, "samples", pictures.draw(state["ema"], step))
+            clock.pause()
+    log(writer, report, clock, pending)
+    report.close()
+    checkpoints.close()
+    writer.close()
+    return state
+
+
+class Clock:
+    """Step time and the part of it spent waiting for data, between calls of `lap`."""
+
+    def __init__(self, step: int):
+        self.step, self.began, self.data = step, None, 0.0
+
+    def waiting(self):
+        """Context manager around the wait for a batch."""
+        return _Stopwatch(self)
+
+    def pause(self) -> None:
+        """Leaves what happened since the last lap out of the next one."""
+        self.began = None
+
+    def lap(self, step: int) -> dict:
+        """Seconds per step since the last lap; empty for the first, which compiled, and after a pause."""
+        now, times = time.monotonic(), {}
+        if self.began is not None and step > self.step:
+            steps = step - self.step
+            times = {"time/step": (now - self.began) / steps, "time/data_wait": self.data / steps}
+        self.step, self.began, self.data = step, now, 0.0
+        return times
+
+
+class _Stopwatch:
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def __enter__(self):
+        self.start = time.monotonic()
+
+    def __exit__(self, *_):
+        self.clock.data += time.monotonic() - self.start
+
+
+def log(writer: MetricWriter, report: ProgressReport, clock: Clock, pending: tuple | None) -> None:
+    """Writes the means over an interval, `pending (last step, metrics of every step)`, with the time per step."""
+    if pending is None:
+        return
+    step, metrics = pending
+    metrics = jax.device_get(metrics)
+    values = {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]} | clock.lap(step)
+    writer.scalars(step, values)
+    losses = "  ".join(f"{k.removeprefix('loss/')} {v:.4g}" for k, v in values.items() if k.startswith("loss/"))
+    speed = f"{values['time/step']:.3f} s/step  " if "time/step" in values else ""
+    report.note(step, speed + losses)
+
+
+FLAGS = flags.FLAGS
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)  # orbax reports every rename
+    try:
+        train(FLAGS.config, Path(FLAGS.workdir))
+    except (ConfigError, LatentError, WeightsError, WorkdirError) as error:
+        sys.exit(f"train: {error}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "configs/X.py or configs/X.py:tiny", lock_config=True)
+    flags.DEFINE_string("workdir", None, "folder of the run, made if absent")
+    flags.mark_flags_as_required(["config", "workdir"])
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    app.run(main)
