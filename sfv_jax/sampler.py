@@ -64,7 +64,10 @@ class Sampler:
     Attributes:
       codec: what turns images into conditions and latents into frames.
       unet: config of the generator; `unet.num_frames` frames are made by default.
+      step: training steps of the checkpoint it was loaded from, None for a model folder.
     """
+
+    step: int | None = None
 
     def __init__(self, unet: UNetConfig, params: tree.Params, codec: SVDCodec | PatchCodec, dtype: str = "float32"):
         self.unet, self.params, self.codec = unet, params, codec
@@ -93,7 +96,9 @@ class Sampler:
             raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
         base = load_generator(path, raw=raw)
         params = jax.tree.map(lambda x: jnp.asarray(x, DTYPES[dtype]), base.params)
-        return cls(base.unet, params, base.codec, dtype)
+        sampler = cls(base.unet, params, base.codec, dtype)
+        sampler.step = base.step
+        return sampler
 
     def latents(self, condition: dict, noise: Array, *, steps: int = 1, guidance: tuple | None = None) -> Array:
         """Scaled latents `[b, t, h, w, c]` from `noise` of that shape; `condition` as in `euler`."""

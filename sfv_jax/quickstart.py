@@ -1,0 +1,141 @@
+"""The whole road in minutes: train a teacher on the procedural world, distil it into one step, compare them.
+
+    python -m sfv_jax.quickstart --workdir runs/quickstart
+
+Leaves in the workdir: `teacher/` and `sfv/` (ordinary training runs: the same command continues them), and of the
+comparison a `.png` and a `.gif`, `table.md` and `table.json`. Scores are exact: every legal continuation is known.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from einops import rearrange
+from ml_collections import config_flags
+from PIL import Image, ImageDraw
+
+from sfv_jax.checkpoint import WorkdirError
+from sfv_jax.config import ConfigError, world_of
+from sfv_jax.data.video import write_video
+from sfv_jax.evaluation.world import busiest_direction, nearest_future
+from sfv_jax.sampler import Sampler
+from sfv_jax.train import train
+
+CLIPS, SHOWN, SCALE = 64, 4, 4  # held-out clips scored, clips in the picture, pixels per pixel
+
+
+def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray, float]:
+    """Generated clips uint8 `[n, t, h, w, 3]` from the first frames of `frames`, and milliseconds per video.
+
+    The time is that of a single video from condition to latents, the best of five after one that compiled.
+    """
+    first = frames[:, 0]
+    size = first.shape[1:3]
+    keys = jax.random.split(jax.random.key(0), len(first))
+    condition = sampler.condition(list(first), size, keys, (6.0, 127.0, 0.0))
+    noise = jax.random.normal(jax.random.key(1), (len(first), *sampler.latent_shape(size)))
+    generated = np.asarray(sampler.codec.decode(sampler.latents(condition, noise, steps=steps)))
+    one = {k: v[:1] for k, v in condition.items()}
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        jax.block_until_ready(sampler.latents(one, noise[:1], steps=steps))
+        seconds.append(time.perf_counter() - began)
+    return generated, 1000 * min(seconds)
+
+
+def compare(world, teacher: Sampler, student: Sampler) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """(rows of the table, clips by name) on held-out clips."""
+    truth, labels = world.batch(range(CLIPS), "heldout")
+    clips = {"truth": truth, "still image": np.repeat(truth[:, :1], truth.shape[1], axis=1)}
+    latency = {}
+    for name, sampler, steps in (
+        ("teacher, 25 steps", teacher, 25),
+        ("teacher, 4 steps", teacher, 4),
+        ("teacher, 1 step", teacher, 1),
+        ("SF-V, 1 step", student, 1),
+    ):
+        clips[name], latency[name] = videos(sampler, truth, steps)
+    rows = []
+    for name, frames in clips.items():
+        nearest = [nearest_future(world, label, clip) for label, clip in zip(labels, frames, strict=True)]
+        rows.append(
+            {
+                "name": name,
+                "milliseconds": latency.get(name),
+                "distance": float(np.mean([distance for distance, _ in nearest])),
+                "busiest_direction": busiest_direction([label for _, label in nearest], world.directions),
+            }
+        )
+    return rows, clips
+
+
+def table(rows: list[dict], directions: int) -> str:
+    """The rows as Markdown, with what the columns mean."""
+    lines = ["| | ms per video | distance | busiest direction |", "| --- | ---: | ---: | ---: |"]
+    for row in rows:
+        time_ = "" if row["milliseconds"] is None else f"{row['milliseconds']:.0f}"
+        lines.append(f"| {row['name']} | {time_} | {row['distance']:.2f} | {row['busiest_direction']:.2f} |")
+    return "\n".join(lines) + (
+        f"\n\n{CLIPS} held-out first frames. Distance: RMSE in grey levels (0..255) to the nearest legal continuation,"
+        f" 0 is perfect.\nBusiest direction: share of the most frequent motion, {1 / directions:.2f} when all are used"
+        " alike, 1.00 after mode collapse.\nTime: condition to latents of one video on this machine, warm."
+    )
+
+
+def picture(clips: dict[str, np.ndarray], path: Path) -> None:
+    """Writes `path` (.png): for each of the first clips, a row per method with its frames side by side; and a .gif."""
+    names = [name for name in clips if name != "still image"]
+    rows = [(name, clips[name][n]) for n in range(SHOWN) for name in names]
+    h, label, gap = clips["truth"].shape[2] * SCALE, 140, 6
+    width = label + clips["truth"].shape[1] * (h + 2)
+    canvas = Image.new("RGB", (width, len(rows) * (h + 2) + gap * SHOWN), "white")
+    draw = ImageDraw.Draw(canvas)
+    for n, (name, frames) in enumerate(rows):
+        y = n * (h + 2) + gap * (n // len(names))
+        draw.text((4, y + h // 2 - 6), name, fill="black")
+        for t, frame in enumerate(frames):
+            canvas.paste(Image.fromarray(frame).resize((h, h), Image.Resampling.NEAREST), (label + t * (h + 2), y))
+    temporary = path.with_name(f".{path.name}")
+    canvas.save(temporary, format="PNG")
+    temporary.replace(path)
+    grid = np.stack([clips[name][:SHOWN] for name in names])
+    movie = rearrange(grid, "m n t h w c -> t (n h) (m w) c").repeat(SCALE, axis=1).repeat(SCALE, axis=2)
+    write_video(path.with_suffix(".gif"), movie, fps=4)
+
+
+FLAGS = flags.FLAGS
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    workdir, began = Path(FLAGS.workdir), time.monotonic()
+    student = FLAGS.sfv.copy_and_resolve_references()
+    student.init = str(workdir / "teacher")
+    try:
+        print("1/3 teacher: denoising on the procedural world")
+        train(FLAGS.teacher, workdir / "teacher")
+        print("2/3 SF-V: one step, from the teacher's weights")
+        train(student, workdir / "sfv")
+    except (ConfigError, WorkdirError) as error:
+        sys.exit(f"quickstart: {error}")
+    print("3/3 comparison on held-out clips")
+    world = world_of(FLAGS.sfv)
+    rows, clips = compare(world, *(Sampler.load(workdir / name) for name in ("teacher", "sfv")))
+    picture(clips, workdir / "comparison.png")
+    text = table(rows, world.directions)
+    (workdir / "table.md").write_text(text + "\n")
+    (workdir / "table.json").write_text(json.dumps(rows, indent=1))
+    minutes = (time.monotonic() - began) / 60
+    print(f"\n{text}\n\nLook at {workdir / 'comparison.png'}. {minutes:.1f} minutes in all.")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("teacher", "configs/quickstart.py:teacher", "the teacher's config")
+    config_flags.DEFINE_config_file("sfv", "configs/quickstart.py:sfv", "SF-V's config")
+    flags.DEFINE_string("workdir", "runs/quickstart", "folder for everything that is made")
+    app.run(main)
