@@ -1,6 +1,6 @@
 """Turn a folder of videos into a latent cache for training.
 
-    python -m sfv_jax.prepare --videos clips/ --svd stable-video-diffusion-img2vid/ --out cache/
+    python -m sfv_jax.prepare --videos clips/ --svd models/svd --out cache/
 
 Videos are decoded, resampled by timestamp, resized and cropped on the CPU while the accelerator encodes. Files that
 cannot be used are skipped and listed, with the reason, at the end and in `manifest.json`. Run the same command again
@@ -332,17 +332,29 @@ def make_encoder(codec, noise_aug_strength: float, seed: int) -> Encode:
 
 
 def load_codec(svd: str | os.PathLike):
-    """The encoders in the diffusers folder `svd`: (codec, SHA-256 of their weights). Raises WeightsError."""
+    """The encoders in `svd`: (codec, identity of their weights).
+
+    `svd` is a model folder, known by the SHA-256 recorded when it was converted, or a diffusers folder. Raises
+    WeightsError.
+    """
     import jax
 
     from sfv_jax.models.codec import SVDCodec
+    from sfv_jax.weights import checkpoint
     from sfv_jax.weights.diffusers import load_component
     from sfv_jax.weights.folders import sha256
 
     names = ("vae", "image_encoder")
+    if (Path(svd) / "model.json").is_file():
+        _, meta = checkpoint.read_model(svd)
+        if meta["codec"] != "svd":
+            raise WeightsError(f"{svd} has codec {meta['codec']!r}: videos need SVD's VAE and CLIP tower")
+        digests = meta.get("source", {}).get("sha256", {})
+        weights = [digest for file, digest in digests.items() if file.startswith(names) and "config" not in file]
+        return checkpoint.load_codec(svd), "+".join(sorted(weights)) or str(svd)
     params, configs, files = zip(*(load_component(Path(svd) / name, name) for name in names), strict=True)
     codec = SVDCodec(*configs, jax.device_put(dict(zip(names, params, strict=True))))
-    return codec, "+".join(sha256(file) for file in files)
+    return codec, "+".join(sorted(sha256(file) for file in files))
 
 
 _FLAGS = flags.FLAGS
@@ -354,7 +366,7 @@ def _settings_with_flags() -> list[dataclasses.Field]:
 
 def _define_flags() -> None:
     flags.DEFINE_string("videos", None, "folder of videos, searched recursively", required=True)
-    flags.DEFINE_string("svd", None, "folder of the SVD weights (diffusers layout)", required=True)
+    flags.DEFINE_string("svd", None, "SVD: a model folder made by sfv_jax.convert, or a diffusers folder", required=True)
     flags.DEFINE_string("out", None, "folder of the cache", required=True)
     flags.DEFINE_integer("batch_size", 1, "clips encoded at a time", lower_bound=1)
     flags.DEFINE_integer("threads", os.cpu_count() or 1, "decoders", lower_bound=1)
