@@ -103,7 +103,7 @@ def test_model_folder_knows_its_origin(model_folder):
 
 def test_load_model_equals_load_component(model_folder, params):
     loaded, _, _ = checkpoint.load_model(model_folder)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded, params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
 
 
 def test_load_model_sharded_and_cast(model_folder, params):
@@ -164,6 +164,10 @@ def test_old_names_are_read(pipeline_folder, params, tmp_path):
     save_file(tensors, vae / FILES["vae"])
     loaded, _, _ = load_component(vae, "vae")
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params["vae"]))
+    bias = "decoder.mid_block.attentions.0.to_q.bias"
+    save_file(tensors | {bias: tensors[bias.replace("to_q", "query")]}, vae / FILES["vae"])
+    with pytest.raises(WeightsError, match=f"duplicate: .*{bias[:-12]}"):
+        load_component(vae, "vae")
 
     clip = shutil.copytree(pipeline_folder / "image_encoder", tmp_path / "clip")
     tensors = load_file(clip / FILES["image_encoder"])

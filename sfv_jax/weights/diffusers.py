@@ -91,15 +91,17 @@ def read_tensors(file, shapes: tree.Params, where: str, dtype=None) -> tree.Para
     """Parameters like `shapes` out of an open safetensors file, one tensor in memory at a time besides the result.
 
     Raises:
-      WeightsError: listing every missing, unexpected, misshapen or non-floating tensor.
+      WeightsError: listing every missing, unexpected, misshapen, duplicate or non-floating tensor.
     """
     ours = {their_name(path): (path, their_shape(path, x.shape)) for path, x in tree.flatten(shapes).items()}
-    stored = {modern_name(name): name for name in file.keys() if not name.endswith(".position_ids")}
+    names = [name for name in file.keys() if not name.endswith(".position_ids")]
+    stored = {modern_name(name): name for name in names}
     slices = {name: file.get_slice(old) for name, old in stored.items()}
     problems = shape_problems(
         {name: tuple(x.get_shape()) for name, x in slices.items()}, {name: shape for name, (_, shape) in ours.items()}
     )
     dtypes = {name: x.get_dtype() for name, x in slices.items()}
+    problems += [f"duplicate: {name}" for name in names if stored[modern_name(name)] != name]
     problems += [f"not floating point: {name} is {dtype}" for name, dtype in dtypes.items() if dtype not in _FLOATS]
     if problems:
         raise WeightsError(f"{where} does not fit its config.json:\n  " + "\n  ".join(problems))
