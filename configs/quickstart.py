@@ -8,7 +8,7 @@ leaves four futures open and their average is a blur.
 
 from sfv_jax import config as defaults
 
-WORLD = dict(shapes=("disc", "square", "ring"), directions=4, angle_offset=45.0, speeds=(2.0,), radii=(3.0, 4.5))
+WORLD = dict(shapes=("disc", "square", "ring"), directions=4, angle_offset=45.0, speeds=(1.5,), radii=(2.2, 3.2))
 
 
 def get_config(arg: str = "teacher"):

@@ -108,7 +108,7 @@ def teacher() -> ConfigDict:
 
 def tiny(config: ConfigDict) -> ConfigDict:
     """The same method on the procedural world with networks that train on two CPU cores."""
-    codec = dict(patch=3, embed_cell=6, scaling_factor=4.0, offset=-0.6)
+    codec = dict(patch=2, embed_cell=4, scaling_factor=4.0, offset=-0.6)
     config.update(
         dict(
             init="",
@@ -117,7 +117,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
             accumulation_steps=1,
             dtype="float32",
             patch_codec=codec,
-            unet=tiny_unet(codec, (24 // 6) ** 2 * 3),
+            unet=tiny_unet(codec, size=16),
             log_every=10,
             checkpoint_every=100,
             sample_every=100,
@@ -125,15 +125,15 @@ def tiny(config: ConfigDict) -> ConfigDict:
     )
     config.data.source = "world"
     config.data.world = ConfigDict(
-        dict(size=24, num_frames=6, directions=4, angle_offset=45.0, speeds=(2.0,), radii=(3.0, 4.5))
+        dict(size=16, num_frames=8, directions=4, angle_offset=45.0, speeds=(1.5,), radii=(2.2, 3.2))
     )
     if "discriminator" in config:
         config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
     return config
 
 
-def tiny_unet(codec: dict, embed_dim: int) -> dict:
-    """Two levels, as narrow as the patches allow (a latent cell's noise must pass through the first level)."""
+def tiny_unet(codec: dict, size: int) -> dict:
+    """Two levels, wide enough for a latent cell's noise and condition to pass through the first one."""
     channels = 3 * codec["patch"] ** 2
     return dict(
         in_channels=2 * channels,
@@ -141,9 +141,9 @@ def tiny_unet(codec: dict, embed_dim: int) -> dict:
         block_out_channels=(32, 64),
         num_attention_heads=(2, 4),
         layers_per_block=1,
-        cross_attention_dim=embed_dim,
+        cross_attention_dim=3 * (size // codec["embed_cell"]) ** 2,
         addition_time_embed_dim=16,
-        num_frames=6,
+        num_frames=8,
         norm_groups=8,  # 32 groups of one channel would erase each frame's mean colour
         temporal_conv="matmul",
     )

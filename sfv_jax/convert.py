@@ -2,7 +2,9 @@
 
     python -m sfv_jax.convert --src stable-video-diffusion-img2vid --dst models/svd
     python -m sfv_jax.convert --export --src models/svd --dst svd-diffusers --fp16
+    python -m sfv_jax.convert --export --src runs/sfv --dst sfv-diffusers
 
+The last takes the newest moving average of a training run, with the VAE and CLIP tower of the model it started from.
 Every tensor must be accounted for, in name and shape; a conversion that stops halfway leaves nothing behind.
 """
 
@@ -11,6 +13,8 @@ from pathlib import Path
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+from sfv_jax.checkpoint import WorkdirError
+from sfv_jax.runs import is_run, load_generator
 from sfv_jax.weights.checkpoint import load_model, read_model, resolve_model, save_model
 from sfv_jax.weights.configs import COMPONENTS
 from sfv_jax.weights.folders import WeightsError, refuse_existing
@@ -33,18 +37,24 @@ def import_pipeline(src: str, dst: str, *, variant: str | None = None, dtype: st
     save_model(dst, params, configs, codec="svd", extra=facts, overwrite=overwrite)
 
 
-def export_model(src: str, dst: str, *, variant: str | None = None, overwrite=False) -> None:
-    """Writes the model folder `src` as a diffusers folder `dst`, in fp32 or, for variant "fp16", in half precision.
+def export_model(src: str, dst: str, *, variant: str | None = None, raw=False, overwrite=False) -> None:
+    """Writes a model folder or the newest checkpoint of a training run, `src`, as a diffusers folder `dst`.
 
+    Args:
+      variant: "fp16" for half precision, else fp32.
+      raw: of a run, the trained weights instead of their moving average.
     Raises:
       WeightsError: if `src` has no SVD networks that diffusers can express, or `dst` exists.
+      WorkdirError: if the run has no checkpoint yet.
     """
     refuse_existing(Path(dst), overwrite)
-    src = resolve_model(src)
-    _, meta = read_model(src)
-    if meta["codec"] != "svd":
-        raise WeightsError(f"{src} has codec {meta['codec']!r}: diffusers knows no pipeline without SVD's VAE and CLIP")
-    params, configs, meta = load_model(src, tuple(COMPONENTS))
+    run = load_generator(src, raw=raw, codec=False) if is_run(src) else None
+    model = run.model if run else resolve_model(src)
+    if model is None or read_model(model)[1]["codec"] != "svd":
+        raise WeightsError(f"{src} has a patch codec: diffusers knows no pipeline without SVD's VAE and CLIP")
+    params, configs, meta = load_model(model, tuple(COMPONENTS) if run is None else ("vae", "image_encoder"))
+    if run:
+        params, configs = params | {"unet": run.params}, configs | {"unet": run.unet}
     save_pipeline(dst, params, configs, meta["scheduler"], variant=variant, overwrite=overwrite)
 
 
@@ -58,8 +68,9 @@ def report(folder: str) -> None:
 def define_flags() -> None:
     flags.DEFINE_string("src", None, "Folder to read.", required=True)
     flags.DEFINE_string("dst", None, "Folder to write.", required=True)
-    flags.DEFINE_bool("export", False, "From a model folder to a diffusers folder.")
+    flags.DEFINE_bool("export", False, "From a model folder or a training run to a diffusers folder.")
     flags.DEFINE_bool("fp16", False, "The fp16 variant of the diffusers files: read it, or write it with --export.")
+    flags.DEFINE_bool("raw", False, "Of a training run, the trained weights instead of their moving average.")
     flags.DEFINE_enum("dtype", "source", DTYPES, "What the model folder stores.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing --dst.")
 
@@ -70,11 +81,11 @@ def main(_) -> None:
     variant = "fp16" if args.fp16 else None
     try:
         if args.export:
-            export_model(args.src, args.dst, variant=variant, overwrite=args.overwrite)
+            export_model(args.src, args.dst, variant=variant, raw=args.raw, overwrite=args.overwrite)
         else:
             import_pipeline(args.src, args.dst, variant=variant, dtype=args.dtype, overwrite=args.overwrite)
             report(args.dst)
-    except WeightsError as error:
+    except (WeightsError, WorkdirError) as error:
         raise SystemExit(f"convert: {error}") from error
     print(f"wrote {args.dst}")
 

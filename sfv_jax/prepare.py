@@ -366,7 +366,7 @@ def _settings_with_flags() -> list[dataclasses.Field]:
 
 def _define_flags() -> None:
     flags.DEFINE_string("videos", None, "folder of videos, searched recursively", required=True)
-    flags.DEFINE_string("svd", None, "SVD: a model folder made by sfv_jax.convert, or a diffusers folder", required=True)
+    flags.DEFINE_string("svd", None, "model folder made by sfv_jax.convert, or diffusers folder", required=True)
     flags.DEFINE_string("out", None, "folder of the cache", required=True)
     flags.DEFINE_integer("batch_size", 1, "clips encoded at a time", lower_bound=1)
     flags.DEFINE_integer("threads", os.cpu_count() or 1, "decoders", lower_bound=1)

@@ -57,6 +57,11 @@ def read_run(workdir: Path) -> tuple[UNetConfig, PatchCodec | None, Path | None]
     return unet, codec, Path(content["model"]) if content["model"] else None
 
 
+def is_run(path: str | Path) -> bool:
+    """Whether `path` is the workdir of a training run."""
+    return (Path(path) / "network.json").is_file()
+
+
 def load_generator(path: str | Path, *, raw: bool = False, codec: bool = True) -> Base:
     """The generator of a model folder, or the newest moving average (`raw`: the trained weights) of a run.
 
@@ -65,14 +70,14 @@ def load_generator(path: str | Path, *, raw: bool = False, codec: bool = True) -
       WorkdirError: if the run has no checkpoint yet.
     """
     path = Path(path)
-    if not (path / "network.json").is_file():
-        params, configs, meta = load_model(path, ("unet",))
+    if not is_run(path):
+        params, configs, meta = load_model(path, ("unet",), dtype=jax.numpy.float32)
         patch = meta["codec"] == "patch"
         return Base(configs["unet"], params["unet"], load_codec(path) if codec else None, None if patch else path, None)
     unet, patch_codec, model = read_run(path)
     _, abstract = tree.abstract(UNet, unet)
     params, step = restore_ema(path, abstract, name="generator" if raw else "ema")
-    if model and codec and not model.is_dir():
+    if model and not model.is_dir():
         raise WeightsError(f"{path} was trained from {model}, which is gone: its VAE and CLIP tower are needed")
     loaded = patch_codec or (load_codec(model) if model and codec else None)
     return Base(unet, jax.tree.map(jax.numpy.asarray, params), loaded, model, step)

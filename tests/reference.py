@@ -4,6 +4,7 @@ Default initialisation leaves zeros, ones and equal mixing factors, behind which
 """
 
 import copy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -169,3 +170,8 @@ def run_vae_decoder(model: AutoencoderKLTemporalDecoder, latents) -> np.ndarray:
 def run_clip(model: CLIPVisionModelWithProjection, images) -> np.ndarray:
     """Embeddings `[b, d]` of the reference on preprocessed images `[b, 224, 224, 3]`, in float64."""
     return copy.deepcopy(model).double()(to_torch(images)).image_embeds.numpy()
+
+
+if __name__ == "__main__":  # python -m tests.reference FOLDER [fp16]: a small SVD-shaped folder of random weights
+    tiny = pipeline(UNetConfig.tiny(num_frames=14), VAEConfig.tiny(), CLIPConfig.tiny())
+    save(tiny, Path(sys.argv[1]), variant=sys.argv[2] if len(sys.argv) > 2 else None)
