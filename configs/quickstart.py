@@ -35,5 +35,8 @@ def teacher():
 def sfv():
     config = defaults.tiny(defaults.sfv())
     config.steps = 400
+    config.ema_decay = 0.98
+    config.generator_optimizer.update(lr=5e-4, warmup_steps=20)
+    config.heads_optimizer.update(lr=2e-3, warmup_steps=20)
     config.update(log_every=20, checkpoint_every=100, sample_every=100)
     return config

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from sfv_jax.data import latents, video
 from sfv_jax.data.latents import LatentError
@@ -380,6 +380,7 @@ def _define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Flags in, cache out. Exits with a message, not a traceback, for what the user can put right."""
     del argv
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of a load
     try:
         settings = Settings(**{field.name: _FLAGS[field.name].value for field in _settings_with_flags()})
         codec, model = load_codec(_FLAGS.svd)

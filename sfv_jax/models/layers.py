@@ -17,9 +17,8 @@ from jax import lax
 
 Array = jax.Array
 
-kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default for Linear and Conv
-
-Linear = partial(nnx.Linear, kernel_init=kernel_init)
+kernel_init = nnx.initializers.lecun_normal()
+Linear = nnx.Linear
 # Flax defaults (fast variance, eps 1e-6) match neither diffusers nor fp32 accuracy: two passes, and eps always named.
 LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
