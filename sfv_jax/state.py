@@ -54,9 +54,9 @@ class Networks:
         return nnx.merge(self.graphs["heads"], params)
 
     def backbone_params(self, unet_params: Params) -> Params:
-        """The encoder half of UNet parameters, in the backbone's dtype."""
+        """A copy of the encoder half of UNet parameters, in the backbone's dtype: training donates the generator's."""
         half = tree.subtree(unet_params, self.abstract["backbone"])
-        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), half, self.abstract["backbone"])
+        return jax.tree.map(lambda x, like: jnp.array(x, like.dtype), half, self.abstract["backbone"])
 
     def init_generator(self, seed: int) -> Params:
         """Fresh UNet parameters, fp32."""

@@ -1,0 +1,374 @@
+"""Training steps: what every network is called with, and gradients against losses composed independently.
+
+Most tests run the methods on plain functions in place of the networks (`Plain`), which keep what they are called with.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sfv_jax import config as configs
+from sfv_jax import edm
+from sfv_jax.methods import sfv, teacher
+from sfv_jax.models import tree
+from sfv_jax.models.discriminator import DiscriminatorConfig
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.state import accumulate
+from tests.conftest import noise
+
+C, D = 3, 5  # channels of latents, width of embeddings
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compile soon, run slowly
+
+
+class Plain:
+    """Stands for `Networks`: one hidden layer each; `calls[name]` lists the inputs and results seen."""
+
+    discriminator = DiscriminatorConfig(feature_channels=(8,))  # two heads
+
+    def __init__(self):
+        self.calls = {"generator": [], "backbone": []}
+        self.params = {
+            "generator": {"w": noise(0, 2 * C, C), "c": noise(1, D + 4, C)},
+            "backbone": {"w": 0.5 * noise(2, 2 * C, 8), "c": noise(3, D + 4, 8)},
+            "heads": {"a": noise(4, 8, 6), "s": noise(5, 6), "t": noise(6, 6), "c": noise(7, D + 1)},
+        }
+
+    def run(self, name: str, params, x, c_noise, context, ids):
+        c = jnp.concatenate([context, c_noise[:, None], ids / 100], axis=-1) @ params["c"]
+        out = jnp.tanh(x @ params["w"] + c[:, None, None, None])
+        jax.debug.callback(lambda *seen: self.calls[name].append(list(map(np.asarray, seen))), x, c_noise, context, ids)
+        return out
+
+    def generator(self, params):
+        return lambda *inputs: self.run("generator", params, *inputs)
+
+    def encode(self, params):
+        return lambda *inputs: [self.run("backbone", params, *inputs)]
+
+    def heads(self, params):
+        def heads(features, embed, c_noise):
+            condition = jnp.tanh(jnp.concatenate([embed, c_noise[:, None]], axis=-1) @ params["c"])
+            hidden = jnp.tanh(features[0] @ params["a"])
+            return [hidden @ params[k] + condition[:, None, None, None] for k in ("s", "t")]
+
+        return heads
+
+    def init_heads(self, seed):
+        return jax.tree.map(jnp.asarray, self.params["heads"])
+
+    def backbone_params(self, unet_params):
+        return self.params["backbone"]
+
+
+def make_batch(size: int, seed: int = 10) -> dict:
+    ids = np.tile(np.array([6, 127, 0.02], np.float32), (size, 1)) * np.arange(1, size + 1, dtype=np.float32)[:, None]
+    shapes = dict(latents=(2, 4, 4, C), cond_latent=(4, 4, C), image_embed=(D,))
+    return {k: noise(seed + n, size, *shape) for n, (k, shape) in enumerate(shapes.items())} | {"ids": ids}
+
+
+def sfv_config(**changes):
+    config = configs.sfv()
+    config.accumulation_steps = 1
+    config.sfv.update(changes)
+    return config
+
+
+def wide(sigma: np.ndarray) -> np.ndarray:
+    return np.asarray(sigma)[:, None, None, None, None]
+
+
+def unscaled(call: list) -> tuple[np.ndarray, np.ndarray]:
+    """(sigma [b], latents before c_in) of what a network was called with."""
+    sigma = np.exp(4 * call[1].astype(np.float64)).astype(np.float32)
+    return sigma, call[0][..., :C] * np.sqrt(wide(sigma) ** 2 + 1)
+
+
+class Trace:
+    """One call of the SF-V gradients on plain networks, and what it says about the draws inside."""
+
+    def __init__(self, **changes):
+        self.config, self.networks, self.batch = sfv_config(**changes), Plain(), make_batch(32)
+        self.heads, self.frozen = self.networks.params["heads"], {"backbone": self.networks.params["backbone"]}
+        gradients = sfv.make_gradients(self.networks, self.config)
+        self.generator = self.networks.params["generator"]
+        self.g_grads, self.d_grads, self.metrics = gradients(
+            self.generator, self.heads, self.frozen, self.batch, jax.random.key(0)
+        )
+        jax.effects_barrier()
+        self.calls = dict(self.networks.calls)
+        (call,) = self.calls["generator"]
+        self.sigma, self.x_t = unscaled(call)
+        # The two backbone calls, real first: only there is what was added to x0 standard normal times sigma.
+        noised = [unscaled(call) for call in self.calls["backbone"]]
+        assert len(noised) == 2
+        self.real, self.fake = sorted(noised, key=lambda pair: np.std(self.noise_of(*pair)))
+
+    def noise_of(self, sigma: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return (x - self.batch["latents"]) / wide(sigma)
+
+    def condition(self) -> tuple:
+        return self.batch["image_embed"], self.batch["ids"]
+
+    def denoise(self, generator) -> jax.Array:
+        """Eq. 2 and 3, written out."""
+        s = wide(self.sigma)
+        x = jnp.concatenate([self.x_t / np.sqrt(s**2 + 1), self.frames()], axis=-1)
+        raw = self.networks.generator(generator)(x, np.log(self.sigma) / 4, *self.condition())
+        return self.x_t / (s**2 + 1) - s / np.sqrt(s**2 + 1) * raw
+
+    def frames(self) -> np.ndarray:
+        return np.repeat(self.batch["cond_latent"][:, None], 2, axis=1)
+
+    def features(self, sigma: np.ndarray, x) -> list:
+        x = jnp.concatenate([x / np.sqrt(wide(sigma) ** 2 + 1), self.frames()], axis=-1)
+        return self.networks.encode(self.frozen["backbone"])(x, np.log(sigma) / 4, *self.condition())
+
+    def logits(self, heads, features, sigma: np.ndarray) -> list:
+        return self.networks.heads(heads)(features, self.batch["image_embed"], np.log(sigma) / 4)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["shared noise", "separate noise"])
+def trace(request):
+    return Trace(shared_noise=request.param, r1_weight=0.3)
+
+
+def assert_trees_close(found, expected, rtol=2e-4):
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale), found, expected)
+
+
+def test_generator_trains_at_three_levels(trace):
+    levels = [2.2691163, 70.5408415, 700]
+    nearest = np.argmin(np.abs(np.log(trace.sigma)[:, None] - np.log(levels)), axis=1)
+    np.testing.assert_allclose(trace.sigma, np.take(levels, nearest), rtol=1e-5)
+    assert set(nearest) == {0, 1, 2}
+    np.testing.assert_allclose(np.std(trace.noise_of(trace.sigma, trace.x_t)), 1, atol=0.05)
+
+
+def test_discriminator_sees_scaled_renoised_latents(trace):
+    sigma, x = trace.real
+    levels, _ = edm.lognormal_levels(1000, -1.0, 1.0)
+    assert np.abs(np.log(sigma)[:, None] - np.log(levels)).min(axis=1).max() < 1e-4
+    assert len(set(sigma)) > 16 and 0.2 < np.median(sigma) < 0.7
+    # Had c_in or c_noise belonged to another level, the noise would not be of unit size in every sample.
+    np.testing.assert_allclose(np.std(trace.noise_of(sigma, x), axis=(1, 2, 3, 4)), 1, atol=0.3)
+
+
+def test_every_network_gets_the_conditions_as_they_are(trace):
+    for call in trace.calls["generator"] + trace.calls["backbone"]:
+        np.testing.assert_array_equal(call[0][..., C:], trace.frames())
+        np.testing.assert_array_equal(call[2], trace.batch["image_embed"])
+        np.testing.assert_array_equal(call[3], trace.batch["ids"])
+
+
+def test_real_and_fake_share_level_and_noise(trace):
+    (sigma_r, real), (sigma_f, fake) = trace.real, trace.fake
+    noise_f = (fake - trace.denoise(trace.generator)) / wide(sigma_f)
+    np.testing.assert_allclose(np.std(noise_f), 1, atol=0.05)
+    same_noise = np.isclose(noise_f, trace.noise_of(sigma_r, real), atol=5e-3).mean()
+    if trace.config.sfv.shared_noise:
+        np.testing.assert_array_equal(sigma_r, sigma_f)
+        assert same_noise > 0.99
+    else:
+        assert np.mean(sigma_r == sigma_f) < 0.1 and same_noise < 0.05
+
+
+def test_generator_gradient(trace):
+    """Eq. 10 composed from Eq. 2, 8 and 9, with the noise that was drawn."""
+    x0, (sigma, fake) = trace.batch["latents"], trace.fake
+    added = fake - trace.denoise(trace.generator)  # s' eps'
+    c = 0.00054 * np.sqrt(x0[0].size)
+
+    def loss(generator):
+        x = trace.denoise(generator)
+        scores = trace.logits(trace.heads, trace.features(sigma, x + added), sigma)
+        adversarial = sum(jnp.mean(s) for s in scores) / 2
+        reconstruction = jnp.mean(jnp.sqrt(jnp.sum((x - x0) ** 2, axis=(1, 2, 3, 4)) + c**2) - c)
+        return adversarial + 0.1 * reconstruction, (adversarial, reconstruction)
+
+    expected, (adversarial, reconstruction) = jax.grad(loss, has_aux=True)(trace.generator)
+    assert_trees_close(trace.g_grads, expected)
+    np.testing.assert_allclose(trace.metrics["loss/adversarial"], adversarial, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(trace.metrics["loss/reconstruction"], reconstruction, rtol=1e-4)
+
+
+def test_heads_gradient(trace):
+    """Eq. 11 with fakes and features held fixed; R1 stops at the features."""
+    features = [trace.features(*pair) for pair in (trace.real, trace.fake)]
+
+    def loss(heads):
+        real, fake = (trace.logits(heads, f, s) for f, (s, _) in zip(features, (trace.real, trace.fake), strict=True))
+        hinge = sum(jnp.mean(jnp.maximum(0, 1 + r)) for r in real) / 2
+        hinge += sum(jnp.mean(jnp.maximum(0, 1 - f)) for f in fake) / 2
+        r1 = 0
+        for n in range(2):
+            g = jax.grad(lambda f, n=n: jnp.sum(trace.logits(heads, [f], trace.real[0])[n]))(features[0][0])
+            r1 += jnp.mean(jnp.sum(g**2, axis=(1, 2, 3, 4))) / 2
+        return hinge + 0.3 * r1, (hinge, r1)
+
+    expected, (hinge, r1) = jax.grad(loss, has_aux=True)(trace.heads)
+    assert_trees_close(trace.d_grads, expected)
+    np.testing.assert_allclose(trace.metrics["loss/hinge"], hinge, rtol=1e-4)
+    np.testing.assert_allclose(trace.metrics["loss/r1"], r1, rtol=1e-4)
+
+
+def test_gradient_ratio_is_that_of_the_weighted_parts(trace):
+    name = "ratio/adv_to_rec_gradient"
+    other = Trace(shared_noise=trace.config.sfv.shared_noise, recon_weight=0.2, adv_weight=3.0)
+    np.testing.assert_allclose(other.metrics[name], 1.5 * trace.metrics[name], rtol=1e-4)
+
+
+def test_accumulation_is_the_mean_of_its_micro_batches():
+    networks, config, batch = Plain(), sfv_config(), make_batch(8)
+    gradients, params, key = sfv.make_gradients(networks, config), networks.params, jax.random.key(3)
+
+    @jax.jit
+    def one(micro, key):
+        return gradients(params["generator"], params["heads"], {"backbone": params["backbone"]}, micro, key)
+
+    found = accumulate(one, batch, key, 4)
+    parts = [one({k: v[i::4] for k, v in batch.items()}, jax.random.fold_in(key, i)) for i in range(4)]
+    expected = jax.tree.map(lambda *xs: sum(xs) / 4, *parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+    with pytest.raises(ValueError, match="does not divide into 3"):
+        accumulate(one, batch, key, 3)
+
+
+def test_accumulation_of_four_is_one_batch_where_nothing_is_drawn():
+    w, batch = noise(0, 5), {"x": noise(1, 8, 5)}
+    gradient = lambda micro, key: jax.grad(lambda w: jnp.mean((micro["x"] @ w) ** 2))(w)  # noqa: E731
+    key = jax.random.key(0)
+    np.testing.assert_allclose(accumulate(gradient, batch, key, 4), accumulate(gradient, batch, key, 1), rtol=1e-5)
+
+
+def plain_step(config, steps: int = 1) -> list[dict]:
+    """States before and after each of `steps` SF-V steps on plain networks."""
+    networks = Plain()
+    state, frozen = sfv.init_state(networks, config, networks.params["generator"])
+    step, states = sfv.make_train_step(networks, config), [state]
+    for _ in range(steps):
+        states.append(step(states[-1], frozen, make_batch(4))[0])
+    return states
+
+
+def moved(before: dict, after: dict, name: str) -> bool:
+    pairs = zip(jax.tree.leaves(before[name]), jax.tree.leaves(after[name]), strict=True)
+    return any(not np.array_equal(a, b) for a, b in pairs)
+
+
+def test_step_counts_averages_and_draws_anew():
+    first, second, third = plain_step(sfv_config(), 2)
+    assert [int(s["step"]) for s in (first, second, third)] == [0, 1, 2]
+    expected = jax.tree.map(lambda e, p: 0.95 * e + 0.05 * p, second["ema"], third["generator"])
+    assert_trees_close(third["ema"], expected, rtol=1e-6)
+    again = plain_step(sfv_config())[1]
+    jax.tree.map(np.testing.assert_array_equal, again, second)
+    config = sfv_config()
+    config.seed = 1
+    assert moved(second, plain_step(config)[1], "generator")
+
+
+def test_generator_can_wait_for_the_discriminator():
+    first, second, third = plain_step(sfv_config(generator_every=2), 2)
+    assert all(moved(first, second, k) for k in ("generator", "ema", "opt_g", "heads"))
+    assert moved(second, third, "heads")
+    assert not any(moved(second, third, k) for k in ("generator", "ema", "opt_g"))
+
+
+# ---- the real networks, one level of them ----
+
+
+@pytest.fixture(scope="module")
+def one_step():
+    """(state before, frozen before, state after, frozen after, metrics) of one jitted, donated step."""
+    unet = UNetConfig(
+        in_channels=2 * C,
+        out_channels=C,
+        block_out_channels=(16,),
+        num_attention_heads=(2,),
+        layers_per_block=1,
+        cross_attention_dim=D,
+        addition_time_embed_dim=8,
+        norm_groups=4,
+        temporal_conv="matmul",
+    )
+    config = sfv_config()
+    config.dtype = "float32"
+    config.discriminator.update(temporal_kernel=3, projection_dim=4, sinusoid_dim=8)
+    networks = sfv.make_networks(unet, config)
+    rng = np.random.default_rng(0)
+    generator = jax.tree.map(
+        lambda x: (0.3 * rng.standard_normal(x.shape)).astype(np.float32), networks.abstract["generator"]
+    )
+    state, frozen = sfv.init_state(networks, config, generator)
+    before = jax.device_get((state, frozen))
+    step = jax.jit(sfv.make_train_step(networks, config), donate_argnums=0, compiler_options=QUICK)
+    after, metrics = step(state, frozen, make_batch(2))
+    return *before, after, frozen, metrics
+
+
+def test_backbone_is_frozen(one_step):
+    before, frozen_before, after, frozen, _ = one_step
+    jax.tree.map(np.testing.assert_array_equal, frozen, frozen_before)
+    same = tree.subtree(before["generator"], frozen_before["backbone"])
+    jax.tree.map(np.testing.assert_array_equal, frozen_before["backbone"], same)  # as the generator started
+    assert moved(before, after, "generator")
+
+
+def test_every_used_parameter_gets_a_gradient(one_step):
+    """SM3's momentum is zero exactly where the gradient was. One token needs no query: its attention weight is 1."""
+    _, _, after, _, _ = one_step
+    idle = ("attn2.to_q", "attn2.to_k", "norm2")
+    generator = tree.flatten(after["opt_g"][1].momentum)
+    transformers = {k: v for k, v in generator.items() if "transformer_blocks" in k and any(n in k for n in idle)}
+    assert transformers and not any(np.any(v) for v in transformers.values())
+    assert not [k for k, v in generator.items() if k not in transformers and not np.any(v)]
+    # What adds alike to real and fake scores cancels while every hinge is live.
+    heads = {k: v for k, v in tree.flatten(after["opt_d"][1].momentum).items() if "conv_out.bias" not in k}
+    assert not [k for k, v in heads.items() if not np.any(v)]
+
+
+def test_step_reports_finite_numbers(one_step):
+    metrics = one_step[-1]
+    assert {"loss/hinge", "loss/r1", "norm/heads_gradient", "live_hinge/temporal_0"} <= metrics.keys()
+    assert all(np.isfinite(v) for v in metrics.values()) and metrics["loss/r1"] > 0
+
+
+# ---- teacher ----
+
+
+def test_teacher_loss_is_the_weighted_denoising_error():
+    """(sigma^2 + 1) / sigma^2 ||D - x0||^2 of the recorded input, in float64."""
+    networks, config, batch = Plain(), configs.teacher(), make_batch(32)
+    config.teacher.cond_drop = 0.0
+    state, frozen = teacher.init_state(networks, config, networks.params["generator"])
+    after, metrics = teacher.make_train_step(networks, config)(state, frozen, batch)
+    jax.effects_barrier()
+    (call,) = networks.calls["generator"]
+    sigma, x = (v.astype(np.float64) for v in unscaled(call))
+    noise_std = np.std((x - batch["latents"]) / wide(sigma), axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(noise_std, 1, atol=0.3)
+    assert 0.3 < np.median(np.log(sigma)) < 1.7 and 1.0 < np.std(np.log(sigma)) < 2.3
+    raw = np.asarray(networks.generator(networks.params["generator"])(*call), np.float64)
+    s = wide(sigma)
+    denoised = x / (s**2 + 1) - s / np.sqrt(s**2 + 1) * raw
+    expected = np.mean((s**2 + 1) / s**2 * (denoised - batch["latents"]) ** 2)
+    np.testing.assert_allclose(metrics["loss/denoising"], expected, rtol=1e-3)
+    # The average follows closely at first: decay (1 + step) / (10 + step).
+    expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, state["ema"], after["generator"])
+    assert_trees_close(after["ema"], expected, rtol=1e-6)
+
+
+def test_conditions_are_dropped_one_by_one_and_together():
+    batch = {k: np.ones_like(v[:1]).repeat(20_000, axis=0) for k, v in make_batch(1).items()}
+    dropped = teacher.drop_conditions(batch, jax.random.key(0), 0.1)
+    embed = np.asarray(dropped["image_embed"]).max(axis=1) == 0
+    latent = np.asarray(dropped["cond_latent"]).max(axis=(1, 2, 3)) == 0
+    for share in (embed & ~latent, embed & latent, latent & ~embed):
+        np.testing.assert_allclose(share.mean(), 0.1, atol=0.01)
+    # Nothing in between, and nothing else touched.
+    assert np.all(np.asarray(dropped["image_embed"])[~embed] == 1)
+    assert np.all(np.asarray(dropped["cond_latent"])[~latent] == 1)
+    np.testing.assert_array_equal(dropped["latents"], batch["latents"])
+    np.testing.assert_array_equal(dropped["ids"], batch["ids"])
