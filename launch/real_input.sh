@@ -24,7 +24,7 @@ run "$python" -m sfv_jax.prepare --videos "$videos" --svd "$out/model" --out "$o
 
 train=("$python" -m sfv_jax.train --config "$here/configs/sfv.py" --workdir "$out/run" --config.init="$out/model"
   --config.data.path="$out/cache" --config.steps=60 --config.batch_size=2 --config.accumulation_steps=2
-  --config.dtype=float32 --config.log_every=10 --config.checkpoint_every=10 --config.sample_every=30)
+  --config.dtype=float32 --config.unet.temporal_conv=matmul --config.log_every=10 --config.checkpoint_every=10 --config.sample_every=30)
 printf '\n$ %s   (killed by SIGKILL after step 20 is saved)\n' "${train[*]}"
 "${train[@]}" & pid=$!
 until [ -d "$out/run/checkpoints/20" ]; do sleep 1; kill -0 $pid; done

@@ -25,10 +25,9 @@ def claim_workdir(workdir: Path, config: dict) -> None:
     Raises:
       WorkdirError: listing every other field that differs.
     """
-    path = workdir / "config.json"
+    path, text = workdir / "config.json", json.dumps(config, indent=1)
     if path.exists():
-        recorded = json.loads(path.read_text())
-        old, new = _flat(recorded), _flat(config)
+        old, new = _flat(json.loads(path.read_text())), _flat(json.loads(text))  # JSON turns tuples into lists
         names = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE]
         if names:
             lines = [f"  {k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} now" for k in names]
@@ -38,7 +37,7 @@ def claim_workdir(workdir: Path, config: dict) -> None:
             )
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(config, indent=1))
+    temporary.write_text(text)
     temporary.replace(path)
 
 
@@ -90,10 +89,12 @@ def restore_ema(workdir: Path, abstract_params: dict, name: str = "ema") -> tupl
         step = manager.latest_step()
     if step is None:
         raise WorkdirError(f"{workdir} has no checkpoint yet; train longer than config.checkpoint_every steps")
-    target = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract_params)}
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract_params)}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             directory / str(step) / "state",
-            args=ocp.args.PyTreeRestore(item=target, partial_restore=True),
+            args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True),
         )
     return restored[name], step

@@ -37,8 +37,12 @@ def default() -> ConfigDict:
             accumulation_steps=1,
             dtype="bfloat16",  # compute dtype; parameters and optimiser state are fp32
             ema_decay=0.95,  # paper
-            # UNet fields to change: any without `init`, else only those that leave the parameters as they are.
-            unet=ConfigDict(dict(), allow_dotted_keys=False),
+            # How the UNet is computed, for any `init`. Without `init` any other field of UNetConfig may be added.
+            unet=dict(
+                remat=False,  # recompute resnets and transformer halves in the backward pass: less memory, more time
+                temporal_conv="conv",  # "matmul" on CPU
+                attention_kernel="auto",
+            ),
             data=dict(
                 source="latents",  # "latents": a cache made by sfv_jax.prepare; "world": the procedural world
                 path="",

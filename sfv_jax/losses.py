@@ -30,20 +30,17 @@ def adversarial_generator(fake: list[Array]) -> Array:
 def r1_on_features(heads: Callable, features: list[Array]) -> Array:
     """R1 of Eq. 11 on the heads' inputs: E ||d sum(logits) / d features||^2 on real samples, mean over heads and batch.
 
-    `heads(features) -> logits` must treat samples independently. The gradient stops at the features, as in ADD
-    (arXiv 2311.17042): second derivatives never reach the frozen backbone. `features` may be shared by several heads;
-    each head's own gradient is penalised.
+    The gradient stops at the features, as in ADD (arXiv 2311.17042): second derivatives never reach the backbone.
+
+    Args:
+      heads: `features -> logits`, head n reading `features[n]` alone and treating samples independently, so that the
+        gradient of all logits together holds each head's own.
+      features: one array `[b, t, h, w, c]` per head; heads on the same features get them once each.
     """
     logits, pullback = jax.vjp(heads, features)
-    zeros = [jnp.zeros_like(x) for x in logits]
-
-    def penalty(n: int) -> Array:
-        cotangent = [jnp.ones_like(x) if i == n else zeros[i] for i, x in enumerate(logits)]
-        (gradients,) = pullback(cotangent)
-        squares = sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients)
-        return squares / logits[n].shape[0]
-
-    return jnp.mean(jnp.stack([penalty(n) for n in range(len(logits))]))
+    (gradients,) = pullback([jnp.ones_like(x) for x in logits])
+    squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) / len(g) for g in gradients]
+    return jnp.mean(jnp.stack(squares))
 
 
 def pseudo_huber(x: Array, target: Array, c: float | None = None, reduction: str = "video") -> Array:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sfv_jax import edm
 from sfv_jax.models import tree
-from sfv_jax.models.codec import PatchCodec, SVDCodec
+from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runs import load_generator
 from sfv_jax.state import DTYPES, Networks
@@ -105,19 +105,33 @@ class Sampler:
         ramp = None if guidance is None else jnp.linspace(*guidance, noise.shape[1], dtype=jnp.float32)
         return self._generate(self.params, noise, condition, ramp, steps)
 
-    def condition(self, images: Sequence[np.ndarray], size: tuple[int, int], keys: Array, ids: Sequence[float]) -> dict:
-        """Conditions of `images` (uint8 `[h, w, 3]`, any sizes), each resized to `size (h, w)` without cropping."""
+    def condition(
+        self,
+        images: Sequence[np.ndarray],
+        size: tuple[int, int],
+        keys: Array | None,
+        ids: Sequence[float],
+        noise: Array | None = None,
+    ) -> dict:
+        """Conditions of `images` (uint8 `[h, w, 3]`, any sizes), each resized to `size (h, w)` without cropping.
+
+        `keys [b]` draw the pixel noise of strength `ids[2]`, unless it is given as `noise [b, h, w, 3]`.
+        """
         resized = np.stack([resize(image, size) for image in images])
-        strength = ids[2]
-        latent, _ = self.codec.condition(resized, keys, strength)
-        same = len({image.shape for image in images}) == 1 and isinstance(self.codec, SVDCodec)
         # CLIP sees the original, as in diffusers; the patch codec's embedding is defined at the size of the video.
-        if isinstance(self.codec, PatchCodec):
-            embed = self.codec.embed(resized)
-        elif same:
-            embed = self.codec.embed(np.stack(images))
-        else:
-            embed = jnp.concatenate([self.codec.embed(image[None]) for image in images])
+        originals = resized if isinstance(self.codec, PatchCodec) else images
+        alike = len({image.shape for image in originals}) == 1
+        noise = augmentation_noise(keys, resized.shape[1:]) if noise is None else noise
+        parts = [
+            self.codec.condition(resized[n], None, ids[2], noise[n], original=np.stack(originals[n]))
+            for n in ([slice(None)] if alike else [slice(i, i + 1) for i in range(len(images))])
+        ]
+        latent, embed = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+        if embed.shape[-1] != self.unet.cross_attention_dim:
+            raise ValueError(
+                f"images of {size[0]}x{size[1]} are embedded in {embed.shape[-1]} numbers, the UNet takes "
+                f"{self.unet.cross_attention_dim}: use the size the model was trained at"
+            )
         return {"cond_latent": latent, "image_embed": embed, "ids": jnp.tile(jnp.float32(ids), (len(images), 1))}
 
     def __call__(

@@ -178,6 +178,9 @@ def train(config: ConfigDict, workdir: Path) -> dict:
             log(writer, report, clock, pending)
             pending, interval = (step, interval), []
         if step % config.checkpoint_every == 0 or step == config.steps:
+            # A run resumed here writes no line for the steps before; saving waits for the device anyway.
+            log(writer, report, clock, pending)
+            pending = None
             checkpoints.save(step, state, loader.get_state())
         if pictures and (step % config.sample_every == 0 or step == config.steps):
             writer.image(step, "samples", pictures.draw(state["ema"], step))

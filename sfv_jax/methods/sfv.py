@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sfv_jax import edm, losses, optim
-from sfv_jax.models.discriminator import DiscriminatorConfig, head_names
+from sfv_jax.models.discriminator import DiscriminatorConfig, head_names, per_head
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.state import Networks, Params, accumulate, global_norm
 
@@ -46,10 +46,6 @@ def make_gradients(networks: Networks, config):
     d_sigmas, d_probabilities = edm.lognormal_levels(method.discriminator_levels, method.p_mean, method.p_std)
     names = head_names(discriminator)
 
-    def renoise(x: Array, sigma: Array, noise: Array, batch: dict) -> tuple:
-        noised = edm.model_input(edm.add_noise(x, noise, sigma), batch["cond_latent"], sigma)
-        return noised, edm.scalings(sigma)[3], batch["image_embed"], batch["ids"]
-
     def gradients(generator, heads, frozen, batch, key):
         x0 = batch["latents"]
         b = len(x0)
@@ -61,13 +57,17 @@ def make_gradients(networks: Networks, config):
             (edm.draw_levels(k[0], d_sigmas, d_probabilities, (b,)), jax.random.normal(k[1], x0.shape))
             for k in (k_real, k_fake)
         )
-        encode = networks.encode(frozen["backbone"])
 
         def logits(heads, features, sigma):
             return networks.heads(heads)(features, batch["image_embed"], edm.scalings(sigma)[3])
 
+        def encode(x, sigma, noise):
+            noised = edm.model_input(edm.add_noise(x, noise, sigma), batch["cond_latent"], sigma)
+            condition = edm.scalings(sigma)[3], batch["image_embed"], batch["ids"]
+            return per_head(discriminator, networks.encode(frozen["backbone"])(noised, *condition))
+
         def adversarial(x):  # Eq. 8
-            features = encode(*renoise(x, sigma_f, noise_f, batch))
+            features = encode(x, sigma_f, noise_f)
             return losses.adversarial_generator(logits(heads, features, sigma_f)), features
 
         def reconstruction(x):  # Eq. 9
@@ -79,7 +79,7 @@ def make_gradients(networks: Networks, config):
         rec_grad = method.recon_weight * rec_grad
         (g_grads,) = pullback(method.adv_weight * adv_grad + rec_grad)  # Eq. 10
 
-        real_features = encode(*renoise(x0, sigma_r, noise_r, batch))
+        real_features = encode(x0, sigma_r, noise_r)
 
         def discriminator_loss(heads):  # Eq. 11
             real = logits(heads, real_features, sigma_r)
@@ -124,13 +124,13 @@ def make_train_step(networks: Networks, config):
             lambda micro, k: gradients(generator, heads, frozen, micro, k), batch, key, config.accumulation_steps
         )
         metrics |= {"norm/generator_gradient": global_norm(g_grads), "norm/heads_gradient": global_norm(d_grads)}
-        d_heads, opt_d = optim.apply(d_optimizer, d_grads, state["opt_d"], heads)
-        d_generator, opt_g = optim.apply(g_optimizer, g_grads, state["opt_g"], generator)
-        ema = optim.ema_update(state["ema"], d_generator, config.ema_decay)
-        new = {"generator": d_generator, "opt_g": opt_g, "ema": ema}
+        heads, opt_d = optim.apply(d_optimizer, d_grads, state["opt_d"], heads)
+        generator, opt_g = optim.apply(g_optimizer, g_grads, state["opt_g"], generator)
+        ema = optim.ema_update(state["ema"], generator, config.ema_decay)
+        new = {"generator": generator, "opt_g": opt_g, "ema": ema}
         if every > 1:
             skipped = {k: state[k] for k in new}
             new = jax.tree.map(lambda a, b: jnp.where(step % every == 0, a, b), new, skipped)
-        return {"step": step + 1, "heads": d_heads, "opt_d": opt_d, **new}, metrics
+        return {"step": step + 1, "heads": heads, "opt_d": opt_d, **new}, metrics
 
     return train_step

@@ -129,15 +129,17 @@ class DiscriminatorHeads(nnx.Module):
         """Logit maps `[b, t, h_n, w_n]`, spatial heads first.
 
         Args:
-          features: `[b, t, h_n, w_n, c_n]` per level, from `UNet.encode`.
+          features: `[b, t, h_n, w_n, c_n]` per head: `UNet.encode` gives them per level, `per_head` repeats them.
           image_embed: `[b, d]`, the CLIP embedding of the condition image.
           c_noise: `[b]`, 0.25 ln sigma' of the re-noised latents the features were computed from.
         """
-        return [
-            head(x, image_embed, c_noise)
-            for kind in self.kinds
-            for head, x in zip(getattr(self, kind), features, strict=True)
-        ]
+        heads = [head for kind in self.kinds for head in getattr(self, kind)]
+        return [head(x, image_embed, c_noise) for head, x in zip(heads, features, strict=True)]
+
+
+def per_head(config: DiscriminatorConfig, features: list[Array]) -> list[Array]:
+    """The features of each level, once for every kind of head on it."""
+    return features * (config.spatial + config.temporal)
 
 
 def head_names(config: DiscriminatorConfig) -> list[str]:
