@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from sfv_jax.models import layers, tree
-from sfv_jax.models.discriminator import DiscriminatorConfig, DiscriminatorHeads, head_names
+from sfv_jax.models.discriminator import DiscriminatorConfig, DiscriminatorHeads, head_names, per_head
 from tests.conftest import noise
 
 CONFIG = DiscriminatorConfig(
@@ -35,10 +35,12 @@ def heads():
 
 @pytest.fixture(scope="module")
 def logits(heads):
-    return by_name(heads(FEATURES, EMBED, C_NOISE))
+    return score(heads, FEATURES)
 
 
-def by_name(maps: list) -> dict[str, np.ndarray]:
+def score(heads, features, embed=EMBED, c_noise=C_NOISE) -> dict[str, np.ndarray]:
+    """Logit map of every head, by its name, from features per level."""
+    maps = heads(per_head(CONFIG, features), embed, c_noise)
     return dict(zip(head_names(CONFIG), map(np.asarray, maps), strict=True))
 
 
@@ -58,8 +60,8 @@ def test_one_map_per_head(logits):
 
 
 def test_samples_do_not_mix(heads, logits):
-    swapped = heads([f[::-1] for f in FEATURES], EMBED[::-1], C_NOISE[::-1])
-    for name, x in by_name(swapped).items():
+    swapped = score(heads, [f[::-1] for f in FEATURES], EMBED[::-1], C_NOISE[::-1])
+    for name, x in swapped.items():
         np.testing.assert_allclose(x[::-1], logits[name], atol=1e-5, err_msg=name)
 
 
@@ -67,7 +69,7 @@ def test_samples_do_not_mix(heads, logits):
 def test_logits_depend_on_the_sample_s_own_condition(heads, logits, condition):
     embed = EMBED + np.array([[1], [0]], np.float32) if condition == "image" else EMBED
     c_noise = C_NOISE + np.array([0.7, 0], np.float32) if condition == "noise" else C_NOISE
-    for name, x in by_name(heads(FEATURES, embed, c_noise)).items():
+    for name, x in score(heads, FEATURES, embed, c_noise).items():
         assert changed(x[0], logits[name][0]).mean() > 0.9, name
         assert not changed(x[1], logits[name][1]).any(), name
 
@@ -75,7 +77,7 @@ def test_logits_depend_on_the_sample_s_own_condition(heads, logits, condition):
 def test_spatial_logits_depend_on_the_frame_index(heads):
     """The same picture in every frame scores differently from frame to frame."""
     still = [np.repeat(f[:, :1], T, axis=1) for f in FEATURES]
-    for name, x in by_name(heads(still, EMBED, C_NOISE)).items():
+    for name, x in score(heads, still).items():
         if name.startswith("spatial"):
             assert changed(x[:, 1:], x[:, :-1]).mean() > 0.9, name
 
@@ -84,7 +86,7 @@ def test_spatial_heads_see_one_frame(heads, logits):
     moved = [f.copy() for f in FEATURES]
     for f in moved:
         f[:, 2] += noise(3, *f[:, 2].shape)
-    for name, x in by_name(heads(moved, EMBED, C_NOISE)).items():
+    for name, x in score(heads, moved).items():
         frames = changed(x, logits[name]).any(axis=(0, 2, 3))
         assert list(frames) == ([n == 2 for n in range(T)] if name.startswith("spatial") else [True] * T), name
 
@@ -95,7 +97,7 @@ def test_temporal_heads_see_one_position_and_do_not_wrap_around(heads, monkeypat
     moved = [f.copy() for f in FEATURES]
     for f in moved:
         f[:, 0, 1, 2] += 1
-    before, after = (by_name(heads(f, EMBED, C_NOISE)) for f in (FEATURES, moved))
+    before, after = (score(heads, f) for f in (FEATURES, moved))
     for name in ("temporal_0", "temporal_1"):
         expected = np.zeros(before[name].shape, bool)
         expected[:, :2, 1, 2] = True  # kernel 3: the frame itself and the next, not the last
@@ -120,4 +122,4 @@ def test_refused_configs():
 def test_logits_are_fp32_whatever_the_compute_dtype():
     graphdef, shapes = tree.abstract(DiscriminatorHeads, CONFIG, dtype=jnp.bfloat16)
     heads = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
-    assert {x.dtype for x in heads(FEATURES, EMBED, C_NOISE)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in heads(per_head(CONFIG, FEATURES), EMBED, C_NOISE)} == {jnp.dtype("float32")}

@@ -49,8 +49,8 @@ class Plain:
     def heads(self, params):
         def heads(features, embed, c_noise):
             condition = jnp.tanh(jnp.concatenate([embed, c_noise[:, None]], axis=-1) @ params["c"])
-            hidden = jnp.tanh(features[0] @ params["a"])
-            return [hidden @ params[k] + condition[:, None, None, None] for k in ("s", "t")]
+            hidden = [jnp.tanh(x @ params["a"]) for x in features]
+            return [x @ params[k] + condition[:, None, None, None] for x, k in zip(hidden, "st", strict=True)]
 
         return heads
 
@@ -121,8 +121,9 @@ class Trace:
         return np.repeat(self.batch["cond_latent"][:, None], 2, axis=1)
 
     def features(self, sigma: np.ndarray, x) -> list:
+        """Of the one level, for each of the two heads."""
         x = jnp.concatenate([x / np.sqrt(wide(sigma) ** 2 + 1), self.frames()], axis=-1)
-        return self.networks.encode(self.frozen["backbone"])(x, np.log(sigma) / 4, *self.condition())
+        return 2 * self.networks.encode(self.frozen["backbone"])(x, np.log(sigma) / 4, *self.condition())
 
     def logits(self, heads, features, sigma: np.ndarray) -> list:
         return self.networks.heads(heads)(features, self.batch["image_embed"], np.log(sigma) / 4)
@@ -203,7 +204,7 @@ def test_heads_gradient(trace):
         hinge += sum(jnp.mean(jnp.maximum(0, 1 - f)) for f in fake) / 2
         r1 = 0
         for n in range(2):
-            g = jax.grad(lambda f, n=n: jnp.sum(trace.logits(heads, [f], trace.real[0])[n]))(features[0][0])
+            g = jax.grad(lambda f, n=n: jnp.sum(trace.logits(heads, [f, f], trace.real[0])[n]))(features[0][0])
             r1 += jnp.mean(jnp.sum(g**2, axis=(1, 2, 3, 4))) / 2
         return hinge + 0.3 * r1, (hinge, r1)
 

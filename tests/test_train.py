@@ -1,0 +1,191 @@
+"""The train loop from outside: what a run leaves behind, resuming, sharding, and what it refuses."""
+
+import importlib.util
+import json
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sfv_jax import sharding, train
+from sfv_jax.checkpoint import WorkdirError
+from sfv_jax.config import ConfigError
+from sfv_jax.runs import load_generator
+from sfv_jax.weights.folders import WeightsError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+CHANGES = dict(
+    steps=4,
+    log_every=1,
+    checkpoint_every=2,
+    sample_every=4,
+    sample_count=2,
+    data=dict(world=dict(size=12, num_frames=2, radii=(2.0, 3.0)), world_size=64),
+    patch_codec=dict(patch=3, embed_cell=6),
+    discriminator=dict(temporal_kernel=3, projection_dim=4, sinusoid_dim=8),
+    unet=dict(
+        in_channels=54,
+        out_channels=27,
+        block_out_channels=(16,),
+        num_attention_heads=(2,),
+        cross_attention_dim=12,
+        addition_time_embed_dim=8,
+        num_frames=2,
+        norm_groups=4,
+    ),
+)
+
+
+def get_config(name: str, arg: str = ""):
+    spec = importlib.util.spec_from_file_location(f"config_{name}", CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def tiny(**changes):
+    config = get_config("sfv", "tiny")
+    config.update(CHANGES)
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_little(tmp_path_factory):
+    """Every run compiles the same step: only the first one does, and without optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def run(config, workdir: Path, devices: int = 1, fail_at: int | None = None) -> dict:
+    """`train.train` on the first `devices`; the loop dies before step `fail_at`, the step before it saved."""
+    batches = 0
+
+    def put_batch(mesh, batch):
+        nonlocal batches
+        batches += 1
+        if batches == fail_at:
+            while not (workdir / "checkpoints" / str(fail_at - 1)).exists():
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+        return sharding.put_batch(mesh, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
+        patch.setattr(train, "put_batch", put_batch)
+        return jax.device_get(train.train(config, workdir))
+
+
+def metrics(workdir: Path) -> list[dict]:
+    """All lines but their times."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict]:
+    """Workdir and final state of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, run(tiny(), workdir)
+
+
+def test_what_a_run_leaves(whole):
+    workdir, state = whole
+    assert int(state["step"]) == 4
+    assert [line["step"] for line in metrics(workdir)] == [1, 2, 3, 4]
+    assert {"loss/adversarial", "loss/reconstruction", "loss/hinge", "loss/r1"} <= metrics(workdir)[0].keys()
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "4"]
+    for name in ("samples/0000004.png", "samples/0000004.gif", "config.json", "network.json"):
+        assert (workdir / name).stat().st_size > 0, name
+    assert list((workdir / "tensorboard").glob("events*"))
+    base = load_generator(workdir)
+    assert base.step == 4 and base.unet.block_out_channels == (16,) and base.codec.patch == 3
+    jax.tree.map(np.testing.assert_array_equal, base.params, state["ema"])
+    jax.tree.map(np.testing.assert_array_equal, load_generator(workdir, raw=True).params, state["generator"])
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """Workdir of a run that died in its third step, while it wrote a metric line and a checkpoint."""
+    workdir = tmp_path_factory.mktemp("runs") / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(), workdir, fail_at=3)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss/hi')
+    shutil.copytree(workdir / "checkpoints" / "2", workdir / "checkpoints" / "3.orbax-checkpoint-tmp")
+    shutil.rmtree(workdir / "checkpoints" / "3.orbax-checkpoint-tmp" / "state")
+    return workdir
+
+
+def test_resumed_run_is_the_uninterrupted_one(whole, killed):
+    workdir, expected = whole
+    state = run(tiny(), killed)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert metrics(killed) == metrics(workdir)
+    assert load_generator(killed).step == 4
+
+
+def test_finished_run_does_nothing_more(whole):
+    workdir, expected = whole
+    before = metrics(workdir)
+    jax.tree.map(np.testing.assert_array_equal, run(tiny(), workdir), expected)
+    assert metrics(workdir) == before
+
+
+def test_a_mesh_gives_the_loss_of_one_device(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "SMALL", 512)  # else nothing this small is sharded
+    config = tiny(steps=1, sample_every=0, mesh=dict(data=4, fsdp=2))
+    state = run(config, tmp_path / "mesh", devices=8)
+    assert int(state["step"]) == 1
+    found, expected = metrics(tmp_path / "mesh")[0], metrics(whole[0])[0]
+    for name in expected:
+        if name.startswith(("loss/", "norm/")):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
+
+
+# ---- refusals ----
+
+
+def test_workdir_of_another_config(whole):
+    config = tiny(seed=3, batch_size=16, log_every=2)  # how often to report may change
+    with pytest.raises(WorkdirError) as caught:
+        run(config, whole[0])
+    message = str(caught.value)
+    assert "batch_size: 8 there, 16 now" in message and "seed: 0 there, 3 now" in message
+    assert "log_every" not in message
+
+
+@pytest.mark.parametrize(("name", "arg"), [("sfv", ""), ("sfv", "tiny"), ("teacher", "tiny"), ("quickstart", "sfv")])
+def test_unknown_fields(name, arg):
+    config = get_config(name, arg)
+    with pytest.raises(AttributeError, match="stepps"):
+        config.stepps = 3
+    with pytest.raises(AttributeError, match="learning_rate"):
+        config.generator_optimizer.learning_rate = 1.0
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match=":tiny or nothing, not :small"):
+        get_config("sfv", "small")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(init="no/such/model"), WeightsError, "no/such/model"),
+        (dict(method="gan"), ConfigError, "config.method='gan': choose one of sfv, teacher"),
+        (dict(data=dict(source="latents")), ConfigError, "config.init is empty"),
+        (dict(unet=dict(cross_attention_dim=13)), ConfigError, "embeddings 12 numbers, the UNet .* wants 27 and 13"),
+        (dict(unet=dict(num_attention_heads=(3,))), ConfigError, "config.unet: 16 channels must divide by 3 heads"),
+    ],
+)
+def test_configs_that_cannot_run(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        run(tiny(**changes), tmp_path / "run")
