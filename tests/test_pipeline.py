@@ -68,8 +68,8 @@ def test_latents_and_frames(sampler, condition, start, images, pipe, reference, 
     expected = expected_latents(pipe, reference, images, start, steps, guidance or (1.0, 1.0))
     found = sampler.latents(condition, start, steps=steps, guidance=guidance)
     peak, rms = error(found, expected)
-    # The reference forgets the last digits of latents near 0 when it subtracts their start, near 700, in fp32.
-    assert peak <= 1e-3 and rms <= 2e-4, (peak, rms)
+    # In one step the reference subtracts the start, near 700, in fp32 and forgets the last digits of latents near 0.
+    assert peak <= (1e-3 if steps == 1 else 5e-4) and rms <= 2e-4, (peak, rms)
 
     import torch
 
