@@ -8,7 +8,7 @@ leaves four futures open and their average is a blur.
 
 from sfv_jax import config as defaults
 
-WORLD = dict(shapes=("disc", "square", "ring"), directions=4, angle_offset=45.0, speeds=(1.5,), radii=(2.2, 3.2))
+WORLD = dict(shapes=("disc", "square", "ring"), directions=4, angle_offset=45.0, speeds=(1.5,), radii=(2.5, 3.5))
 
 
 def get_config(arg: str = "teacher"):
@@ -24,19 +24,20 @@ def get_config(arg: str = "teacher"):
 
 def teacher():
     config = defaults.tiny(defaults.teacher())
-    config.steps = 1200
+    config.steps = 1300
     config.ema_decay = 0.995
-    config.generator_optimizer.update(lr=2e-3, b2=0.99, warmup_steps=50, decay_steps=1150, clip_norm=1.0)
-    config.teacher.cond_drop = 0.0
-    config.update(log_every=50, checkpoint_every=300, sample_every=300)
+    config.generator_optimizer.update(lr=2e-3, b2=0.99, warmup_steps=50, decay_steps=1250, clip_norm=1.0)
+    config.teacher.update(cond_drop=0.0, p_mean=0.5, p_std=1.8)
+    config.update(log_every=50, checkpoint_every=325, sample_every=325)
     return config
 
 
 def sfv():
     config = defaults.tiny(defaults.sfv())
-    config.steps = 400
+    config.steps = 450
     config.ema_decay = 0.98
-    config.generator_optimizer.update(lr=5e-4, warmup_steps=20)
-    config.heads_optimizer.update(lr=2e-3, warmup_steps=20)
-    config.update(log_every=20, checkpoint_every=100, sample_every=100)
+    config.generator_optimizer.update(lr=4e-4, warmup_steps=50)
+    config.heads_optimizer.update(lr=6e-3, warmup_steps=50)
+    config.sfv.recon_weight = 0.05
+    config.update(log_every=20, checkpoint_every=150, sample_every=150)
     return config

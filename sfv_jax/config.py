@@ -129,7 +129,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
     )
     config.data.source = "world"
     config.data.world = ConfigDict(
-        dict(size=16, num_frames=8, directions=4, angle_offset=45.0, speeds=(1.5,), radii=(2.2, 3.2))
+        dict(size=16, num_frames=6, directions=4, angle_offset=45.0, speeds=(1.5,), radii=(2.5, 3.5))
     )
     if "discriminator" in config:
         config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
@@ -147,7 +147,7 @@ def tiny_unet(codec: dict, size: int) -> dict:
         layers_per_block=1,
         cross_attention_dim=3 * (size // codec["embed_cell"]) ** 2,
         addition_time_embed_dim=16,
-        num_frames=8,
+        num_frames=6,
         norm_groups=8,  # 32 groups of one channel would erase each frame's mean colour
         temporal_conv="matmul",
     )
