@@ -165,7 +165,7 @@ class Sampler:
         """
         images = [np.asarray(image) for image in images]
         size = self.size(images[0], height, width)
-        seeds = [seed + n for n in range(len(images))] if isinstance(seed, int) else list(seed)
+        seeds = [seed + n for n in range(len(images))] if isinstance(seed, int | np.integer) else list(seed)
         if len(seeds) != len(images):
             raise ValueError(f"{len(images)} images need as many seeds, got {len(seeds)}")
         keys = jax.vmap(jax.random.split)(jnp.stack([jax.random.key(s) for s in seeds]))

@@ -9,6 +9,7 @@ Run the same command again to continue after an interruption. `--workdir` receiv
 import os
 import sys
 import time
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,9 +71,10 @@ def open_source(config: ConfigDict, base: Base, split: str):
     channels = (example["latents"].shape[-1], example["image_embed"].shape[-1])
     expected = (base.unet.out_channels, base.unet.cross_attention_dim)
     if channels != expected:
+        advice = "prepare the cache with that model" if data.source == "latents" else "change config.unet"
         raise ConfigError(
             f"config.data: latents have {channels[0]} channels and image embeddings {channels[1]} numbers, the UNet of "
-            f"config.init={config.init!r} wants {expected[0]} and {expected[1]}: prepare the cache with that model"
+            f"config.init={config.init!r} wants {expected[0]} and {expected[1]}: {advice}"
         )
     return source
 
@@ -129,12 +131,9 @@ def train(config: ConfigDict, workdir: Path) -> dict:
     def init(params):
         return method.init_state(networks, config, params)
 
-    shardings = param_shardings(mesh, jax.eval_shape(init, base.params))
+    abstract = jax.eval_shape(init, base.params)
+    shardings = param_shardings(mesh, abstract)
     params = put_tree(base.params, param_shardings(mesh, base.params))
-    state, frozen = jax.jit(init, out_shardings=shardings)(params)
-    del params
-
-    # ---- data, checkpoints ----
     loader = make_loader(
         source,
         global_batch_size=config.batch_size,
@@ -142,53 +141,71 @@ def train(config: ConfigDict, workdir: Path) -> dict:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    writer, start = MetricWriter(workdir, chief), 0
-    if checkpoints.latest() is not None:
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings[0]
-        )
-        state, position = checkpoints.restore(checkpoints.latest(), abstract)
-        loader.set_state(position)
-        start = int(state["step"])
-        writer.resume(start)
-        print(f"continuing {workdir} at step {start}")
 
-    # ---- loop ----
-    step_fn = jax.jit(
-        method.make_train_step(networks, config),
-        in_shardings=(*shardings, batch_sharding(mesh)),
-        out_shardings=(shardings[0], None),
-        donate_argnums=0,
-    )
-    pictures = None
-    if config.sample_every and chief:
-        held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
-        pictures = Pictures(config, base, held_out, workdir)
-    report = ProgressReport(config.steps, start, chief, config.method)
-    pending, interval, clock = None, [], Clock(start)
-    for step in range(start + 1, config.steps + 1):
+    with ExitStack() as stack:  # on the way out, saves under way are waited for, whatever happened
+        checkpoints = stack.enter_context(closing(Checkpoints(workdir, config.keep_checkpoints)))
+        writer = stack.enter_context(closing(MetricWriter(workdir, chief)))
+        latest = checkpoints.latest()
+        if latest is None:
+            state, frozen = jax.jit(init, out_shardings=shardings)(params)
+        else:
+            frozen = jax.jit(lambda params: init(params)[1], out_shardings=shardings[1])(params)
+            target = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract[0], shardings[0]
+            )
+            state, position = checkpoints.restore(latest, target)
+            loader.set_state(position)
+            writer.resume(latest)
+            print(f"continuing {workdir} at step {latest}" if latest < config.steps else f"{workdir} is finished")
+        del params
+
+        step_fn = jax.jit(
+            method.make_train_step(networks, config),
+            in_shardings=(*shardings, batch_sharding(mesh)),
+            out_shardings=(shardings[0], None),
+            donate_argnums=0,
+        )
+        pictures = None
+        if config.sample_every and chief and (latest or 0) < config.steps:
+            held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
+            pictures = Pictures(config, base, held_out, workdir)
+        report = stack.enter_context(closing(ProgressReport(config.steps, latest or 0, chief, config.method)))
+        batches = (put_batch(mesh, batch) for batch in loader)
+        return loop(
+            config,
+            lambda state, batch: step_fn(state, frozen, batch),
+            state,
+            batches,
+            loader,
+            pictures,
+            checkpoints,
+            writer,
+            report,
+        )
+
+
+def loop(config, step_fn, state, batches, loader, pictures, checkpoints, writer, report) -> dict:
+    """Steps from where `report` starts to `config.steps`; returns the last state."""
+    pending, interval, clock = None, [], Clock(report.first)
+    for step in range(report.first + 1, config.steps + 1):
         with clock.waiting():
-            batch = put_batch(mesh, next(loader))
-        state, metrics = step_fn(state, frozen, batch)
+            batch = next(batches)
+        state, metrics = step_fn(state, batch)
         interval.append(metrics)
         report.advance(step)
-        if step % config.log_every == 0 or step == config.steps:
+        last = step == config.steps
+        if step % config.log_every == 0 or last:
             # The device is never waited for: what is fetched now was finished an interval ago.
             log(writer, report, clock, pending)
             pending, interval = (step, interval), []
-        if step % config.checkpoint_every == 0 or step == config.steps:
+        if step % config.checkpoint_every == 0 or last:
             # A run resumed here writes no line for the steps before; saving waits for the device anyway.
             log(writer, report, clock, pending)
             pending = None
             checkpoints.save(step, state, loader.get_state())
-        if pictures and (step % config.sample_every == 0 or step == config.steps):
+        if pictures and (step % config.sample_every == 0 or last):
             writer.image(step, "samples", pictures.draw(state["ema"], step))
             clock.pause()
-    log(writer, report, clock, pending)
-    report.close()
-    checkpoints.close()
-    writer.close()
     return state
 
 
