@@ -24,17 +24,17 @@ def get_config(arg: str = "teacher"):
 
 def teacher():
     config = defaults.tiny(defaults.teacher())
-    config.steps = 1300
+    config.steps = 1100
     config.ema_decay = 0.995
-    config.generator_optimizer.update(lr=2e-3, b2=0.99, warmup_steps=50, decay_steps=1250, clip_norm=1.0)
-    config.teacher.update(cond_drop=0.0, p_mean=0.5, p_std=1.8)
-    config.update(log_every=50, checkpoint_every=325, sample_every=325)
+    config.generator_optimizer.update(lr=3e-3, b2=0.99, warmup_steps=50, decay_steps=1050, clip_norm=1.0)
+    config.teacher.update(cond_drop=0.0)
+    config.update(log_every=50, checkpoint_every=275, sample_every=275)
     return config
 
 
 def sfv():
     config = defaults.tiny(defaults.sfv())
-    config.steps = 450
+    config.steps = 500
     config.ema_decay = 0.98
     config.generator_optimizer.update(lr=4e-4, warmup_steps=50)
     config.heads_optimizer.update(lr=6e-3, warmup_steps=50)
