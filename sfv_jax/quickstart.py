@@ -82,11 +82,15 @@ def table(rows: list[dict], directions: int) -> str:
         time_ = "" if row["milliseconds"] is None else f"{row['milliseconds']:.0f}"
         scores = " | ".join(f"{row[name]:.2f}" for name in ("distance", "sharpness", "busiest_direction"))
         lines.append(f"| {row['name']} | {time_} | {scores} |")
-    return "\n".join(lines) + (
-        f"\n\n{CLIPS} held-out first frames. Distance: RMSE in grey levels (0..255) to the nearest legal continuation,"
-        f" 0 is perfect.\nSharpness: edge strength relative to the truth, below 1 for a blur, above it for noise.\nBusiest direction: share of the most frequent motion, {1 / directions:.2f} when all are used"
-        " alike, 1.00 after mode collapse.\nTime: condition to latents of one video on this machine, warm."
-    )
+    notes = [
+        f"{CLIPS} held-out first frames.",
+        "Distance: RMSE in grey levels (0..255) to the nearest legal continuation, 0 is perfect.",
+        "Sharpness: edge strength relative to the truth, below 1 for a blur, above it for noise.",
+        f"Busiest direction: share of the most frequent motion, {1 / directions:.2f} when all are used alike,"
+        " 1.00 after mode collapse.",
+        "Time: condition to latents of one video on this machine, warm.",
+    ]
+    return "\n".join([*lines, "", *notes])
 
 
 def picture(clips: dict[str, np.ndarray], path: Path) -> None:
