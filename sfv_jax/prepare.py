@@ -392,7 +392,8 @@ def main(argv: list[str]) -> None:
     if manifest:
         for entry in manifest["skipped"]:
             print(f"skipped {entry['clip']}: {entry['reason']}")
-        print(f"{_FLAGS.out}: {manifest['clips']} clips, {len(manifest['skipped'])} skipped")
+        clips = ", ".join(f"{count} clips in {split}" for split, count in manifest["clips"].items())
+        print(f"{_FLAGS.out}: {clips}, {len(manifest['skipped'])} skipped")
 
 
 if __name__ == "__main__":
