@@ -119,14 +119,15 @@ def train(config: ConfigDict, workdir: Path) -> dict:
     if config.method not in METHODS:
         raise ConfigError(f"config.method={config.method!r}: choose one of {', '.join(METHODS)}")
     method, chief = METHODS[config.method], jax.process_index() == 0
-    claim_workdir(workdir, config.to_dict())
 
     # ---- networks, state, shardings: shapes first ----
     base = load_base(config)
-    describe_run(workdir, base.unet, base.codec if base.model is None else None, base.model)
     source = open_source(config, base, config.data.split)
-    networks = method.make_networks(base.unet, config)
-    mesh = make_mesh(**config.mesh)
+    try:
+        networks = method.make_networks(base.unet, config)
+        mesh = make_mesh(**config.mesh)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"config: {error}") from error
 
     def init(params):
         return method.init_state(networks, config, params)
@@ -142,6 +143,8 @@ def train(config: ConfigDict, workdir: Path) -> dict:
         process_count=jax.process_count(),
     )
 
+    claim_workdir(workdir, config.to_dict())  # after all that can refuse the config
+    describe_run(workdir, base.unet, base.codec if base.model is None else None, base.model)
     with ExitStack() as stack:  # on the way out, saves under way are waited for, whatever happened
         checkpoints = stack.enter_context(closing(Checkpoints(workdir, config.keep_checkpoints)))
         writer = stack.enter_context(closing(MetricWriter(workdir, chief)))
@@ -268,9 +271,19 @@ def main(_):
         sys.exit(f"train: {error}")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, but one line instead of a traceback for a config field that does not exist."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:
+        while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its KeyError
+            error = error.args[0]
+        sys.exit("train: no such config field: " + " ".join(str(error.args[0]).split()))
+
+
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/X.py or configs/X.py:tiny", lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of the run, made if absent")
     flags.mark_flags_as_required(["config", "workdir"])
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -82,6 +82,12 @@ def test_the_commands_of_the_readme(place, pipeline_folder):
     [
         ("sample", ["--checkpoint=nowhere", "--image=in.png", "--out=x.mp4"], "sample: nowhere does not exist"),
         ("convert", ["--src=nowhere", "--dst=x"], "convert: nowhere is not a folder"),
+        (
+            "train",
+            ["--config=configs/sfv.py", "--workdir=x", "--config.batchsize=1"],
+            "train: no such config field: 'batchsize' Did you mean \"batch_size\"",
+        ),
+        ("train", ["--config=configs/sfv.py", "--workdir=x"], "train: config.init is empty"),
         ("prepare", ["--videos=clips", "--svd=nowhere", "--out=x"], "prepare: nowhere"),
     ],
 )
