@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.video import write_video
-from sfv_jax.evaluation.world import busiest_direction, nearest_future, sharpness
+from sfv_jax.evaluation.world import busiest_direction, nearest_future
 from sfv_jax.sampler import Sampler
 from sfv_jax.train import train
 
@@ -68,7 +68,6 @@ def compare(world, teacher: Sampler, student: Sampler) -> tuple[list[dict], dict
                 "name": name,
                 "milliseconds": latency.get(name),
                 "distance": float(np.mean([distance for distance, _ in nearest])),
-                "sharpness": sharpness(frames, truth),
                 "busiest_direction": busiest_direction([label for _, label in nearest], world.directions),
             }
         )
@@ -77,15 +76,14 @@ def compare(world, teacher: Sampler, student: Sampler) -> tuple[list[dict], dict
 
 def table(rows: list[dict], directions: int) -> str:
     """The rows as Markdown, with what the columns mean."""
-    lines = ["| | ms per video | distance | sharpness | busiest direction |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| | ms per video | distance | busiest direction |", "| --- | ---: | ---: | ---: |"]
     for row in rows:
         time_ = "" if row["milliseconds"] is None else f"{row['milliseconds']:.0f}"
-        scores = " | ".join(f"{row[name]:.2f}" for name in ("distance", "sharpness", "busiest_direction"))
+        scores = " | ".join(f"{row[name]:.2f}" for name in ("distance", "busiest_direction"))
         lines.append(f"| {row['name']} | {time_} | {scores} |")
     notes = [
         f"{CLIPS} held-out first frames.",
         "Distance: RMSE in grey levels (0..255) to the nearest legal continuation, 0 is perfect.",
-        "Sharpness: edge strength relative to the truth, below 1 for a blur, above it for noise.",
         f"Busiest direction: share of the most frequent motion, {1 / directions:.2f} when all are used alike,"
         " 1.00 after mode collapse.",
         "Time: condition to latents of one video on this machine, warm.",

@@ -22,19 +22,6 @@ def rmse(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(a.astype(np.float32) - b.astype(np.float32)))))
 
 
-def sharpness(frames: np.ndarray, truth: np.ndarray) -> float:
-    """Mean absolute difference of neighbouring pixels in `frames`, relative to `truth`; both uint8 `[..., h, w, 3]`.
-
-    Below 1 for a blur; residual noise raises it above 1.
-    """
-
-    def edges(x: np.ndarray) -> float:
-        x = x.astype(np.float32)
-        return float(np.mean(np.abs(np.diff(x, axis=-2))) + np.mean(np.abs(np.diff(x, axis=-3))))
-
-    return edges(frames) / edges(truth)
-
-
 def busiest_direction(labels: list[Label], directions: int) -> float:
     """Largest share of one direction among `labels`: 1 / directions when all are used alike, 1 after mode collapse."""
     return float(np.bincount([label.direction for label in labels], minlength=directions).max() / len(labels))
