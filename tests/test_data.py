@@ -233,7 +233,7 @@ def command(**options) -> subprocess.CompletedProcess:
 def test_the_command_encodes_with_the_networks_of_svd(videos, svd, tmp_path):
     done = command(videos=videos, svd=svd, out=tmp_path, batch_size=2)
     assert done.returncode == 0, done.stderr
-    assert "skipped text.mp4@0.000" in done.stdout and "{'train': 8} clips, 4 skipped" in done.stdout
+    assert "skipped text.mp4@0.000" in done.stdout and "8 clips in train, 4 skipped" in done.stdout
     codec, _ = prepare.load_codec(svd)
     record = latent_source(tmp_path).records[0]
     frames = read_clip(videos / record["source"].decode(), 4, height=32, width=48)
