@@ -130,7 +130,7 @@ def test_load_codec(model_folder, tmp_path):
     assert checkpoint.load_codec(tmp_path / "m") == patch
     with pytest.raises(WeightsError, match="has no vae, image_encoder, only unet"):
         checkpoint.load_model(tmp_path / "m")
-    with pytest.raises(WeightsError, match="codec 'patch'"):
+    with pytest.raises(WeightsError, match="has a patch codec"):
         convert.export_model(tmp_path / "m", tmp_path / "out")
 
 
