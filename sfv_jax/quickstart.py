@@ -104,9 +104,7 @@ def picture(clips: dict[str, np.ndarray], path: Path) -> None:
         draw.text((4, y + h // 2 - 6), name, fill="black")
         for t, frame in enumerate(frames):
             canvas.paste(Image.fromarray(frame).resize((h, h), Image.Resampling.NEAREST), (label + t * (h + 2), y))
-    temporary = path.with_name(f".{path.name}")
-    canvas.save(temporary, format="PNG")
-    temporary.replace(path)
+    write_video(path, np.asarray(canvas)[None])
     grid = np.stack([clips[name][:SHOWN] for name in names])
     movie = rearrange(grid, "m n t h w c -> t (n h) (m w) c").repeat(SCALE, axis=1).repeat(SCALE, axis=2)
     write_video(path.with_suffix(".gif"), movie, fps=4)

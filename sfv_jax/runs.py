@@ -16,7 +16,7 @@ from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.weights.checkpoint import load_codec, load_model
-from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.folders import WeightsError, write_json
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ def describe_run(workdir: Path, unet: UNetConfig, codec: PatchCodec | None, mode
         "patch_codec": dataclasses.asdict(codec) if codec else None,
         "model": str(model.resolve()) if model else None,
     }
-    temporary = workdir / "network.json.tmp"
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(workdir / "network.json")
+    write_json(workdir / "network.json", content)
 
 
 def read_run(workdir: Path) -> tuple[UNetConfig, PatchCodec | None, Path | None]:

@@ -11,8 +11,6 @@ from sfv_jax.models.discriminator import DiscriminatorConfig, head_names, per_he
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.state import Networks, Params, accumulate, global_norm
 
-Array = jax.Array
-
 
 def make_networks(unet: UNetConfig, config) -> Networks:
     """Generator, backbone and heads of a config."""
