@@ -18,9 +18,7 @@ def sm3(lr: float, **changes) -> ConfigDict:
 
 def adamw(lr: float, **changes) -> ConfigDict:
     """AdamW; SVD itself was trained with it (svd paper, appendix D)."""
-    fields = dict(
-        name="adamw", lr=lr, b1=0.9, b2=0.999, weight_decay=0.0, warmup_steps=0, decay_steps=0, clip_norm=0.0
-    )
+    fields = dict(name="adamw", lr=lr, b1=0.9, b2=0.999, weight_decay=0.0, warmup_steps=0, decay_steps=0, clip_norm=0.0)
     return ConfigDict(fields | changes)
 
 
@@ -54,7 +52,8 @@ def default() -> ConfigDict:
             mesh=dict(data=-1, fsdp=1, spatial=1),
             log_every=50,
             checkpoint_every=1000,
-            keep_checkpoints=3,
+            keep_checkpoints=3,  # the newest
+            keep_every=0,  # and for ever those of steps that this divides; 0: none
             sample_every=1000,  # 0: never
             sample_count=4,
         )

@@ -70,9 +70,7 @@ def make_optimizer(config) -> optax.GradientTransformation:
     if config.name == "sm3":
         scale = scale_by_sm3(config.momentum, config.beta)
     elif config.name == "adamw":
-        scale = optax.chain(
-            optax.scale_by_adam(config.b1, config.b2), optax.add_decayed_weights(config.weight_decay)
-        )
+        scale = optax.chain(optax.scale_by_adam(config.b1, config.b2), optax.add_decayed_weights(config.weight_decay))
     else:
         raise ValueError(f"optimiser {config.name!r}: choose 'sm3' or 'adamw'")
     schedule = optax.schedules.constant_schedule(config.lr)

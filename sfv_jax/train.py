@@ -6,6 +6,7 @@ Run the same command again to continue after an interruption. `--workdir` receiv
 `metrics.jsonl`, `tensorboard/` and `samples/`. Any field can be set with `--config.field=value`; see sfv_jax/config.py.
 """
 
+import errno
 import os
 import sys
 import time
@@ -31,6 +32,7 @@ from sfv_jax.runs import Base, describe_run, load_generator
 from sfv_jax.sampler import Sampler
 from sfv_jax.sharding import batch_sharding, make_mesh, param_shardings, put_batch, put_tree
 from sfv_jax.state import Networks
+from sfv_jax.stopping import StopRequest
 from sfv_jax.weights.folders import WeightsError
 
 SAME_PARAMETERS = ("remat", "temporal_conv", "attention_kernel", "num_frames")  # may change with `init` given
@@ -146,19 +148,22 @@ def train(config: ConfigDict, workdir: Path) -> dict:
     claim_workdir(workdir, config.to_dict())  # after all that can refuse the config
     describe_run(workdir, base.unet, base.codec if base.model is None else None, base.model)
     with ExitStack() as stack:  # on the way out, saves under way are waited for, whatever happened
-        checkpoints = stack.enter_context(closing(Checkpoints(workdir, config.keep_checkpoints)))
+        checkpoints = stack.enter_context(
+            closing(Checkpoints(workdir, config.keep_checkpoints, config.keep_every, config.to_dict()))
+        )
         writer = stack.enter_context(closing(MetricWriter(workdir, chief)))
-        latest = checkpoints.latest()
-        if latest is None:
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract[0], shardings[0]
+        )
+        restored = checkpoints.restore(target)
+        latest = restored[0] if restored else None
+        writer.resume(latest or 0)
+        if restored is None:
             state, frozen = jax.jit(init, out_shardings=shardings)(params)
         else:
             frozen = jax.jit(lambda params: init(params)[1], out_shardings=shardings[1])(params)
-            target = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract[0], shardings[0]
-            )
-            state, position = checkpoints.restore(latest, target)
+            _, state, position = restored
             loader.set_state(position)
-            writer.resume(latest)
             print(f"continuing {workdir} at step {latest}" if latest < config.steps else f"{workdir} is finished")
         del params
 
@@ -173,6 +178,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
             held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
             pictures = Pictures(config, base, held_out, workdir)
         report = stack.enter_context(closing(ProgressReport(config.steps, latest or 0, chief, config.method)))
+        stop = stack.enter_context(StopRequest())
         batches = (put_batch(mesh, batch) for batch in loader)
         return loop(
             config,
@@ -184,11 +190,12 @@ def train(config: ConfigDict, workdir: Path) -> dict:
             checkpoints,
             writer,
             report,
+            stop,
         )
 
 
-def loop(config, step_fn, state, batches, loader, pictures, checkpoints, writer, report) -> dict:
-    """Steps from where `report` starts to `config.steps`; returns the last state."""
+def loop(config, step_fn, state, batches, loader, pictures, checkpoints, writer, report, stop) -> dict:
+    """Steps from where `report` starts to `config.steps`, or until asked to `stop`; returns the last state."""
     pending, interval, clock = None, [], Clock(report.first)
     for step in range(report.first + 1, config.steps + 1):
         with clock.waiting():
@@ -196,7 +203,8 @@ def loop(config, step_fn, state, batches, loader, pictures, checkpoints, writer,
         state, metrics = step_fn(state, batch)
         interval.append(metrics)
         report.advance(step)
-        last = step == config.steps
+        stopped = step < config.steps and stop.asked(step)
+        last = stopped or step == config.steps
         if step % config.log_every == 0 or last:
             # The device is never waited for: what is fetched now was finished an interval ago.
             log(writer, report, clock, pending)
@@ -209,6 +217,9 @@ def loop(config, step_fn, state, batches, loader, pictures, checkpoints, writer,
         if pictures and (step % config.sample_every == 0 or last):
             writer.image(step, "samples", pictures.draw(state["ema"], step))
             clock.pause()
+        if stopped:
+            report.print(f"asked to stop: saved step {step}; run the same command again to continue")
+            break
     return state
 
 
@@ -269,6 +280,10 @@ def main(_):
         train(FLAGS.config, Path(FLAGS.workdir))
     except (ConfigError, LatentError, WeightsError, WorkdirError) as error:
         sys.exit(f"train: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(f"train: {error}: make room, then run the same command again to continue from the last checkpoint")
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -2,8 +2,12 @@
 
 import importlib.util
 import json
+import os
+import resource
 import shutil
+import signal
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 
 from sfv_jax import sharding, train
-from sfv_jax.checkpoint import WorkdirError
+from sfv_jax.checkpoint import Checkpoints, WorkdirError
 from sfv_jax.config import ConfigError
 from sfv_jax.runs import load_generator
 from sfv_jax.weights.folders import WeightsError
@@ -64,8 +68,11 @@ def compile_little(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", None)
 
 
-def run(config, workdir: Path, devices: int = 1, fail_at: int | None = None) -> dict:
-    """`train.train` on the first `devices`; the loop dies before step `fail_at`, the step before it saved."""
+def run(config, workdir: Path, devices: int = 1, fail_at: int | None = None, stop_at: int | None = None) -> dict:
+    """`train.train` on the first `devices`.
+
+    The loop dies before step `fail_at`, the step before it saved; it is told to stop during step `stop_at`.
+    """
     batches = 0
 
     def put_batch(mesh, batch):
@@ -75,6 +82,8 @@ def run(config, workdir: Path, devices: int = 1, fail_at: int | None = None) -> 
             while not (workdir / "checkpoints" / str(fail_at - 1)).exists():
                 time.sleep(0.05)
             raise KeyboardInterrupt
+        if batches == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return sharding.put_batch(mesh, batch)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -130,6 +139,86 @@ def test_resumed_run_is_the_uninterrupted_one(whole, killed):
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert metrics(killed) == metrics(workdir)
     assert load_generator(killed).step == 4
+
+
+def test_a_run_told_to_stop_saves_and_continues(whole, tmp_path, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    state = run(tiny(), tmp_path / "run", stop_at=3)
+    assert int(state["step"]) == 3 and signal.getsignal(signal.SIGTERM) is handler
+    assert "saved step 3; run the same command again" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, run(tiny(), tmp_path / "run"), whole[1])
+    assert metrics(tmp_path / "run") == metrics(whole[0])
+
+
+def largest_file(checkpoint: Path) -> Path:
+    return max((p for p in (checkpoint / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    path = largest_file(checkpoint)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut_short(checkpoint: Path) -> None:
+    path = largest_file(checkpoint)
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def lose_a_file(checkpoint: Path) -> None:
+    (checkpoint / "data" / "metadata").unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, lose_a_file])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(whole, tmp_path, capsys, damage):
+    workdir, expected = tmp_path / "run", whole[1]
+    shutil.copytree(whole[0], workdir)
+    damage(workdir / "checkpoints" / "4")
+    if damage is cut_short:  # the others may leave the moving average whole
+        assert load_generator(workdir).step == 2
+        assert "checkpoint 4 is damaged" in capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, run(tiny(), workdir), expected)
+    assert "checkpoint 4 is damaged" in capsys.readouterr().err
+    assert (workdir / "damaged" / "4").is_dir() and load_generator(workdir).step == 4
+    assert metrics(workdir) == metrics(whole[0])
+
+
+def test_no_sound_checkpoint_is_an_error(whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    for step in (2, 4):
+        flip_a_bit(workdir / "checkpoints" / str(step))
+    with pytest.raises(WorkdirError, match="no sound checkpoint among steps 4, 2"):
+        run(tiny(), workdir)
+    assert not (workdir / "damaged").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path):
+    state = {"step": whole[1]["step"], "generator": whole[1]["generator"]}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, jax.tree.map(jax.numpy.asarray, state), {})
+    checkpoints.manager.wait_until_finished()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # no file may grow further, as on a full disk
+        with pytest.raises(WorkdirError, match="could not be written .*; the checkpoint of step 1 is intact"):
+            checkpoints.save(2, jax.tree.map(lambda x: 2 * jax.numpy.asarray(x), state), {})
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with closing(Checkpoints(tmp_path)) as again:
+        step, found, _ = again.restore(jax.tree.map(jax.numpy.asarray, state))
+    assert step == 1
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+
+
+def test_which_checkpoints_stay(tmp_path):
+    with closing(Checkpoints(tmp_path, keep=2, keep_every=3)) as checkpoints:
+        for step in range(1, 9):
+            checkpoints.save(step, {"step": jax.numpy.asarray(step)}, {})
+        checkpoints.manager.wait_until_finished()
+        assert checkpoints.manager.all_steps() == [3, 6, 7, 8]
 
 
 def test_finished_run_does_nothing_more(whole):

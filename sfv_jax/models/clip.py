@@ -88,9 +88,7 @@ class Embeddings(nnx.Module):
         d, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
         kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.class_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (d,), param_dtype))
-        self.patch_embedding = Conv2d(
-            3, d, config.patch_size, stride=config.patch_size, use_bias=False, **kw
-        )
+        self.patch_embedding = Conv2d(3, d, config.patch_size, stride=config.patch_size, use_bias=False, **kw)
         self.position_embedding = nnx.Embed(patches + 1, d, **kw)
 
     def __call__(self, images: Array) -> Array:
