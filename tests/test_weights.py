@@ -222,7 +222,7 @@ def test_activation_of_clip_is_checked():
 
 
 def test_save_refuses_what_diffusers_cannot_hold(params, tmp_path):
-    with pytest.raises(WeightsError, match="norm_groups is 8"):
+    with pytest.raises(WeightsError, match="norm_groups is 8, diffusers has 32"):
         save_component(tmp_path, "unet", params["unet"], dataclasses.replace(CONFIGS["unet"], norm_groups=8))
     with pytest.raises(WeightsError, match=r"do not fit the config:\n  misshapen: conv_out.bias is \(4,\), expected"):
         save_component(tmp_path, "unet", params["unet"], UNetConfig.tiny(out_channels=5))

@@ -10,7 +10,8 @@ from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.weights.folders import WeightsError
 
 DIFFUSERS_VERSION = "0.42.1"  # the writer whose files ours equal
-NORM_GROUPS = 32  # diffusers has no field for it
+# Ours alone, with the values that diffusers has built in.
+BUILT_IN = {"norm_groups": 32, "resnet_eps": 1e-6, "mid_eps": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,14 @@ _CLIP_DEFAULTS = dict(
 def to_json(component: str, config) -> dict:
     """The `config.json` of `component` for one of our configs.
 
-    Fields that are ours alone (`temporal_conv`, `attention_kernel`, `remat`, the norm epsilons) are left out: the other
-    side runs with its own values.
+    Fields that only say how to compute (`temporal_conv`, `attention_kernel`, `remat`) are left out.
     Raises:
-      WeightsError: if `norm_groups` is not 32, which diffusers cannot express.
+      WeightsError: if a field that diffusers has no name for is not what it has built in (`BUILT_IN`).
     """
-    if getattr(config, "norm_groups", NORM_GROUPS) != NORM_GROUPS:
-        raise WeightsError(f"{component}: norm_groups is {config.norm_groups}, diffusers knows only {NORM_GROUPS}")
+    for field, value in BUILT_IN.items():
+        if getattr(config, field, value) != value:
+            found = getattr(config, field)
+            raise WeightsError(f"{component}: {field} is {found}, diffusers has {value} built in")
     shared = {f.name: getattr(config, f.name) for f in fields(config)}
     shared = {k: list(v) if isinstance(v, tuple) else v for k, v in shared.items()}
     return {"unet": _unet_json, "vae": _vae_json, "image_encoder": _clip_json}[component](config, shared)
@@ -65,7 +67,7 @@ def to_json(component: str, config) -> dict:
 
 def _unet_json(config: UNetConfig, shared: dict) -> dict:
     plain = len(config.block_out_channels) - 1
-    ours = {"norm_groups", "resnet_eps", "mid_eps", "temporal_conv", "attention_kernel", "remat"}
+    ours = BUILT_IN.keys() | {"temporal_conv", "attention_kernel", "remat"}
     return {
         "_class_name": COMPONENTS["unet"].class_name,
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -77,7 +79,7 @@ def _unet_json(config: UNetConfig, shared: dict) -> dict:
 
 
 def _vae_json(config: VAEConfig, shared: dict) -> dict:
-    ours = {"norm_groups", "temporal_conv"}
+    ours = BUILT_IN.keys() | {"temporal_conv"}
     return {
         "_class_name": COMPONENTS["vae"].class_name,
         "_diffusers_version": DIFFUSERS_VERSION,

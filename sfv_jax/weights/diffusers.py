@@ -5,15 +5,17 @@ there. Kernels are stored with their axes in the order of JAX, see `to_ours`.
 """
 
 import re
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from sfv_jax.models import tree
 from sfv_jax.weights.configs import COMPONENTS, from_json, to_json
 from sfv_jax.weights.folders import WeightsError, read_json, shape_problems, write_json
+from sfv_jax.weights.stream import write_weights
 
 # Axes of a kernel in torch's order -> in ours, by rank: Linear (o, i), Conv2d (o, i, h, w), Conv3d (o, i, k, 1, 1).
 _AXES = {2: (1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
@@ -41,8 +43,9 @@ def their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[axis] for axis in np.argsort(_AXES[len(shape)])) if path.endswith(".kernel") else tuple(shape)
 
 
+@lru_cache(maxsize=16)
 def manifest(component: str, config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that a diffusers weight file of this network holds."""
+    """Names and shapes that a diffusers weight file of this network holds. Not to be changed by the caller."""
     _, shapes = tree.abstract(COMPONENTS[component].module, config)
     return {their_name(path): their_shape(path, x.shape) for path, x in tree.flatten(shapes).items()}
 
@@ -119,33 +122,46 @@ def modern_name(name: str) -> str:
     )
 
 
-def save_component(folder: str | Path, component: str, params: tree.Params, config, *, variant: str | None = None):
-    """Writes one network as diffusers does: `config.json` and one safetensors file, fp16 for variant "fp16", else fp32.
+def save_component(
+    folder: str | Path,
+    component: str,
+    params: tree.Params,
+    config,
+    *,
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+) -> None:
+    """Writes one network as diffusers does: `config.json` and its weights, fp16 for variant "fp16", else fp32.
+
+    Tensors are read and written one by one; beside `params` only the largest is held in memory.
 
     Args:
-      params: nested dict of arrays, readable from this process.
+      params: nested dict of arrays, readable from this process, of any floating dtype.
+      max_shard_size: larger weights are cut into shards with an index, as `save_pretrained` does.
     Raises:
       WeightsError: if diffusers cannot express the config, `params` are not such a network, or fp16 cannot hold them.
     """
-    folder, spec = Path(folder), COMPONENTS[component]
-    description = to_json(component, config)
+    folder = Path(folder)
+    description, shapes, read = to_json(component, config), *reader(component, params, config)
+    dtype = np.dtype(np.float16 if variant == "fp16" else np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    ordered = {name: shapes[name] for name in sorted(shapes)}
+    tensors = ((name, read(name)) for name in ordered)
+    stem = COMPONENTS[component].weights
+    write_weights(folder, stem, ordered, tensors, dtype, variant=variant, max_shard_size=max_shard_size)
+    write_json(folder / "config.json", description)
+
+
+def reader(component: str, params: tree.Params, config) -> tuple[dict, Callable[[str], np.ndarray]]:
+    """`(shapes, read)` of our parameters under diffusers' names: what there is, and how to get one as numpy array.
+
+    Raises:
+      WeightsError: if `params` are not the network that `config` describes.
+    """
     flat = tree.flatten(params)
-    problems = shape_problems(
-        {their_name(k): their_shape(k, v.shape) for k, v in flat.items()}, manifest(component, config)
-    )
+    paths = {their_name(path): path for path in flat}
+    shapes = {name: their_shape(path, flat[path].shape) for name, path in paths.items()}
+    problems = shape_problems(shapes, manifest(component, config))
     if problems:
         raise WeightsError(f"{component}: the parameters do not fit the config:\n  " + "\n  ".join(problems))
-    dtype = np.dtype(np.float16 if variant == "fp16" else np.float32)
-    tensors = {their_name(k): _cast(k, to_theirs(k, np.asarray(v)), dtype) for k, v in flat.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".".join(filter(None, (spec.weights, variant, "safetensors")))
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    write_json(folder / "config.json", description)
-    partial.rename(path)
-
-
-def _cast(path: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if np.max(np.abs(value.astype(np.float32)), initial=0.0) > np.finfo(dtype).max:
-        raise WeightsError(f"{path} has values that {dtype} cannot hold: export without --fp16")
-    return np.ascontiguousarray(value, dtype)
+    return shapes, lambda name: to_theirs(paths[name], np.asarray(flat[paths[name]]))

@@ -1,11 +1,12 @@
 """A whole StableVideoDiffusionPipeline folder: its networks, and the small files beside them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from sfv_jax.models import clip, tree
-from sfv_jax.weights.configs import COMPONENTS, DIFFUSERS_VERSION
+from sfv_jax.weights.configs import COMPONENTS, DIFFUSERS_VERSION, to_json
 from sfv_jax.weights.diffusers import load_component, save_component
 from sfv_jax.weights.folders import WeightsError, new_folder, read_json, sha256, write_json
 
@@ -103,19 +104,24 @@ def check_normalisation(folder: Path) -> None:
 
 def save_pipeline(
     folder: str | Path,
-    params: dict[str, tree.Params],
+    load: Callable[[str], tree.Params],
     configs: dict,
     scheduler: dict,
     *,
     variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+    card: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a folder that `StableVideoDiffusionPipeline.from_pretrained` loads, complete or not at all.
 
     Args:
-      params, configs: of all three components.
-      scheduler: `{"sigma_min", "sigma_max"}`.
+      load: gives the parameters of a component by name; called once for each, so that only one is held at a time.
+      configs: of all three components.
+      scheduler: `{"sigma_min", "sigma_max"}`. With one step diffusers starts at sigma_max and ends at 0.
       variant: "fp16" for half precision files of that name, None for fp32.
+      max_shard_size: as in `save_component`.
+      card: text of `README.md`.
     Raises:
       WeightsError: if the folder exists, or a component cannot be expressed (see `save_component`).
     """
@@ -123,11 +129,16 @@ def save_pipeline(
     index |= {name: [c.library, c.class_name] for name, c in COMPONENTS.items()}
     index |= {"scheduler": ["diffusers", SCHEDULER["_class_name"]]}
     index |= {"feature_extractor": ["transformers", FEATURE_EXTRACTOR["image_processor_type"]]}
+    for name in COMPONENTS:
+        to_json(name, configs[name])  # refuse before anything large is loaded
     with new_folder(folder, overwrite=overwrite) as partial:
         for name in COMPONENTS:
-            save_component(partial / name, name, params[name], configs[name], variant=variant)
+            options = dict(variant=variant, max_shard_size=max_shard_size)
+            save_component(partial / name, name, load(name), configs[name], **options)
         for name in ("scheduler", "feature_extractor"):
             (partial / name).mkdir()
         write_json(partial / "scheduler" / "scheduler_config.json", SCHEDULER | {k: scheduler[k] for k in SIGMAS})
         write_json(partial / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR)
+        if card is not None:
+            (partial / "README.md").write_text(card)
         write_json(partial / "model_index.json", index)

@@ -1,0 +1,128 @@
+"""The model card (`README.md`) of what is exported: facts that the run and the model folder recorded, nothing else."""
+
+import json
+from pathlib import Path
+
+from sfv_jax.models.unet import UNetConfig
+
+FRONT_MATTER = """---
+library_name: diffusers
+pipeline_tag: image-to-video
+license: other
+tags:
+- image-to-video
+- stable-video-diffusion
+---
+"""
+LICENCE = """## Licence
+
+These are the networks of Stable Video Diffusion. If they come from Stability AI's weights, as those of an imported
+`stable-video-diffusion-img2vid` do, they are a derivative of them and Stability AI's community licence applies,
+whatever they were trained on afterwards. This card cannot know it: check the origin above and the licence before you
+use or share the weights.
+"""
+ONE_STEP_METHODS = ("sfv",)
+# Fields of a run's config that tell one training from another, in this order.
+_SETTINGS = (
+    "batch_size",
+    "accumulation_steps",
+    "dtype",
+    "ema_decay",
+    "seed",
+    "generator_optimizer",
+    "heads_optimizer",
+    "discriminator",
+    "sfv",
+    "teacher",
+)
+
+
+def model_card(
+    unet: UNetConfig, meta: dict, *, what: str, name: str, variant: str | None, run: dict | None = None
+) -> str:
+    """Text of the card.
+
+    Args:
+      meta: `model.json` of the model folder the VAE and CLIP tower come from.
+      what: "pipeline", "unet" or "comfyui".
+      name: of the folder or file that is written.
+      variant: "fp16" or None.
+      run: of a training run, `{"step", "raw", "config"}`; `config` is the content of its `config.json`.
+    """
+    method = run["config"].get("method") if run else None
+    title = f"# {Path(name).stem if what == 'comfyui' else name}"
+    sections = [FRONT_MATTER + title, _summary(method, run), _usage(unet, what, name, variant, method)]
+    if run:
+        sections.append(_training(run))
+    sections += [_origin(meta), LICENCE]
+    return "\n".join(section.rstrip() + "\n" for section in sections)
+
+
+def _summary(method: str | None, run: dict | None) -> str:
+    if not run:
+        return "Stable Video Diffusion (image to video), written by sfv_jax from a model folder. Not trained here.\n"
+    kind = "A one-step image-to-video generator: " if method in ONE_STEP_METHODS else "An image-to-video model: "
+    weights = "the trained weights themselves" if run["raw"] else "the moving average of the weights"
+    return (
+        f"{kind}the UNet of Stable Video Diffusion after {run['step']:,} training steps of method `{method}` in "
+        f"sfv_jax; {weights}. VAE and CLIP tower are those of the base model, unchanged.\n"
+    )
+
+
+def _usage(unet: UNetConfig, what: str, name: str, variant: str | None, method: str | None) -> str:
+    one_step = method in ONE_STEP_METHODS
+    if what == "comfyui":
+        sampler = "steps 1, cfg 1, sampler euler, scheduler karras" if one_step else "20 to 25 steps, scheduler karras"
+        return (
+            "## Use in ComfyUI\n\n"
+            f"Put `{name}` into `models/checkpoints` and load it with *Image Only Checkpoint Loader (img2vid model)*, "
+            f"then *SVD_img2vid_Conditioning* with {unet.num_frames} frames and *KSampler* with {sampler}. This was "
+            "not tried in ComfyUI, which computes all norms of the residual blocks with an epsilon of 1e-5, diffusers "
+            "most of them with 1e-6.\n"
+        )
+    call = (
+        "num_inference_steps=1, min_guidance_scale=1, max_guidance_scale=1"
+        if one_step
+        else "num_inference_steps=25, min_guidance_scale=1, max_guidance_scale=3"
+    )
+    half = ', variant="fp16", torch_dtype=torch.float16' if variant else ""
+    if what == "unet":
+        load = (
+            f'unet = UNetSpatioTemporalConditionModel.from_pretrained("{name}"{half})\n'
+            f"pipe = StableVideoDiffusionPipeline.from_pretrained(BASE_MODEL, unet=unet{half})"
+        )
+    else:
+        load = f'pipe = StableVideoDiffusionPipeline.from_pretrained("{name}"{half})'
+    run = f"frames = pipe(image, num_frames={unet.num_frames}, {call}).frames[0]"
+    return f"## Use in diffusers\n\n```python\n{load}\n{run}\n```\n"
+
+
+def _training(run: dict) -> str:
+    config = run["config"]
+    data = config.get("data", {})
+    where = "the procedural world" if data.get("source") == "world" else f"latent cache `{data.get('path')}`"
+    lines = [
+        "## Training\n",
+        f"- method: `{config.get('method')}`",
+        f"- steps: {run['step']:,} of {config.get('steps'):,}",
+        f"- weights: {'raw' if run['raw'] else 'moving average'}",
+        f"- data: {where}, split `{data.get('split')}`",
+        f"- started from: `{config.get('init') or 'random weights'}`",
+    ]
+    lines += [f"- {field}: `{_short(config[field])}`" for field in _SETTINGS if field in config]
+    return "\n".join(lines)
+
+
+def _short(value) -> str:
+    return json.dumps(value) if isinstance(value, dict | list | str) else str(value)
+
+
+def _origin(meta: dict) -> str:
+    source = meta.get("source", {})
+    if not source:
+        return "## Origin of the base model\n\nNot recorded.\n"
+    digests = "\n".join(f"| `{file}` | `{digest}` |" for file, digest in sorted(source.get("sha256", {}).items()))
+    return (
+        f"## Origin of the base model\n\nImported from `{source.get('folder')}`. The files it was read from:\n\n"
+        f"| file | SHA-256 |\n| --- | --- |\n{digests}\n"
+    )

@@ -1,0 +1,139 @@
+"""Writing safetensors files tensor by tensor: one array in memory at a time, complete files or none.
+
+The format: 8 bytes with the length of the header (little endian), the header as JSON padded with spaces to a multiple
+of 8, then the tensors' bytes in the order of their offsets. For the same tensors our bytes equal the library's own.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from sfv_jax.weights.folders import WeightsError, write_json
+
+Shapes = dict[str, tuple[int, ...]]  # in the order of the tensors in a file
+
+_NAMES = {np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Shapes,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    dtype: np.dtype,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes one file, all tensors as `dtype` (float16 or float32).
+
+    Args:
+      tensors: `(name, array)` of exactly the names of `shapes`, in their order; read one by one.
+      metadata: strings for the header beside torch's `{"format": "pt"}`.
+    Raises:
+      WeightsError: if `dtype` cannot hold a value.
+      ValueError: if `tensors` are not those announced.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(_header(shapes, dtype, {"format": "pt"} | (metadata or {})))
+            for (name, shape), (found, value) in zip(shapes.items(), tensors, strict=True):
+                if (found, value.shape) != (name, tuple(shape)):
+                    raise ValueError(f"announced {name} {tuple(shape)}, got {found} {value.shape}")
+                file.write(_cast(name, value, dtype))
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _header(shapes: Shapes, dtype: np.dtype, metadata: dict[str, str]) -> bytes:
+    header: dict = {"__metadata__": metadata}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # reported below
+        result = np.ascontiguousarray(value, dtype)
+    if value.dtype != dtype and np.isinf(result).sum() > np.isinf(value).sum():
+        raise WeightsError(f"{name} has values that {dtype} cannot hold: export without --fp16")
+    return result
+
+
+def write_weights(
+    folder: Path,
+    stem: str,
+    shapes: Shapes,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    dtype: np.dtype,
+    *,
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+) -> list[Path]:
+    """Writes `STEM[.VARIANT].safetensors`, or shards of at most `max_shard_size` and an index, named as diffusers does.
+
+    A tensor larger than that has a shard of its own. Arguments and errors else as in `write_safetensors`.
+
+    Returns:
+      The weight files.
+    """
+    shards = split(shapes, dtype, parse_size(max_shard_size))
+    name = ".".join(filter(None, (stem, variant)))
+    if len(shards) == 1:
+        files = [f"{name}.safetensors"]
+    else:
+        files = [f"{name}-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+    stream = iter(tensors)
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / file, shard, (next(stream) for _ in shard), dtype)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(_size(shape, dtype) for shape in shapes.values())},
+            "weight_map": {k: file for file, shard in zip(files, shards, strict=True) for k in shard},
+        }
+        suffix = f".{variant}" if variant else ""
+        write_json(folder / f"{stem}.safetensors.index{suffix}.json", index)
+    return [folder / file for file in files]
+
+
+def split(shapes: Shapes, dtype: np.dtype, limit: int) -> list[Shapes]:
+    """`shapes` in order, cut into runs of at most `limit` bytes (or one tensor)."""
+    shards: list[Shapes] = [{}]
+    used = 0
+    for name, shape in shapes.items():
+        size = _size(shape, dtype)
+        if shards[-1] and used + size > limit:
+            shards.append({})
+            used = 0
+        shards[-1][name] = shape
+        used += size
+    return shards
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "10GB" (decimal, as the hub counts), "500MB", "2GiB" or a number.
+
+    Raises:
+      WeightsError: if it is not a positive size.
+    """
+    text = str(size).strip().upper()
+    unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if text.endswith(u)), "")
+    try:
+        number = float(text.removesuffix(unit)) * _UNITS.get(unit, 1)
+        if not 1 <= number < math.inf:
+            raise ValueError
+    except ValueError:
+        raise WeightsError(f"{size!r} is not a size: write it like 10GB or 500MB") from None
+    return int(number)
+
+
+def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize

@@ -1,0 +1,224 @@
+"""What leaves: files that stock libraries load, in any size and dtype, and cards that say where they come from."""
+
+import dataclasses
+import gc
+import json
+import re
+import shutil
+import weakref
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sfv_jax import convert, export
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.sampler import Sampler
+from sfv_jax.weights import checkpoint, stream
+from sfv_jax.weights.configs import to_json
+from sfv_jax.weights.diffusers import load_component, save_component
+from sfv_jax.weights.folders import WeightsError
+from tests.conftest import CONFIGS, error, noise
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def half_folder(pipeline_folder, tmp_path_factory):
+    """The model folder of `pipe`, stored in bfloat16."""
+    folder = tmp_path_factory.mktemp("half") / "model"
+    convert.import_pipeline(pipeline_folder, folder, dtype="bfloat16")
+    return folder
+
+
+def test_bytes_are_those_of_the_library(tmp_path):
+    tensors = {f"layer.{n}.weight": noise(n, 3, n + 1) for n in range(5)} | {"mix": np.zeros(1, np.float32)}
+    tensors = {k: tensors[k].astype(np.float16) for k in sorted(tensors)}
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    shapes = {k: v.shape for k, v in tensors.items()}
+    stream.write_safetensors(tmp_path / "ours.safetensors", shapes, tensors.items(), np.dtype(np.float16))
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("tensors", [{}, {"b": np.zeros(2)}, {"a": np.zeros(3)}], ids=["missing", "other", "misshapen"])
+def test_a_file_is_complete_or_absent(tmp_path, tensors):
+    with pytest.raises(ValueError):
+        stream.write_safetensors(tmp_path / "f.safetensors", {"a": (2,)}, tensors.items(), np.dtype(np.float32))
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes():
+    assert [stream.parse_size(x) for x in ("10GB", "1.5 mb", "2GiB", 300)] == [10**10, 1_500_000, 2**31, 300]
+    for wrong in ("", "GB", "-1GB", "ten", "0"):
+        with pytest.raises(WeightsError, match="is not a size"):
+            stream.parse_size(wrong)
+
+
+@pytest.mark.parametrize(("component", "size"), [("unet", "500KB"), ("vae", "500KB"), ("image_encoder", "30KB")])
+def test_shards_are_cut_and_named_as_diffusers_does(reference, pipe, params, tmp_path, component, size):
+    torch = pytest.importorskip("torch")
+    ours, theirs, original = tmp_path / "ours", tmp_path / "theirs", getattr(pipe, component)
+    save_component(ours, component, params[component], CONFIGS[component], variant="fp16", max_shard_size=size)
+    again = type(original).from_pretrained(ours, variant="fp16", torch_dtype=torch.float16)
+    expected = {name: x.half() for name, x in original.state_dict().items()}
+    assert all(torch.equal(x, expected[name]) for name, x in again.state_dict().items())
+
+    again.save_pretrained(theirs, variant="fp16", max_shard_size=size)
+    written, patterns = (
+        {re.sub(r"\d{5}", "N", file.name) for file in folder.glob("*.safetensors*")} for folder in (ours, theirs)
+    )
+    assert written == patterns and len(written) == 2  # numbers aside: their order of tensors is another
+    index = json.loads(next(ours.glob("*.index.fp16.json")).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == sorted(file.name for file in ours.glob("*.safetensors")) and files[0].endswith(
+        f"{len(files):05}.safetensors"
+    )
+    merged = {k: v for name in files for k, v in load_file(ours / name).items()}
+    assert merged.keys() == index["weight_map"].keys() == expected.keys()
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in merged.values())
+    largest = max(x.nbytes for x in merged.values())
+    assert max((ours / name).stat().st_size for name in files) <= max(stream.parse_size(size), largest) + 30_000
+
+
+def test_one_step_of_diffusers_on_the_exported_folder(reference, model_folder, tmp_path):
+    """The scheduler as written makes one step from sigma 700 to 0."""
+    torch = pytest.importorskip("torch")
+    from diffusers import StableVideoDiffusionPipeline
+    from PIL import Image
+
+    convert.export_model(model_folder, tmp_path / "out")
+    pipe = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler.set_timesteps(1)
+    np.testing.assert_allclose(pipe.scheduler.sigmas, [700.0, 0.0])
+
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    start, sampler = noise(1, 1, 4, 4, 6, 4), Sampler.load(model_folder)
+    drawn = torch.randn((1, 3, 32, 48), generator=torch.Generator().manual_seed(0))
+    condition = sampler.condition([image], (32, 48), None, (6, 127, 0.02), noise=np.moveaxis(drawn.numpy(), 1, -1))
+    expected = pipe(
+        Image.fromarray(image),
+        height=32,
+        width=48,
+        num_frames=4,
+        num_inference_steps=1,
+        min_guidance_scale=1,
+        max_guidance_scale=1,
+        generator=torch.Generator().manual_seed(0),
+        latents=reference.to_torch(start, torch.float32),
+        output_type="latent",
+    ).frames
+    peak, rms = error(sampler.latents(condition, start), reference.to_numpy(expected))
+    assert peak <= 1e-3 and rms <= 2e-4, (peak, rms)  # the gates of test_pipeline.py
+
+
+def test_bfloat16_models_leave_as_fp16_and_fp32(half_folder, params, tmp_path):
+    expected = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), params["unet"])
+    for variant in (None, "fp16"):
+        convert.export_model(half_folder, tmp_path / str(variant), what="unet", variant=variant)
+        found, config, _ = load_component(tmp_path / str(variant), "unet")
+        dtype = np.float16 if variant else np.float32
+        assert config == dataclasses.replace(CONFIGS["unet"], temporal_conv="conv")
+        cast = jax.tree.map(lambda x: x.astype(dtype), expected)  # noqa: B023
+        assert jax.tree.all(jax.tree.map(np.array_equal, found, cast))
+    assert sorted(p.name for p in (tmp_path / "None").iterdir()) == ["README.md", "config.json", WEIGHTS]
+
+
+@pytest.mark.parametrize("what", ["pipeline", "comfyui"])
+def test_one_network_is_held_at_a_time(model_folder, tmp_path, monkeypatch, what):
+    held, load_model = [], export.load_model
+
+    def load(folder, names):
+        gc.collect()
+        assert not [ref() for ref in held if ref() is not None]
+        result = load_model(folder, names)
+        held.append(weakref.ref(jax.tree.leaves(result[0])[0]))
+        return result
+
+    monkeypatch.setattr(export, "load_model", load)
+    export.export_model(model_folder, tmp_path / "out.safetensors", what=what)
+    assert len(held) == 3
+
+
+@pytest.mark.parametrize("field", ["norm_groups", "resnet_eps", "mid_eps"])
+def test_what_diffusers_would_compute_otherwise_is_refused(model_folder, tmp_path, field):
+    copy = shutil.copytree(model_folder, tmp_path / "model")
+    meta = json.loads((copy / "model.json").read_text())
+    meta["configs"]["unet"][field] = 16 if field == "norm_groups" else 3e-5
+    (copy / "model.json").write_text(json.dumps(meta))
+    for what in export.WHAT:
+        with pytest.raises(WeightsError, match=f"unet: {field} is .*, diffusers has .* built in"):
+            convert.export_model(copy, tmp_path / "out.safetensors", what=what)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    to_json("unet", UNetConfig.svd())
+
+
+def run_of(model_folder, workdir, params, step=30, **config):
+    """A workdir as training leaves it, with `params` as moving average and twice them as trained weights."""
+    from sfv_jax.checkpoint import Checkpoints
+    from sfv_jax.runs import describe_run
+
+    workdir.mkdir()
+    describe_run(workdir, CONFIGS["unet"], None, model_folder)
+    data = dict(source="latents", path="data/cats", split="train")
+    defaults = dict(method="sfv", steps=50_000, init=str(model_folder), batch_size=32, data=data, sfv={"p_mean": -1.0})
+    (workdir / "config.json").write_text(json.dumps(defaults | config))
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(step, {"ema": params, "generator": jax.tree.map(lambda x: 2 * x, params)}, {"position": 0})
+    checkpoints.close()
+    return workdir
+
+
+def test_a_run_leaves_with_its_card(model_folder, params, tmp_path):
+    run = run_of(model_folder, tmp_path / "run", params["unet"])
+    convert.export_model(run, tmp_path / "raw", what="unet", raw=True)
+    convert.export_model(run, tmp_path / "sfv-cats")
+    for folder, factor in ((tmp_path / "raw", 2), (tmp_path / "sfv-cats" / "unet", 1)):
+        expected = jax.tree.map(lambda x: factor * x, params["unet"])  # noqa: B023
+        assert jax.tree.all(jax.tree.map(np.array_equal, load_component(folder, "unet")[0], expected))
+    card = (tmp_path / "sfv-cats" / "README.md").read_text()
+    front = card.split("---\n")[1]
+    assert "pipeline_tag: image-to-video" in front and "library_name: diffusers" in front and "license: other" in front
+    digest = checkpoint.read_model(model_folder)[1]["source"]["sha256"][f"unet/{WEIGHTS}"]
+    for fact in (
+        "30 training steps of method `sfv`",
+        "moving average",
+        "30 of 50,000",
+        "`data/cats`",
+        f"| `unet/{WEIGHTS}` | `{digest}` |",
+        "num_inference_steps=1, min_guidance_scale=1, max_guidance_scale=1",
+        'sfv: `{"p_mean": -1.0}`',
+        "check the origin above and the licence",
+    ):
+        assert fact in card, fact
+    assert "the trained weights themselves" in (tmp_path / "raw" / "README.md").read_text()
+
+
+def test_cards_of_models_that_need_many_steps(model_folder, params, tmp_path):
+    convert.export_model(model_folder, tmp_path / "base", variant="fp16")
+    card = (tmp_path / "base" / "README.md").read_text()
+    assert "num_inference_steps=25" in card and "Not trained here" in card and 'variant="fp16"' in card
+    assert "## Training" not in card
+    run = run_of(model_folder, tmp_path / "run", params["unet"], method="teacher")
+    convert.export_model(run, tmp_path / "t.safetensors", what="comfyui")
+    card = (tmp_path / "t.md").read_text()
+    assert "ComfyUI" in card and "20 to 25 steps" in card and "method `teacher`" in card
+
+
+def test_a_run_whose_model_is_gone(model_folder, params, tmp_path):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    run = run_of(model, tmp_path / "run", params["unet"])
+    shutil.rmtree(model)
+    with pytest.raises(WeightsError, match="run was trained from .*model, which is gone"):
+        convert.export_model(run, tmp_path / "out")
+
+
+def test_parameters_that_are_too_large_for_fp16(model_folder, params, tmp_path):
+    huge = params["unet"] | {"conv_out": jax.tree.map(lambda x: x + 1e5, params["unet"]["conv_out"])}
+    run = run_of(model_folder, tmp_path / "run", huge)
+    with pytest.raises(WeightsError, match="conv_out.bias has values that float16 cannot hold: export without --fp16"):
+        convert.export_model(run, tmp_path / "out", variant="fp16")
+    with pytest.raises(WeightsError, match="float16 cannot hold"):
+        convert.export_model(run, tmp_path / "out.safetensors", variant="fp16", what="comfyui")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
