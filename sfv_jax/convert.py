@@ -1,6 +1,7 @@
 """Weights in and out: a diffusers StableVideoDiffusionPipeline folder to a model folder, and back.
 
     python -m sfv_jax.convert --src stable-video-diffusion-img2vid --dst models/svd
+    python -m sfv_jax.convert --src svd_xt.safetensors --dst models/svd-xt
     python -m sfv_jax.convert --export --src models/svd --dst svd-diffusers --fp16
     python -m sfv_jax.convert --export --src runs/sfv --dst sfv-diffusers
     python -m sfv_jax.convert --export --src runs/sfv --dst sfv.safetensors --what comfyui --fp16
@@ -17,8 +18,9 @@ from absl import app, flags, logging
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.export import WHAT, export_model
 from sfv_jax.weights.checkpoint import read_model, save_model
-from sfv_jax.weights.folders import WeightsError, refuse_existing
-from sfv_jax.weights.pipeline import load_pipeline
+from sfv_jax.weights.folders import WeightsError, refuse_existing, sha256
+from sfv_jax.weights.pipeline import SIGMAS, load_pipeline
+from sfv_jax.weights.single_file import is_single_file, load_single_file, open_single_file
 
 DTYPES = ("source", "float32", "float16", "bfloat16")
 
@@ -37,6 +39,29 @@ def import_pipeline(src: str, dst: str, *, variant: str | None = None, dtype: st
     save_model(dst, params, configs, codec="svd", extra=facts, overwrite=overwrite)
 
 
+def import_single_file(
+    src: str, dst: str, *, num_frames: int | None = None, dtype: str = "source", overwrite=False
+) -> list[str]:
+    """Converts Stability's single file `src` (`svd.safetensors`, `svd_xt.safetensors`) to the model folder `dst`.
+
+    Args:
+      num_frames: as in `single_file.open_single_file`.
+      dtype: what to store, one of `DTYPES`.
+    Returns:
+      Lines that say what was assumed and left out.
+    Raises:
+      WeightsError: if `src` does not hold exactly SVD's networks, or `dst` exists and `overwrite` is not set.
+    """
+    refuse_existing(Path(dst), overwrite)
+    single = open_single_file(src, num_frames=num_frames)
+    target = None if dtype == "source" else jnp.dtype(dtype)
+    params = {name: load_single_file(single, name, target) for name in single.configs}
+    source = {"folder": single.path.name, "sha256": {single.path.name: sha256(single.path)}}
+    extra = {"scheduler": SIGMAS | {"rho": 7.0}, "source": source}
+    save_model(dst, params, single.configs, codec="svd", extra=extra, overwrite=overwrite)
+    return single.notes
+
+
 def report(folder: str) -> None:
     """Prints what a model folder holds."""
     _, meta = read_model(folder)
@@ -45,14 +70,15 @@ def report(folder: str) -> None:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("src", None, "Folder to read.", required=True)
-    flags.DEFINE_string("dst", None, "Folder to write.", required=True)
+    flags.DEFINE_string("src", None, "Folder or file to read.", required=True)
+    flags.DEFINE_string("dst", None, "Folder or file to write.", required=True)
     flags.DEFINE_bool("export", False, "From a model folder or a training run to a diffusers folder.")
     flags.DEFINE_enum("what", "pipeline", WHAT, "With --export: pipeline or UNet folder, or one file.")
     flags.DEFINE_string("max_shard_size", "10GB", "With --export: larger weight files of a folder are cut into shards.")
     flags.DEFINE_bool("fp16", False, "The fp16 variant of the diffusers files: read it, or write it with --export.")
     flags.DEFINE_bool("raw", False, "Of a training run, the trained weights instead of their moving average.")
     flags.DEFINE_enum("dtype", "source", DTYPES, "What the model folder stores.")
+    flags.DEFINE_integer("num_frames", None, "Frames per clip of a single file's UNet, if its name does not tell.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing --dst.")
 
 
@@ -64,6 +90,11 @@ def main(_) -> None:
         if args.export:
             options = dict(what=args.what, raw=args.raw, max_shard_size=args.max_shard_size, overwrite=args.overwrite)
             export_model(args.src, args.dst, variant=variant, **options)
+        elif is_single_file(args.src):
+            options = dict(num_frames=args.num_frames, dtype=args.dtype, overwrite=args.overwrite)
+            for note in import_single_file(args.src, args.dst, **options):
+                print(note)
+            report(args.dst)
         else:
             import_pipeline(args.src, args.dst, variant=variant, dtype=args.dtype, overwrite=args.overwrite)
             report(args.dst)

@@ -1,16 +1,28 @@
 """Stability's single file: names by rules, every tensor accounted for, the same bits after the detour."""
 
+import dataclasses
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
+from sfv_jax import convert
+from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
-from sfv_jax.weights import sgm
+from sfv_jax.weights import checkpoint, sgm
+from sfv_jax.weights import single_file as single_file_module
 from sfv_jax.weights.diffusers import manifest, reader
-from sfv_jax.weights.single_file import save_single_file
+from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.single_file import load_single_file, open_single_file, save_single_file
 from tests.conftest import CONFIGS, noise
 
 FULL = {"unet": UNetConfig.svd(), "vae": VAEConfig.svd(), "image_encoder": CLIPConfig.svd()}
@@ -138,3 +150,149 @@ def test_torch_reads_the_fused_attention(pipe, params):
     with torch.no_grad():
         np.testing.assert_allclose(fused(x, x, x)[0], expected, atol=1e-5)
     assert tensors[f"{sgm.CLIP}proj"].shape == (config.hidden_size, config.projection_dim)
+
+
+def differences(single, params) -> list[str]:
+    """Names of the components whose bits are not those of `params`."""
+    found = {name: tree.flatten(load_single_file(single, name)) for name in CONFIGS}
+    expected = {name: tree.flatten(params[name]) for name in CONFIGS}
+    assert all(found[name].keys() == expected[name].keys() for name in CONFIGS)
+    return [k for k in CONFIGS if not all(np.array_equal(found[k][p], x) for p, x in expected[k].items())]
+
+
+def edit(source, target, change):
+    """Writes `source` as `target` after `change(tensors)`."""
+    tensors = load_file(source)
+    with safe_open(source, framework="np") as file:
+        metadata = file.metadata()
+    change(tensors)
+    save_file(tensors, target, metadata=metadata)
+    return target
+
+
+def test_round_trip(single_file, params):
+    single = open_single_file(single_file)
+    plain = {"unet": dict(temporal_conv="conv"), "vae": dict(temporal_conv="conv"), "image_encoder": {}}
+    assert single.configs == {name: dataclasses.replace(CONFIGS[name], **plain[name]) for name in CONFIGS}
+    assert single.notes == [] and differences(single, params) == []
+
+
+def test_a_wrong_rule_is_noticed(single_file, params, monkeypatch):
+    """Two levels of the decoder exchanged, as if they were not counted in reverse, and q taken for k."""
+    right = sgm.places("vae", CONFIGS["vae"])
+
+    def exchanged(component, config, **kw):
+        found = places(component, config, **kw)
+        if component == "vae":
+            swap = {"up.2.block.1.": "up.3.block.1.", "up.3.block.1.": "up.2.block.1."}  # of the same width
+            found = {
+                k: sgm.Place(re.sub(r"up\.[23]\.block\.1\.", lambda m: swap[m[0]], v.name), v.form, v.third)
+                for k, v in found.items()
+            }
+        if component == "image_encoder":
+            found = {k: sgm.Place(v.name, v.form, {0: 1, 1: 0}.get(v.third, v.third)) for k, v in found.items()}
+        return found
+
+    places = sgm.places
+    monkeypatch.setattr(sgm, "places", exchanged)
+    assert sgm.places("vae", CONFIGS["vae"]).keys() == right.keys()
+    assert differences(open_single_file(single_file), params) == ["vae", "image_encoder"]
+
+
+def test_configs_of_the_released_sizes():
+    """From the shapes of full-size files alone; without our header the heads are SVD's, 64 and 80 wide."""
+    shapes = {}
+    for name, config in FULL.items():
+        shapes |= sgm.shapes_there(name, config, sgm.places(name, config))
+    assert single_file_module._infer(shapes, {}, Path("svd.safetensors")) == FULL
+
+
+def test_frames_are_told_by_flag_header_or_name(single_file, tmp_path):
+    assert open_single_file(single_file).configs["unet"].num_frames == CONFIGS["unet"].num_frames  # header
+    assert open_single_file(single_file, num_frames=9).configs["unet"].num_frames == 9
+    tensors = load_file(single_file)
+    for name, frames in (("svd", 14), ("svd_xt", 25)):
+        untold = {"unet": {"num_attention_heads": [2, 4]}, "image_encoder": {"num_attention_heads": 2}}
+        path = tmp_path / f"{name}.safetensors"
+        save_file(tensors, path, metadata={"sfv_jax": json.dumps(untold)})
+        single = open_single_file(path)
+        assert single.configs["unet"].num_frames == frames and f"{frames} frames, judged by the name" in single.notes[0]
+    save_file(tensors, path)
+    with pytest.raises(WeightsError, match=r"cannot tell how many attention heads unet has, .* \(32, 64\)"):
+        open_single_file(path)
+
+
+def test_every_tensor_is_accounted_for(single_file, params, tmp_path):
+    def as_released(tensors):
+        """What the original holds besides: the text side of open_clip, and the conditioner's decoder."""
+        for name in ("logit_scale", "token_embedding.weight", "ln_final.bias", "transformer.resblocks.0.ln_1.bias"):
+            tensors[f"conditioner.embedders.0.open_clip.model.{name}"] = np.zeros(3, np.float32)
+        tensors[f"{sgm.CONDITIONER}decoder.conv_in.weight"] = np.zeros(3, np.float32)
+        tensors[f"{sgm.CONDITIONER}post_quant_conv.bias"] = np.zeros(4, np.float32)
+
+    single = open_single_file(edit(single_file, tmp_path / "released.safetensors", as_released))
+    assert single.notes == ["left out 4 tensors: CLIP's text side", "left out 2 tensors: the conditioner's decoder"]
+    assert differences(single, params) == []
+
+    def spoil(tensors):
+        del tensors[f"{sgm.UNET}out.2.bias"]
+        tensors[f"{sgm.UNET}out.3.bias"] = np.zeros(4, np.float32)
+        tensors[f"{sgm.CLIP}ln_post.bias"] = np.zeros(5, np.float32)
+        tensors["conditioner.embedders.5.weight"] = np.zeros(1, np.float32)
+        tensors[f"{sgm.UNET}out.0.bias"] = tensors[f"{sgm.UNET}out.0.bias"].astype(np.int32)
+
+    with pytest.raises(WeightsError) as caught:
+        open_single_file(edit(single_file, tmp_path / "spoilt.safetensors", spoil))
+    assert str(caught.value).splitlines()[1:] == [
+        f"  misshapen: {sgm.CLIP}ln_post.bias is (5,), expected (32,)",
+        f"  missing: {sgm.UNET}out.2.bias",
+        "  unexpected: conditioner.embedders.5.weight",
+        f"  unexpected: {sgm.UNET}out.3.bias",
+        f"  not floating point: {sgm.UNET}out.0.bias is I32",
+    ]
+
+
+def test_the_two_encoders(single_file, params, tmp_path):
+    """The first stage's copy does without quant_conv, is compared, and serves where the conditioner's is missing."""
+
+    def blur(tensors):
+        tensors["first_stage_model.encoder.norm_out.bias"] += 1e-6
+        tensors["first_stage_model.encoder.conv_out.weight"] *= 1.1
+
+    single = open_single_file(edit(single_file, tmp_path / "blurred.safetensors", blur))
+    assert re.fullmatch("the encoder of the conditioner; that of the first stage differs in 2: .*", single.notes[0])
+    assert differences(single, params) == []
+
+    def bare(tensors):
+        for name in [name for name in tensors if name.startswith(sgm.CONDITIONER)]:
+            del tensors[name]
+
+    single = open_single_file(edit(single_file, tmp_path / "bare.safetensors", bare))
+    assert "identity as quant_conv" in single.notes[0]
+    vae = load_single_file(single, "vae")
+    assert np.array_equal(vae["quant_conv"]["kernel"][0, 0], np.eye(8))
+    last, mix = params["vae"]["encoder"]["conv_out"], params["vae"]["quant_conv"]
+    for name, value in (
+        ("kernel", last["kernel"] @ mix["kernel"]),
+        ("bias", last["bias"] @ mix["kernel"][0, 0] + mix["bias"]),
+    ):
+        np.testing.assert_allclose(vae["encoder"]["conv_out"][name], value, atol=1e-6)
+    rest = {**params["vae"]["encoder"], "conv_out": vae["encoder"]["conv_out"]}
+    assert jax.tree.all(jax.tree.map(np.array_equal, vae["encoder"], rest))
+
+
+def test_command(single_file, params, tmp_path):
+    """A single file in, a model folder, and the same file out."""
+    command = [sys.executable, "-m", "sfv_jax.convert", "--src", str(single_file), "--dst", str(tmp_path / "model")]
+    done = subprocess.run([*command, "--num_frames=5"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1,302,288 parameters" in done.stdout, done.stderr
+    loaded, configs, meta = checkpoint.load_model(tmp_path / "model")
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params)) and configs["unet"].num_frames == 5
+    assert list(meta["source"]["sha256"]) == ["svd-tiny.safetensors"] and meta["scheduler"]["sigma_max"] == 700.0
+    convert.export_model(tmp_path / "model", tmp_path / "again.safetensors", what="comfyui")
+    found, expected = load_file(tmp_path / "again.safetensors"), load_file(single_file)
+    assert found.keys() == expected.keys() and all(np.array_equal(found[k], expected[k]) for k in expected)
+    with pytest.raises(WeightsError, match="again.safetensors exists already"):
+        convert.export_model(tmp_path / "model", tmp_path / "again.safetensors", what="comfyui")
+    with pytest.raises(WeightsError, match="must end in .safetensors"):
+        convert.export_model(tmp_path / "model", tmp_path / "again", what="comfyui")
