@@ -45,6 +45,7 @@ def default() -> ConfigDict:
                 source="latents",  # "latents": a cache made by sfv_jax.prepare; "world": the procedural world
                 path="",
                 split="train",
+                any_encoders=False,  # accept a cache made by another VAE or CLIP tower than those of `init`
                 world_size=10_000,  # clips of the world's training split
                 world=dict(),  # changes to worlds.World
             ),

@@ -59,7 +59,7 @@ class Settings:
     shard_size: int = _setting(1024, "clips per shard, what an interruption can lose")
     heldout_fraction: float = _setting(0.0, "part of the files that goes to the split 'heldout'")
     seed: int = _setting(0, "decides the noise on the first frames and which files are held out")
-    model: str = _setting("", "identity of the encoders' weights")
+    model: str = _setting("", "identity of the encoders' weights, \"\" if unknown")
 
     def __post_init__(self):
         for name in ("height", "width"):
@@ -349,9 +349,7 @@ def load_codec(svd: str | os.PathLike):
         _, meta = checkpoint.read_model(svd)
         if meta["codec"] != "svd":
             raise WeightsError(f"{svd} has codec {meta['codec']!r}: videos need SVD's VAE and CLIP tower")
-        digests = meta.get("source", {}).get("sha256", {})
-        weights = [digest for file, digest in digests.items() if file.startswith(names) and "config" not in file]
-        return checkpoint.load_codec(svd), "+".join(sorted(weights)) or str(svd)
+        return checkpoint.load_codec(svd), checkpoint.encoders_identity(meta)
     params, configs, files = zip(*(load_component(Path(svd) / name, name) for name in names), strict=True)
     codec = SVDCodec(*configs, jax.device_put(dict(zip(names, params, strict=True))))
     return codec, "+".join(sorted(sha256(file) for file in files))

@@ -24,7 +24,7 @@ from sfv_jax import config as configs
 from sfv_jax.checkpoint import Checkpoints, WorkdirError, claim_workdir
 from sfv_jax.config import ConfigError
 from sfv_jax.data.latents import LatentError
-from sfv_jax.data.loader import latent_source, make_loader, world_source
+from sfv_jax.data.loader import encoders_of, latent_source, make_loader, world_source
 from sfv_jax.data.video import write_video
 from sfv_jax.methods import METHODS
 from sfv_jax.metrics import MetricWriter, ProgressReport
@@ -33,6 +33,7 @@ from sfv_jax.sampler import Sampler
 from sfv_jax.sharding import batch_sharding, make_mesh, param_shardings, put_batch, put_tree
 from sfv_jax.state import Networks
 from sfv_jax.stopping import StopRequest
+from sfv_jax.weights.checkpoint import encoders_identity, read_model
 from sfv_jax.weights.folders import WeightsError
 
 SAME_PARAMETERS = ("remat", "temporal_conv", "attention_kernel", "num_frames")  # may change with `init` given
@@ -67,6 +68,7 @@ def open_source(config: ConfigDict, base: Base, split: str):
         source = world_source(configs.world_of(config), split, data.world_size, base.codec)
     elif data.source == "latents":
         source = latent_source(data.path, split, base.codec.scaling_factor)
+        check_encoders(config, base)
     else:
         raise ConfigError(f"config.data.source={data.source!r}: choose 'latents' or 'world'")
     example = source[0]
@@ -79,6 +81,22 @@ def open_source(config: ConfigDict, base: Base, split: str):
             f"config.init={config.init!r} wants {expected[0]} and {expected[1]}: {advice}"
         )
     return source
+
+
+def check_encoders(config: ConfigDict, base: Base) -> None:
+    """Raises ConfigError if the cache was made by another VAE or CLIP tower than those the model will be sampled with.
+
+    Nothing is checked where either side is not recorded, or with `config.data.any_encoders`.
+    """
+    if base.model is None or config.data.any_encoders:
+        return
+    theirs, ours = encoders_of(config.data.path), encoders_identity(read_model(base.model)[1])
+    if theirs and ours and theirs != ours:
+        raise ConfigError(
+            f"config.data.path={config.data.path} was made with other encoders ({theirs[:12]}...) than those of "
+            f"{base.model} ({ours[:12]}...): prepare it with that model, or set config.data.any_encoders=True if they "
+            "only differ in file format"
+        )
 
 
 class Pictures:
@@ -137,13 +155,16 @@ def train(config: ConfigDict, workdir: Path) -> dict:
     abstract = jax.eval_shape(init, base.params)
     shardings = param_shardings(mesh, abstract)
     params = put_tree(base.params, param_shardings(mesh, base.params))
-    loader = make_loader(
-        source,
-        global_batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    try:
+        loader = make_loader(
+            source,
+            global_batch_size=config.batch_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.batch_size={config.batch_size}: {error}") from error
 
     claim_workdir(workdir, config.to_dict())  # after all that can refuse the config
     describe_run(workdir, base.unet, base.codec if base.model is None else None, base.model)

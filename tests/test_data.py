@@ -1,6 +1,9 @@
 """From videos to batches: the cache is exact and all or nothing, the loader resumes and shards exactly."""
 
+import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -209,10 +212,8 @@ def test_first_frame_noise_belongs_to_the_clip():
     assert not np.allclose(other["cond_latent"], together["cond_latent"])
 
 
-@pytest.fixture(scope="module")
-def svd(tmp_path_factory):
-    """The two encoders of a tiny SVD folder, with random weights."""
-    folder = tmp_path_factory.mktemp("svd")
+def write_encoders(folder):
+    """Writes and returns the two encoders of a tiny SVD folder, with random weights."""
     rng = np.random.default_rng(0)
     for name, module, config in (
         ("vae", vae.TemporalVAE, vae.VAEConfig.tiny()),
@@ -222,6 +223,11 @@ def svd(tmp_path_factory):
         params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes)
         save_component(folder / name, name, params, config)
     return folder
+
+
+@pytest.fixture(scope="module")
+def svd(tmp_path_factory):
+    return write_encoders(tmp_path_factory.mktemp("svd"))
 
 
 def command(**options) -> subprocess.CompletedProcess:
@@ -251,6 +257,99 @@ def test_the_command_says_what_is_wrong_without_a_traceback(videos, svd, tmp_pat
         failed = command(**{"videos": videos, "svd": svd, "out": tmp_path / "out"} | options)
         assert failed.returncode == 1 and "Traceback" not in failed.stderr
         assert failed.stderr.splitlines()[-1].startswith("prepare: ") and message in failed.stderr
+
+
+# ---- broken caches: what is wrong, where, and what to do ----
+
+
+def first_shard(folder):
+    return latents.shard_path(folder, "train", 0, 4)
+
+
+def corrupt_shard(folder):
+    content = bytearray(first_shard(folder).read_bytes())
+    content[content.find(latent_source(folder).records[0]["latents"].tobytes()[:40]) + 10] ^= 64
+    first_shard(folder).write_bytes(content)
+
+
+def truncated_shard(folder):
+    first_shard(folder).write_bytes(first_shard(folder).read_bytes()[:-200])
+
+
+def lost_shard(folder):
+    first_shard(folder).unlink()
+
+
+def rewrite(folder, **changes):
+    names = ("fps", "motion_bucket_id", "noise_aug_strength", "key", "source", "start", "schema", *latents.ARRAYS)
+    records = [
+        {k: np.array(r[k]) if k in latents.ARRAYS else r[k] for k in names} for r in latent_source(folder).records
+    ]
+    first = [r | {k: change(r[k]) for k, change in changes.items()} for r in records[:2]]
+    latents.write_shard(first_shard(folder), first)
+
+
+def nan_latent(folder):
+    rewrite(folder, latents=lambda x: np.where(np.arange(x.size).reshape(x.shape) == 5, np.float16(np.nan), x))
+
+
+def wrong_shape(folder):
+    rewrite(folder, cond_latent=lambda x: x[:, :-1])
+
+
+def other_schema(folder):
+    rewrite(folder, schema=lambda version: version + 1)
+
+
+def damaged_metadata(folder):
+    (folder / "features.json").write_text("{")
+
+
+def empty_folder(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
+
+
+BROKEN = {
+    corrupt_shard: "00000-of-00004 is damaged .*hash mismatch.*delete that file and run",
+    truncated_shard: "00000-of-00004 cannot be read, expected 2 records; delete that file and run",
+    lost_shard: "00000-of-00004 is missing: run",
+    nan_latent: "clip 0/clip.*latents is not finite; delete that file and run .*00000-of-00004",
+    wrong_shape: "00000-of-00004 is damaged .*delete that file",
+    other_schema: "clip 0/clip.*schema 2, this code reads 1; make the cache anew",
+    damaged_metadata: "features.json: not JSON .*delete it and run",
+    empty_folder: "not a finished cache; run",
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN, ids=lambda f: f.__name__)
+def test_broken_caches_are_named(cache, tmp_path, damage):
+    folder = tmp_path / "cache"
+    shutil.copytree(cache[0], folder)
+    damage(folder)
+    with pytest.raises(LatentError, match=BROKEN[damage]):
+        for batch in itertools.islice(make_loader(latent_source(folder), global_batch_size=8, seed=0), 2):
+            assert np.isfinite(batch["latents"]).all()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become someone who may not read")
+def test_a_cache_that_may_not_be_read_is_named(cache, tmp_path):
+    tmp_path.chmod(0o700)
+    shutil.copytree(cache[0], tmp_path / "cache")
+    os.seteuid(65534)
+    try:
+        with pytest.raises(LatentError, match="cache.* may not be read by this user: change its permissions"):
+            latent_source(tmp_path / "cache")
+    finally:
+        os.seteuid(0)
+
+
+def test_a_remade_shard_mends_the_cache(videos, cache, tmp_path):
+    shutil.copytree(cache[0], tmp_path / "cache")
+    first_shard(tmp_path / "cache").unlink()
+    prepare.run(videos, tmp_path / "cache", encode, SETTINGS)
+    assert contents(tmp_path / "cache") == contents(cache[0])
 
 
 class Numbers:

@@ -7,9 +7,10 @@ import resource
 import shutil
 import signal
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -278,3 +279,29 @@ def test_unknown_variant():
 def test_configs_that_cannot_run(tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         run(tiny(**changes), tmp_path / "run")
+
+
+def test_data_that_does_not_fit(tmp_path):
+    config = tiny()
+    config.data.world_size = 5
+    with pytest.raises(ConfigError, match="config.batch_size=8: 5 examples do not fill one batch of 8"):
+        run(config, tmp_path / "run")
+
+
+def test_a_cache_of_other_encoders(tmp_path):
+    digests = {"vae/model.safetensors": "1" * 64, "vae/config.json": "3" * 64, "unet/model.safetensors": "4" * 64}
+    model = {"format": "sfv_jax", "version": 1, "configs": {}, "source": {"sha256": digests}}
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    base = SimpleNamespace(model=tmp_path)
+    config = get_config("sfv")
+    config.data.path = str(tmp_path)
+    for made_by, refused in (("1" * 64, False), ("2" * 64, True), ("", False)):
+        (tmp_path / "manifest.json").write_text(json.dumps({"settings": {"model": made_by}}))
+        with (
+            pytest.raises(ConfigError, match="other encoders .2222.* than those of .*1111")
+            if refused
+            else nullcontext()
+        ):
+            train.check_encoders(config, base)
+    config.data.any_encoders = True
+    train.check_encoders(config, base)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from sfv_jax.data.video import replacing
 
@@ -98,11 +99,16 @@ def write_shard(path: Path, records: Iterable[dict]) -> tuple[int, dict[str, lis
                     schema = features(shapes)
                 if shapes_of(record) != shapes:
                     raise LatentError(f"clip {record['key']}: shapes {shapes_of(record)} differ from {shapes}")
-                writer.write(schema.serialize_example(record))
+                writer.write(_ordered(schema.serialize_example(record)))
                 count += 1
         finally:
             writer.close()
     return count, shapes
+
+
+def _ordered(example: bytes) -> bytes:
+    """The same record with its fields in one order: a process orders them as it likes, and caches should be equal."""
+    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
 
 
 def count_records(path: Path) -> int:
@@ -150,4 +156,6 @@ def read_json(path: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise LatentError(f"{path}: not JSON: {error}") from error
+        raise LatentError(
+            f"{path}: not JSON ({error}); delete it and run `python -m sfv_jax.prepare` as before"
+        ) from error

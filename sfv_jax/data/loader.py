@@ -18,10 +18,11 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sfv_jax.data.latents import SCHEMA, LatentError
+from sfv_jax.data.latents import ARRAYS, MANIFEST, SCHEMA, LatentError, count_records, read_json, shard_path
 from sfv_jax.data.worlds import World
 
 Example = dict[str, np.ndarray]
+REMAKE = "delete that file and run `python -m sfv_jax.prepare` as before: it makes again what is missing"
 
 
 def micro_conditioning(fps: float, motion_bucket_id: float, noise_aug_strength: float) -> np.ndarray:
@@ -31,18 +32,32 @@ def micro_conditioning(fps: float, motion_bucket_id: float, noise_aug_strength: 
 
 @dataclasses.dataclass(frozen=True)
 class LatentSource:
-    """Examples of a latent cache; see `latent_source`."""
+    """Examples of a latent cache; see `latent_source`.
 
+    `[]` raises LatentError for a record that cannot be read, is of another version or holds a number that is not
+    finite.
+    """
+
+    folder: Path
+    split: str
+    shard_lengths: tuple[int, ...]
     records: Sequence[dict[str, Any]]
     scaling_factor: float
 
     def __len__(self) -> int:
-        return len(self.records)
+        return sum(self.shard_lengths)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.records[index]
+        try:
+            record = self.records[index]
+        except (RuntimeError, ValueError, OSError) as error:  # of the record reader, and of numpy for another shape
+            raise LatentError(f"{self.shard(index)} is damaged ({error}); {REMAKE}") from error
+        clip = record["key"].decode()
         if record["schema"] != SCHEMA:
-            raise LatentError(f"clip {record['key'].decode()}: schema {record['schema']}, this code reads {SCHEMA}")
+            raise LatentError(f"clip {clip}: schema {record['schema']}, this code reads {SCHEMA}; make the cache anew")
+        for name in ARRAYS:
+            if not np.isfinite(record[name]).all():
+                raise LatentError(f"clip {clip}: {name} is not finite; {REMAKE} ({self.shard(index)})")
         return {
             "latents": record["latents"].astype(np.float32) * np.float32(self.scaling_factor),
             "cond_latent": record["cond_latent"].astype(np.float32),
@@ -50,22 +65,44 @@ class LatentSource:
             "ids": micro_conditioning(record["fps"], record["motion_bucket_id"], record["noise_aug_strength"]),
         }
 
+    def shard(self, index: int) -> Path:
+        """The file that holds record `index`."""
+        ends = np.cumsum(self.shard_lengths)
+        return shard_path(self.folder, self.split, int(np.searchsorted(ends, index, side="right")), len(ends))
+
 
 def latent_source(data_dir: str | os.PathLike, split: str = "train", scaling_factor: float = 0.18215) -> LatentSource:
     """Open a cache made by `python -m sfv_jax.prepare`.
 
     `scaling_factor` multiplies the latents (never `cond_latent`); 0.18215 is that of SVD's VAE.
-    Raises LatentError if `data_dir` is missing or unfinished, or has no such split.
+    Raises LatentError if `data_dir` is missing, unfinished or not readable, has no such split, or lacks a shard whole.
     """
     folder = Path(data_dir)
-    if not folder.is_dir():
-        raise LatentError(f"{folder}: no such folder; make a cache with `python -m sfv_jax.prepare`")
-    if not (folder / "dataset_info.json").is_file() or not (folder / "features.json").is_file():
-        raise LatentError(f"{folder}: not a finished cache; run `python -m sfv_jax.prepare` to its end")
-    builder = tfds.builder_from_directory(os.fspath(folder))
-    if split not in builder.info.splits:
-        raise LatentError(f"{folder}: no split {split!r}, only {sorted(builder.info.splits)}")
-    return LatentSource(builder.as_data_source(split), scaling_factor)
+    try:
+        if not folder.is_dir():
+            raise LatentError(f"{folder}: no such folder; make a cache with `python -m sfv_jax.prepare`")
+        if any(read_json(folder / name) is None for name in ("dataset_info.json", "features.json")):
+            raise LatentError(f"{folder}: not a finished cache; run `python -m sfv_jax.prepare` to its end")
+        builder = tfds.builder_from_directory(os.fspath(folder))
+        if split not in builder.info.splits:
+            raise LatentError(f"{folder}: no split {split!r}, only {sorted(builder.info.splits)}")
+        lengths = tuple(builder.info.splits[split].shard_lengths)
+        for index, expected in enumerate(lengths):
+            path = shard_path(folder, split, index, len(lengths))
+            path.open("rb").close()  # a reader's own words for a file it may not open are obscure
+            if (found := count_records(path)) != expected:
+                problem = "cannot be read" if found < 0 else f"holds {found} records"
+                raise LatentError(f"{path} {problem}, expected {expected} records; {REMAKE}")
+    except FileNotFoundError as error:
+        raise LatentError(f"{error.filename} is missing: run `python -m sfv_jax.prepare` as before") from error
+    except PermissionError as error:
+        raise LatentError(f"{error.filename or folder} may not be read by this user: change its permissions") from error
+    return LatentSource(folder, split, lengths, builder.as_data_source(split), scaling_factor)
+
+
+def encoders_of(data_dir: str | os.PathLike) -> str:
+    """Identity of the networks that made a cache, "" if it was not recorded."""
+    return (read_json(Path(data_dir) / MANIFEST) or {}).get("settings", {}).get("model", "")
 
 
 class Codec(Protocol):

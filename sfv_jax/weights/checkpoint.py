@@ -165,6 +165,16 @@ def _restore(path: Path, name: str, config, dtype, sharding) -> tree.Params:
         return checkpointer.restore(path, target)
 
 
+def encoders_identity(meta: dict) -> str:
+    """What tells the VAE and CLIP tower of a model folder from others: the digests of the files they came from.
+
+    "" if `model.json` (`meta`) does not record them.
+    """
+    digests = meta.get("source", {}).get("sha256", {})
+    names = ("vae/", "image_encoder/")
+    return "+".join(sorted(d for file, d in digests.items() if file.startswith(names) and "config" not in file))
+
+
 def load_codec(folder: str | Path, **kw) -> SVDCodec | PatchCodec:
     """The codec of a model folder; `kw` (dtype, shardings) as in `load_model`."""
     configs, meta = read_model(folder)
