@@ -1,0 +1,300 @@
+"""Named tensors in files, read one at a time: safetensors by our own strict reader, pickles by torch on request.
+
+A safetensors file is 8 bytes with the length of its header (little endian), the header as JSON, then the tensors.
+Nothing in a file is believed before it is checked, and tensors are read, not mapped: memory holds one of them.
+"""
+
+import dataclasses
+import json
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from sfv_jax.weights.folders import WeightsError, read_json
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that still lies in its file.
+
+    Attributes:
+      dtype: code of the safetensors format, such as "F16".
+      load: reads it.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of one or several files by name.
+
+    Attributes:
+      files: that they lie in; with an index, the index too.
+      metadata: strings of the files' headers.
+    """
+
+    files: tuple[Path, ...]
+    entries: dict[str, Tensor]
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        return list(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        """Code of the safetensors format, such as "F16"."""
+        return self.entries[name].dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, in the file's own dtype.
+
+        Raises:
+          WeightsError: if the file changed since it was opened.
+        """
+        return self.entries[name].load()
+
+    def renamed(self, names: dict[str, str]) -> "Tensors":
+        """The tensors `{new name: present name}`, and no others."""
+        return dataclasses.replace(self, entries={new: self.entries[old] for new, old in names.items()})
+
+    def where(self) -> str:
+        """What to call the files in a message."""
+        return str(self.files[0]) if len(self.files) == 1 else f"{self.files[0].parent} ({len(self.files)} files)"
+
+
+def open_weights(paths: str | Path | Iterable[str | Path], allow_pickle: bool = False) -> Tensors:
+    """The tensors of a file, of several files, or of the shards that an `*.index*.json` lists; reads headers only.
+
+    Args:
+      allow_pickle: also read `.bin`, `.ckpt`, `.pt` and `.pth`, by torch with `weights_only=True`.
+    Raises:
+      WeightsError: for a file that is absent, broken, or made to harm; for a pickle without `allow_pickle`; for a
+        tensor that two files hold; for an index that does not tell the truth.
+    """
+    paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if len(paths) == 1 and paths[0].suffix == ".json":
+        return _open_index(paths[0], allow_pickle)
+    entries: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        found, strings = (_open_pickle if path.suffix in PICKLES else _open_safetensors)(_checked(path, allow_pickle))
+        both = sorted(entries.keys() & found.keys())
+        if both:
+            raise WeightsError(f"{both[0]} is in two files: {entries[both[0]].file} and {path}")
+        entries |= found
+        metadata |= strings
+    return Tensors(tuple(paths), entries, metadata)
+
+
+def _checked(path: Path, allow_pickle: bool) -> Path:
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        what = "is a link that leads nowhere" if path.is_symlink() else "does not exist"
+        raise WeightsError(f"{path} {what}") from error
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+    if not path.is_file():
+        raise WeightsError(f"{path} is not a file{': it is a folder' if path.is_dir() else ''}")
+    if status.st_size == 0:
+        raise WeightsError(f"{path} is empty")
+    if path.suffix in PICKLES and not allow_pickle:
+        raise WeightsError(f"{path} can run code when it is loaded: pass --allow_pickle to read only its tensors")
+    return path
+
+
+def _open_index(path: Path, allow_pickle: bool) -> Tensors:
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+        raise WeightsError(f"{path} has no weight_map from tensors to files")
+    for name, file in where.items():
+        if not file or file in (".", "..") or re.search(r"[/\\\0]", file):
+            raise WeightsError(f"{path} looks for {name!r} outside its folder: {file!r}")
+    shards = [path.with_name(file) for file in sorted(set(where.values()))]
+    absent = [shard.name for shard in shards if not shard.exists() and not shard.is_symlink()]
+    if absent:
+        raise WeightsError(f"{path} names files that are not there: {', '.join(absent)}")
+    tensors = open_weights(shards, allow_pickle)
+    for name, file in where.items():
+        if name not in tensors.entries:
+            raise WeightsError(f"{path} says that {name!r} is in {file}, but it is not")
+        if tensors.entries[name].file.name != file:
+            raise WeightsError(f"{path} says that {name!r} is in {file}, but {tensors.entries[name].file.name} has it")
+    surplus = sorted(tensors.entries.keys() - where.keys())
+    if surplus:
+        raise WeightsError(f"{path} does not know {surplus[0]}, which {tensors.entries[surplus[0]].file.name} holds")
+    return dataclasses.replace(tensors, files=(path, *tensors.files))
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size >= 8 and length > MAX_HEADER:
+            raise WeightsError(f"{path} is not a safetensors file: its header would have {length:,} bytes")
+        if size < 8 or length > size - 8:
+            raise WeightsError(f"{path} is cut short: it has {size:,} bytes, not even a whole header")
+        header = _header(path, file.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WeightsError(f"{path} has a broken header: __metadata__ must hold strings")
+    spans = {name: _span(path, name, entry) for name, entry in header.items()}
+    _refuse_overlaps(path, spans, size - 8 - length)
+    entries = {}
+    for name, (start, _) in spans.items():
+        shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
+        entries[name] = Tensor(path, shape, dtype, _loader(path, 8 + length + start, shape, _DTYPES[dtype]))
+    return entries, metadata
+
+
+def _header(path: Path, text: bytes) -> dict:
+    def unique(pairs: list) -> dict:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+        return dict(pairs)
+
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=unique)
+        if not isinstance(header, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not a safetensors file: its header is no JSON object ({error})") from error
+    return header
+
+
+def _span(path: Path, name: str, entry) -> tuple[int, int]:
+    """First and last byte (exclusive) of a tensor, counted from the end of the header."""
+
+    def broken(why: str) -> WeightsError:
+        return WeightsError(f"{path} has a broken header: tensor {name!r} {why}")
+
+    if not name.isprintable():
+        raise broken("has a name that cannot be printed")
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise broken("lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise broken(f"is of unknown dtype {dtype!r}")
+    if not _whole(shape) or not _whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise broken(f"has shape {shape} and offsets {offsets}")
+    size = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
+    if offsets[1] - offsets[0] != size:
+        raise broken(f"has offsets {offsets}, but shape {shape} of {dtype} takes {size} bytes")
+    return offsets[0], offsets[1]
+
+
+def _whole(numbers) -> bool:
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+
+
+def _refuse_overlaps(path: Path, spans: dict[str, tuple[int, int]], size: int) -> None:
+    """Tensors must follow each other without overlap or gap and fill the file."""
+    end, before = 0, ""
+    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if start < end:
+            raise WeightsError(f"{path} has a broken header: tensors {before!r} and {name!r} overlap")
+        if start > end:
+            raise WeightsError(f"{path} has a broken header: {start - end} bytes before tensor {name!r} belong to none")
+        end, before = stop, name
+    if end > size:
+        raise WeightsError(f"{path} is cut short: tensor {before!r} ends {end - size:,} bytes behind its end")
+    if end < size:
+        raise WeightsError(f"{path} has {size - end:,} bytes behind its last tensor that belong to none")
+
+
+def _loader(path: Path, start: int, shape: tuple[int, ...], dtype: type) -> Callable[[], np.ndarray]:
+    def load() -> np.ndarray:
+        count = math.prod(shape)
+        try:
+            with path.open("rb") as file:
+                file.seek(start)
+                value = np.fromfile(file, dtype, count)
+        except OSError as error:
+            raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+        if value.size != count:
+            raise WeightsError(f"{path} became shorter while it was read")
+        return value.reshape(shape)
+
+    return load
+
+
+def _open_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError(f"{path} needs torch to be read: pip install torch, or get a safetensors file") from error
+    try:
+        content = _load_pickle(torch, path)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(f"{path} holds more than tensors and was not loaded: it may run code") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path} is cut short or not a file of torch ({str(error).splitlines()[0]})") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content:
+        raise WeightsError(f"{path} holds no state dict")
+    wrong = [name for name, x in content.items() if not isinstance(name, str) or not isinstance(x, torch.Tensor)]
+    if wrong:
+        raise WeightsError(f"{path} holds something else than tensors: {', '.join(map(repr, wrong[:3]))}")
+    codes = {getattr(torch, np.dtype(kind).name, None): code for code, kind in _DTYPES.items()}
+    codes |= {torch.bool: "BOOL"}
+    unknown = [name for name, x in content.items() if x.dtype not in codes]
+    if unknown:
+        raise WeightsError(f"{path}: {unknown[0]!r} is of unknown dtype {content[unknown[0]].dtype}")
+    entries = {name: Tensor(path, tuple(x.shape), codes[x.dtype], _unpickler(torch, x)) for name, x in content.items()}
+    return entries, {}
+
+
+def _load_pickle(torch, path: Path):
+    """Tensors only; mapped from the file, where the format allows it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unpickler(torch, x) -> Callable[[], np.ndarray]:
+    def load() -> np.ndarray:
+        value = x.detach().contiguous()
+        if value.dtype == torch.bfloat16:  # which numpy does not know
+            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return value.numpy()
+
+    return load
