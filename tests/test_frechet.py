@@ -1,0 +1,70 @@
+"""The Frechet distance against scipy and against Gaussians whose distance is known."""
+
+import numpy as np
+import pytest
+
+from sfv_jax.evaluation.frechet import Moments, frechet_distance, measure
+
+
+def gaussians(n: int, d: int, seed: int = 0):
+    """Samples of two Gaussians and their true distance: means apart by 0.5, standard deviations 1 and 1.5."""
+    rng = np.random.default_rng(seed)
+    real, fake = rng.standard_normal((n, d)), 0.5 + 1.5 * rng.standard_normal((n, d))
+    return real, fake, d * (0.5**2 + 0.5**2)
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_scipy_agrees(ddof):
+    linalg = pytest.importorskip("scipy.linalg")
+    rng = np.random.default_rng(0)
+    real, fake = rng.standard_normal((300, 24)) @ rng.standard_normal((24, 24)), rng.standard_normal((200, 24))
+    first, second = (np.cov(x, rowvar=False, ddof=ddof) for x in (real, fake))
+    root = linalg.sqrtm(first @ second)
+    expected = np.sum((real.mean(0) - fake.mean(0)) ** 2) + np.trace(first + second - 2 * root.real)
+    assert frechet_distance(Moments.of(real), Moments.of(fake), ddof) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fewer_samples_than_features():
+    """Rank-deficient covariances, where Newton's iteration fails; the centred data's nuclear norm tells the truth."""
+    real, fake, _ = gaussians(50, 120)
+    a, b = real - real.mean(0), fake - fake.mean(0)
+    expected = np.sum((real.mean(0) - fake.mean(0)) ** 2) + ((a**2).sum() + (b**2).sum()) / 50
+    expected -= 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum() / 50
+    assert frechet_distance(Moments.of(real), Moments.of(fake)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_parts_merge_to_the_whole():
+    features = 5 + np.random.default_rng(1).standard_normal((101, 9))
+    parts = [Moments.of(x) for x in np.split(features, [1, 40, 77])]
+    merged, whole = parts[2].merge(parts[0]).merge(parts[3].merge(parts[1])), Moments.of(features)
+    assert merged.n == 101
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-13)
+    np.testing.assert_allclose(merged.scatter, whole.scatter, atol=1e-10)
+
+
+def test_bias_falls_with_n_and_extrapolation_removes_most_of_it():
+    truth = gaussians(20, 40)[2]
+    few, many = (measure(*gaussians(n, 40)[:2], resamples=20) for n in (160, 640))
+    assert few.value > many.value > truth
+    assert abs(few.extrapolated - truth) < 0.5 * (few.value - truth)
+    assert many.interval[0] < many.value < many.interval[1] and few.n == 160
+    assert few.interval[1] - few.interval[0] > many.interval[1] - many.interval[0]
+
+
+def test_same_set_is_at_distance_zero():
+    real = gaussians(100, 8)[0]
+    assert abs(frechet_distance(Moments.of(real), Moments.of(real))) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: measure(np.zeros((30, 2)), np.zeros((31, 2))), "same number of samples, at least 20; got 30 and 31"),
+        (lambda: Moments.of(np.array([[1.0, np.nan]])), "not finite"),
+        (lambda: Moments.of(np.zeros(3)), r"got \(3,\)"),
+        (lambda: Moments.of(np.zeros((1, 3))).covariance(1), "more than 1 samples, got 1"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
