@@ -1,0 +1,102 @@
+"""I3D against an independent statement of it in torch, on random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sfv_jax.models import i3d, tree
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, np.ndarray]:
+    """By our paths; kernels keep the variance of their input, statistics are not trivial."""
+    rng = np.random.default_rng(0)
+    _, shapes = tree.abstract(i3d.I3D, i3d.I3DConfig())
+    flat = {}
+    for path, x in tree.flatten(shapes).items():
+        noise = rng.standard_normal(x.shape)
+        if path.endswith("kernel"):
+            noise *= np.sqrt(2 / np.prod(x.shape[:-1]))
+        elif path.endswith(("scale", "var")):
+            noise = 1 + 0.2 * np.abs(noise)
+        else:
+            noise *= 0.1
+        flat[path] = noise.astype(np.float32)
+    return flat
+
+
+def reference(weights: dict, frames: np.ndarray, eps: float) -> np.ndarray:
+    """Logits of `frames [b, t, h, w, 3]`, float64."""
+    get = {k: torch.from_numpy(v).double() for k, v in weights.items()}
+
+    def pad_same(x, window, stride):
+        sides = []
+        for n, k, s in zip(reversed(x.shape[2:]), reversed(window), reversed(stride), strict=True):
+            total = max(k - s, 0) if n % s == 0 else max(k - n % s, 0)
+            sides += [total // 2, total - total // 2]
+        return F.pad(x, sides)
+
+    def conv(x, name, stride=1):
+        kernel = get[f"{name}.kernel"].permute(4, 3, 0, 1, 2)
+        return F.conv3d(pad_same(x, kernel.shape[2:], (stride,) * 3), kernel, get.get(f"{name}.bias"), stride)
+
+    def unit(x, name, stride=1):
+        x = conv(x, f"{name}.conv3d", stride)
+        mean, var, scale, bias = (get[f"{name}.bn.{k}"] for k in ("mean", "var", "scale", "bias"))
+        return F.relu(F.batch_norm(x, mean, var, scale, bias, eps=eps))
+
+    def pool(x, window, stride):
+        return F.max_pool3d(pad_same(x, window, stride), window, stride)  # zeros do: what comes in is not negative
+
+    def mixed(x, name):
+        low = unit(x, f"{name}.b0")
+        one = unit(unit(x, f"{name}.b1a"), f"{name}.b1b")
+        two = unit(unit(x, f"{name}.b2a"), f"{name}.b2b")
+        return torch.cat([low, one, two, unit(pool(x, (3, 3, 3), (1, 1, 1)), f"{name}.b3b")], 1)
+
+    x = unit(torch.from_numpy(frames).double().permute(0, 4, 1, 2, 3), "Conv3d_1a_7x7", 2)
+    x = unit(unit(pool(x, (1, 3, 3), (1, 2, 2)), "Conv3d_2b_1x1"), "Conv3d_2c_3x3")
+    x = pool(x, (1, 3, 3), (1, 2, 2))
+    for name in ("Mixed_3b", "Mixed_3c"):
+        x = mixed(x, name)
+    x = pool(x, (3, 3, 3), (2, 2, 2))
+    for name in ("Mixed_4b", "Mixed_4c", "Mixed_4d", "Mixed_4e", "Mixed_4f"):
+        x = mixed(x, name)
+    x = pool(x, (2, 2, 2), (2, 2, 2))
+    for name in ("Mixed_5b", "Mixed_5c"):
+        x = mixed(x, name)
+    x = conv(F.avg_pool3d(x, (2, *x.shape[3:]), stride=1), "logits.conv3d")
+    return x.mean((2, 3, 4)).numpy()
+
+
+def test_i3d(weights):
+    eps = 1e-3
+    frames = np.random.default_rng(1).uniform(-1, 1, (1, 14, 64, 64, 3)).astype(np.float32)
+    graph, _ = tree.abstract(i3d.I3D, i3d.I3DConfig(batch_norm_eps=eps))
+    found = jax.jit(nnx.merge(graph, tree.unflatten(weights)))(frames)
+    expected = reference(weights, frames, eps)
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert found.shape == (1, 400) and error <= 2e-6, error  # 1.04e-6 measured: float32 against float64
+    assert np.abs(reference(weights, frames, 1e-5) - expected).max() > 1e-4 * np.abs(expected).max()
+
+
+def test_parameters_and_clip_length():
+    graph, shapes = tree.abstract(i3d.I3D, i3d.I3DConfig())
+    statistics = sum(x.size for path, x in tree.flatten(shapes).items() if path.endswith((".mean", ".var")))
+    assert tree.count(shapes) - statistics == 12_697_264
+    with pytest.raises(ValueError, match="at least 9 frames, got 8"):
+        jax.eval_shape(lambda p, x: nnx.merge(graph, p)(x), shapes, jnp.zeros((1, 8, 64, 64, 3)))
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_resize_policy_is_that_of_torch(antialias):
+    frames = np.random.default_rng(2).integers(0, 256, (1, 2, 96, 128, 3), dtype=np.uint8)
+    x = torch.from_numpy(frames[0]).permute(0, 3, 1, 2).float()
+    expected = F.interpolate(x, (56, 56), mode="bilinear", align_corners=False, antialias=antialias) * 2 / 255 - 1
+    found = i3d.preprocess(frames, 56, antialias)[0]
+    np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1).numpy(), atol=2e-5)
