@@ -13,12 +13,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sfv_jax import convert, export
+from sfv_jax.checkpoint import Checkpoints
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.runs import describe_run
 from sfv_jax.sampler import Sampler
 from sfv_jax.weights import checkpoint, stream
+from sfv_jax.weights.card import model_card
 from sfv_jax.weights.configs import to_json
 from sfv_jax.weights.diffusers import load_component, save_component
 from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.single_file import save_single_file
 from tests.conftest import CONFIGS, error, noise
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -114,7 +118,7 @@ def test_one_step_of_diffusers_on_the_exported_folder(reference, model_folder, t
 
 
 def test_bfloat16_models_leave_as_fp16_and_fp32(half_folder, params, tmp_path):
-    expected = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), params["unet"])
+    expected = jax.tree.map(lambda x: np.asarray(x).astype(jax.numpy.bfloat16), params["unet"])
     for variant in (None, "fp16"):
         convert.export_model(half_folder, tmp_path / str(variant), what="unet", variant=variant)
         found, config, _ = load_component(tmp_path / str(variant), "unet")
@@ -154,28 +158,27 @@ def test_what_diffusers_would_compute_otherwise_is_refused(model_folder, tmp_pat
     to_json("unet", UNetConfig.svd())
 
 
-def run_of(model_folder, workdir, params, step=30, **config):
+@pytest.fixture(scope="module")
+def run(model_folder, params, tmp_path_factory):
     """A workdir as training leaves it, with `params` as moving average and twice them as trained weights."""
-    from sfv_jax.checkpoint import Checkpoints
-    from sfv_jax.runs import describe_run
-
+    workdir = tmp_path_factory.mktemp("runs") / "run"
     workdir.mkdir()
     describe_run(workdir, CONFIGS["unet"], None, model_folder)
     data = dict(source="latents", path="data/cats", split="train")
-    defaults = dict(method="sfv", steps=50_000, init=str(model_folder), batch_size=32, data=data, sfv={"p_mean": -1.0})
-    (workdir / "config.json").write_text(json.dumps(defaults | config))
+    config = dict(method="sfv", steps=50_000, init=str(model_folder), batch_size=32, data=data, sfv={"p_mean": -1.0})
+    (workdir / "config.json").write_text(json.dumps(config))
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(step, {"ema": params, "generator": jax.tree.map(lambda x: 2 * x, params)}, {"position": 0})
+    ema = params["unet"]
+    checkpoints.save(30, {"ema": ema, "generator": jax.tree.map(lambda x: 2 * np.asarray(x), ema)}, {"position": 0})
     checkpoints.close()
     return workdir
 
 
-def test_a_run_leaves_with_its_card(model_folder, params, tmp_path):
-    run = run_of(model_folder, tmp_path / "run", params["unet"])
+def test_a_run_leaves_with_its_card(run, model_folder, params, tmp_path):
     convert.export_model(run, tmp_path / "raw", what="unet", raw=True)
     convert.export_model(run, tmp_path / "sfv-cats")
     for folder, factor in ((tmp_path / "raw", 2), (tmp_path / "sfv-cats" / "unet", 1)):
-        expected = jax.tree.map(lambda x: factor * x, params["unet"])  # noqa: B023
+        expected = jax.tree.map(lambda x: factor * np.asarray(x), params["unet"])  # noqa: B023
         assert jax.tree.all(jax.tree.map(np.array_equal, load_component(folder, "unet")[0], expected))
     card = (tmp_path / "sfv-cats" / "README.md").read_text()
     front = card.split("---\n")[1]
@@ -195,30 +198,30 @@ def test_a_run_leaves_with_its_card(model_folder, params, tmp_path):
     assert "the trained weights themselves" in (tmp_path / "raw" / "README.md").read_text()
 
 
-def test_cards_of_models_that_need_many_steps(model_folder, params, tmp_path):
-    convert.export_model(model_folder, tmp_path / "base", variant="fp16")
-    card = (tmp_path / "base" / "README.md").read_text()
-    assert "num_inference_steps=25" in card and "Not trained here" in card and 'variant="fp16"' in card
-    assert "## Training" not in card
-    run = run_of(model_folder, tmp_path / "run", params["unet"], method="teacher")
-    convert.export_model(run, tmp_path / "t.safetensors", what="comfyui")
-    card = (tmp_path / "t.md").read_text()
-    assert "ComfyUI" in card and "20 to 25 steps" in card and "method `teacher`" in card
+def test_cards_of_models_that_need_many_steps(model_folder):
+    meta, unet = checkpoint.read_model(model_folder)[1], CONFIGS["unet"]
+    base = model_card(unet, meta, what="pipeline", name="base", variant="fp16")
+    assert "num_inference_steps=25" in base and "Not trained here" in base and 'variant="fp16"' in base
+    assert "## Training" not in base
+    run = dict(step=7, raw=False, config=dict(method="teacher", steps=7, data=dict(source="world", split="train")))
+    teacher = model_card(unet, meta, what="comfyui", name="t.safetensors", variant=None, run=run)
+    assert "# t\n" in teacher and "ComfyUI" in teacher and "20 to 25 steps" in teacher
+    assert "method `teacher`" in teacher and "the procedural world" in teacher
+    unknown = model_card(unet, {}, what="unet", name="u", variant=None)
+    assert "Not recorded" in unknown and "UNetSpatioTemporalConditionModel.from_pretrained" in unknown
 
 
-def test_a_run_whose_model_is_gone(model_folder, params, tmp_path):
-    model = shutil.copytree(model_folder, tmp_path / "model")
-    run = run_of(model, tmp_path / "run", params["unet"])
-    shutil.rmtree(model)
+def test_a_run_whose_model_is_gone(tmp_path):
+    (tmp_path / "run").mkdir()
+    describe_run(tmp_path / "run", CONFIGS["unet"], None, tmp_path / "model")
     with pytest.raises(WeightsError, match="run was trained from .*model, which is gone"):
-        convert.export_model(run, tmp_path / "out")
+        convert.export_model(tmp_path / "run", tmp_path / "out")
 
 
-def test_parameters_that_are_too_large_for_fp16(model_folder, params, tmp_path):
-    huge = params["unet"] | {"conv_out": jax.tree.map(lambda x: x + 1e5, params["unet"]["conv_out"])}
-    run = run_of(model_folder, tmp_path / "run", huge)
-    with pytest.raises(WeightsError, match="conv_out.bias has values that float16 cannot hold: export without --fp16"):
-        convert.export_model(run, tmp_path / "out", variant="fp16")
-    with pytest.raises(WeightsError, match="float16 cannot hold"):
-        convert.export_model(run, tmp_path / "out.safetensors", variant="fp16", what="comfyui")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+def test_values_too_large_for_fp16(params, tmp_path):
+    huge = params | {
+        "unet": params["unet"] | {"conv_out": jax.tree.map(lambda x: np.asarray(x) + 1e5, params["unet"]["conv_out"])}
+    }
+    with pytest.raises(WeightsError, match=r"out.2.* has values that float16 cannot hold: export without --fp16"):
+        save_single_file(tmp_path / "out.safetensors", huge.__getitem__, CONFIGS, variant="fp16")
+    assert not list(tmp_path.iterdir())
