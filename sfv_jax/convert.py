@@ -20,7 +20,8 @@ from sfv_jax.export import WHAT, export_model
 from sfv_jax.weights.checkpoint import read_model, save_model
 from sfv_jax.weights.folders import WeightsError, refuse_existing, sha256
 from sfv_jax.weights.pipeline import SIGMAS, load_pipeline
-from sfv_jax.weights.single_file import is_single_file, load_single_file, open_single_file
+from sfv_jax.weights.single_file import load_single_file, open_single_file
+from sfv_jax.weights.sources import open_weights
 
 DTYPES = ("source", "float32", "float16", "bfloat16")
 
@@ -53,10 +54,11 @@ def import_single_file(
       WeightsError: if `src` does not hold exactly SVD's networks, or `dst` exists and `overwrite` is not set.
     """
     refuse_existing(Path(dst), overwrite)
-    single = open_single_file(src, num_frames=num_frames)
+    single = open_single_file(open_weights(src), num_frames=num_frames)
     target = None if dtype == "source" else jnp.dtype(dtype)
     params = {name: load_single_file(single, name, target) for name in single.configs}
-    source = {"folder": single.path.name, "sha256": {single.path.name: sha256(single.path)}}
+    files = single.tensors.files
+    source = {"folder": Path(src).name, "sha256": {path.name: sha256(path) for path in files}}
     extra = {"scheduler": SIGMAS | {"rho": 7.0}, "source": source}
     save_model(dst, params, single.configs, codec="svd", extra=extra, overwrite=overwrite)
     return single.notes
@@ -90,7 +92,7 @@ def main(_) -> None:
         if args.export:
             options = dict(what=args.what, raw=args.raw, max_shard_size=args.max_shard_size, overwrite=args.overwrite)
             export_model(args.src, args.dst, variant=variant, **options)
-        elif is_single_file(args.src):
+        elif Path(args.src).is_file():
             options = dict(num_frames=args.num_frames, dtype=args.dtype, overwrite=args.overwrite)
             for note in import_single_file(args.src, args.dst, **options):
                 print(note)

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ from sfv_jax.weights import single_file as single_file_module
 from sfv_jax.weights.diffusers import manifest, reader
 from sfv_jax.weights.folders import WeightsError
 from sfv_jax.weights.single_file import load_single_file, open_single_file, save_single_file
+from sfv_jax.weights.sources import open_weights
 from tests.conftest import CONFIGS, noise
 
 FULL = {"unet": UNetConfig.svd(), "vae": VAEConfig.svd(), "image_encoder": CLIPConfig.svd()}
@@ -171,7 +171,7 @@ def edit(source, target, change):
 
 
 def test_round_trip(single_file, params):
-    single = open_single_file(single_file)
+    single = open_single_file(open_weights(single_file))
     plain = {"unet": dict(temporal_conv="conv"), "vae": dict(temporal_conv="conv"), "image_encoder": {}}
     assert single.configs == {name: dataclasses.replace(CONFIGS[name], **plain[name]) for name in CONFIGS}
     assert single.notes == [] and differences(single, params) == []
@@ -196,7 +196,7 @@ def test_a_wrong_rule_is_noticed(single_file, params, monkeypatch):
     places = sgm.places
     monkeypatch.setattr(sgm, "places", exchanged)
     assert sgm.places("vae", CONFIGS["vae"]).keys() == right.keys()
-    assert differences(open_single_file(single_file), params) == ["vae", "image_encoder"]
+    assert differences(open_single_file(open_weights(single_file)), params) == ["vae", "image_encoder"]
 
 
 def test_configs_of_the_released_sizes():
@@ -204,22 +204,23 @@ def test_configs_of_the_released_sizes():
     shapes = {}
     for name, config in FULL.items():
         shapes |= sgm.shapes_there(name, config, sgm.places(name, config))
-    assert single_file_module._infer(shapes, {}, Path("svd.safetensors")) == FULL
+    assert single_file_module._infer(shapes, dict.fromkeys(FULL, {}), "svd.safetensors") == FULL
 
 
 def test_frames_are_told_by_flag_header_or_name(single_file, tmp_path):
-    assert open_single_file(single_file).configs["unet"].num_frames == CONFIGS["unet"].num_frames  # header
-    assert open_single_file(single_file, num_frames=9).configs["unet"].num_frames == 9
+    header = open_single_file(open_weights(single_file))
+    assert header.configs["unet"].num_frames == CONFIGS["unet"].num_frames
+    assert open_single_file(open_weights(single_file), num_frames=9).configs["unet"].num_frames == 9
     tensors = load_file(single_file)
     for name, frames in (("svd", 14), ("svd_xt", 25)):
         untold = {"unet": {"num_attention_heads": [2, 4]}, "image_encoder": {"num_attention_heads": 2}}
         path = tmp_path / f"{name}.safetensors"
         save_file(tensors, path, metadata={"sfv_jax": json.dumps(untold)})
-        single = open_single_file(path)
+        single = open_single_file(open_weights(path))
         assert single.configs["unet"].num_frames == frames and f"{frames} frames, judged by the name" in single.notes[0]
     save_file(tensors, path)
     with pytest.raises(WeightsError, match=r"cannot tell how many attention heads unet has, .* \(32, 64\)"):
-        open_single_file(path)
+        open_single_file(open_weights(path))
 
 
 def test_every_tensor_is_accounted_for(single_file, params, tmp_path):
@@ -230,7 +231,7 @@ def test_every_tensor_is_accounted_for(single_file, params, tmp_path):
         tensors[f"{sgm.CONDITIONER}decoder.conv_in.weight"] = np.zeros(3, np.float32)
         tensors[f"{sgm.CONDITIONER}post_quant_conv.bias"] = np.zeros(4, np.float32)
 
-    single = open_single_file(edit(single_file, tmp_path / "released.safetensors", as_released))
+    single = open_single_file(open_weights(edit(single_file, tmp_path / "released.safetensors", as_released)))
     assert single.notes == ["left out 4 tensors: CLIP's text side", "left out 2 tensors: the conditioner's decoder"]
     assert differences(single, params) == []
 
@@ -242,7 +243,7 @@ def test_every_tensor_is_accounted_for(single_file, params, tmp_path):
         tensors[f"{sgm.UNET}out.0.bias"] = tensors[f"{sgm.UNET}out.0.bias"].astype(np.int32)
 
     with pytest.raises(WeightsError) as caught:
-        open_single_file(edit(single_file, tmp_path / "spoilt.safetensors", spoil))
+        open_single_file(open_weights(edit(single_file, tmp_path / "spoilt.safetensors", spoil)))
     assert str(caught.value).splitlines()[1:] == [
         f"  misshapen: {sgm.CLIP}ln_post.bias is (5,), expected (32,)",
         f"  missing: {sgm.UNET}out.2.bias",
@@ -252,6 +253,22 @@ def test_every_tensor_is_accounted_for(single_file, params, tmp_path):
     ]
 
 
+def test_other_files_are_named(single_file, pipeline_folder, tmp_path):
+    with pytest.raises(WeightsError, match="is not a single file of SVD: no tensor begins with model.diffusion_model"):
+        open_single_file(open_weights(pipeline_folder / "unet" / "diffusion_pytorch_model.safetensors"))
+
+    def frame_wise(tensors):
+        for name in [name for name in tensors if "decoder" in name and re.search("time_|mix_factor", name)]:
+            del tensors[name]
+
+    with pytest.raises(WeightsError, match="no temporal decoder: take the file without image_decoder"):
+        open_single_file(open_weights(edit(single_file, tmp_path / "svd_image_decoder.safetensors", frame_wise)))
+    broken = tmp_path / "broken.safetensors"
+    save_file(load_file(single_file), broken, metadata={"sfv_jax": "[1]"})
+    with pytest.raises(WeightsError, match="the entry sfv_jax of its header is broken"):
+        open_single_file(open_weights(broken))
+
+
 def test_the_two_encoders(single_file, params, tmp_path):
     """The first stage's copy does without quant_conv, is compared, and serves where the conditioner's is missing."""
 
@@ -259,7 +276,7 @@ def test_the_two_encoders(single_file, params, tmp_path):
         tensors["first_stage_model.encoder.norm_out.bias"] += 1e-6
         tensors["first_stage_model.encoder.conv_out.weight"] *= 1.1
 
-    single = open_single_file(edit(single_file, tmp_path / "blurred.safetensors", blur))
+    single = open_single_file(open_weights(edit(single_file, tmp_path / "blurred.safetensors", blur)))
     assert re.fullmatch("the encoder of the conditioner; that of the first stage differs in 2: .*", single.notes[0])
     assert differences(single, params) == []
 
@@ -267,7 +284,7 @@ def test_the_two_encoders(single_file, params, tmp_path):
         for name in [name for name in tensors if name.startswith(sgm.CONDITIONER)]:
             del tensors[name]
 
-    single = open_single_file(edit(single_file, tmp_path / "bare.safetensors", bare))
+    single = open_single_file(open_weights(edit(single_file, tmp_path / "bare.safetensors", bare)))
     assert "identity as quant_conv" in single.notes[0]
     vae = load_single_file(single, "vae")
     assert np.array_equal(vae["quant_conv"]["kernel"][0, 0], np.eye(8))

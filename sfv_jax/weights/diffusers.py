@@ -19,7 +19,7 @@ from sfv_jax.weights.stream import write_weights
 
 # Axes of a kernel in torch's order -> in ours, by rank: Linear (o, i), Conv2d (o, i, h, w), Conv3d (o, i, k, 1, 1).
 _AXES = {2: (1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
-FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # VAEs before 2023
 
 
@@ -105,7 +105,7 @@ def read_tensors(file, shapes: tree.Params, where: str, dtype=None) -> tree.Para
     )
     dtypes = {name: x.get_dtype() for name, x in slices.items()}
     problems += [f"duplicate: {name}" for name in names if stored[modern_name(name)] != name]
-    problems += [f"not floating point: {name} is {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]
+    problems += [f"not floating point: {name} is {dtype}" for name, dtype in dtypes.items() if dtype not in _FLOATS]
     if problems:
         raise WeightsError(f"{where} does not fit its config.json:\n  " + "\n  ".join(problems))
     flat = {}

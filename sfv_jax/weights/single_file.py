@@ -6,12 +6,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig
@@ -19,8 +17,9 @@ from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.weights import sgm
 from sfv_jax.weights.configs import COMPONENTS, to_json
-from sfv_jax.weights.diffusers import FLOATS, reader, their_name, to_ours
+from sfv_jax.weights.diffusers import reader, their_name, to_ours
 from sfv_jax.weights.folders import WeightsError, refuse_existing, shape_problems
+from sfv_jax.weights.sources import FLOATS, Tensors
 from sfv_jax.weights.stream import Shapes, write_safetensors
 
 # What no shape tells, kept in the header of the files we write.
@@ -113,23 +112,19 @@ class SingleFile:
       notes: lines for the user: what was assumed and what was left out.
     """
 
-    path: Path
+    tensors: Tensors
     configs: dict
     places: dict[str, dict[str, sgm.Place]]
     notes: list[str]
 
 
-def is_single_file(path: str | Path) -> bool:
-    """Whether `path` is a safetensors file with the UNet's names of the original."""
-    path = Path(path)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    with _open(path) as file:
-        return any(name.startswith(sgm.UNET) for name in file.keys())
+def is_single_file(tensors: Tensors) -> bool:
+    """Whether the UNet has the names of the original."""
+    return any(name.startswith(sgm.UNET) for name in tensors.names())
 
 
-def open_single_file(path: str | Path, *, num_frames: int | None = None) -> SingleFile:
-    """Finds the networks in a single file from its names and shapes alone.
+def open_single_file(tensors: Tensors, *, num_frames: int | None = None) -> SingleFile:
+    """Finds the networks in a single file by names and shapes.
 
     Args:
       num_frames: of the clips the UNet was trained on, which no tensor tells; default: what the header of a file of
@@ -137,78 +132,89 @@ def open_single_file(path: str | Path, *, num_frames: int | None = None) -> Sing
     Raises:
       WeightsError: if it is not such a file; lists every tensor that is missing, unexpected or misshapen.
     """
-    path = Path(path)
-    with _open(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
-        dtypes = {name: x.get_dtype() for name, x in slices.items()}
-        told = json.loads((file.metadata() or {}).get("sfv_jax", "{}"))
+    where, stem = tensors.where(), tensors.files[0].stem
+    shapes = {name: tensors.shape(name) for name in tensors.names()}
+    if not is_single_file(tensors):
+        raise WeightsError(f"{where} is not a single file of SVD: no tensor begins with {sgm.UNET}")
+    if f"{sgm.FIRST_STAGE}decoder.conv_out.time_mix_conv.weight" not in shapes:
+        raise WeightsError(f"{where} has no temporal decoder: take the file without image_decoder in its name")
+    told = _told(tensors)
     notes: list[str] = []
-    configs = _infer(shapes, told, path)
-    frames = num_frames or told.get("unet", {}).get("num_frames")
+    configs = _infer(shapes, told, where)
+    frames = num_frames or told["unet"].get("num_frames")
     if frames is None:
-        frames = 25 if "xt" in path.stem else 14
-        notes.append(f"{frames} frames, judged by the name {path.name}; --num_frames says otherwise")
+        frames = 25 if "xt" in stem else 14
+        notes.append(f"{frames} frames, judged by the name {stem}; --num_frames says otherwise")
     configs["unet"] = dataclasses.replace(configs["unet"], num_frames=frames)
     bare = sgm.CONDITIONER + "encoder.conv_in.weight" not in shapes
     if bare:
         notes.append("the encoder of the first stage, with an identity as quant_conv: the file has no other")
     places = {name: sgm.places(name, config, first_stage_encoder=bare) for name, config in configs.items()}
-    expected = {k: v for name in configs for k, v in sgm.shapes_there(name, configs[name], places[name]).items()}
     copy = {place.name for place in sgm.places("vae", configs["vae"], first_stage_encoder=True).values()}
-    rest = shapes.keys() - expected.keys() - copy
-    for pattern, reason in IGNORED.items():
-        ignored = {name for name in rest if re.match(pattern, name)}
-        rest -= ignored
-        notes += [f"left out {len(ignored)} tensors: {reason}"] if ignored else []
-    problems = shape_problems({k: v for k, v in shapes.items() if k in expected or k in rest}, expected)
-    problems += [f"not floating point: {k} is {dtypes[k]}" for k in expected if dtypes.get(k, "F32") not in FLOATS]
-    if problems:
-        raise WeightsError(f"{path} does not fit the networks of SVD:\n  " + "\n  ".join(problems))
-    notes += [] if bare else _compare_encoders(path, configs["vae"], copy & shapes.keys())
-    return SingleFile(path, configs, places, notes)
+    expected = {k: v for name in configs for k, v in sgm.shapes_there(name, configs[name], places[name]).items()}
+    notes += _account(shapes, expected, copy, tensors)
+    notes += [] if bare else _compare_encoders(tensors, configs["vae"], copy & shapes.keys())
+    return SingleFile(tensors, configs, places, notes)
 
 
 def load_single_file(single: SingleFile, component: str, dtype=None) -> tree.Params:
     """Parameters of one component, nested dict of numpy arrays in our layout, cast to `dtype` unless None."""
     where, flat = single.places[component], {}
     _, shapes = tree.abstract(COMPONENTS[component].module, single.configs[component])
-    with _open(single.path) as file:
-        for path, like in tree.flatten(shapes).items():
-            place = where.get(their_name(path))
-            if place is None:  # the encoder of the first stage has no quant_conv
-                zeros = np.zeros_like(file.get_tensor(where["encoder.conv_out.bias"].name))
-                value = zeros if path.endswith("bias") else np.diag(zeros + 1).reshape(like.shape)
-            else:
-                value = to_ours(path, sgm.to_diffusers(place, file.get_tensor))
-            flat[path] = value if dtype is None else value.astype(dtype)
+    for path, like in tree.flatten(shapes).items():
+        place = where.get(their_name(path))
+        if place is None:  # the encoder of the first stage has no quant_conv
+            zeros = np.zeros_like(single.tensors.read(where["encoder.conv_out.bias"].name))
+            value = zeros if path.endswith("bias") else np.diag(zeros + 1).reshape(like.shape)
+        else:
+            value = to_ours(path, sgm.to_diffusers(place, single.tensors.read))
+        flat[path] = value if dtype is None else value.astype(dtype)
     return tree.unflatten(flat)
 
 
-@contextmanager
-def _open(path: Path):
+def _told(tensors: Tensors) -> dict[str, dict]:
+    """What the header says of `UNTOLD`, for each component."""
     try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except (SafetensorError, FileNotFoundError) as error:
-        raise WeightsError(f"{path} is absent, cut short or not a safetensors file ({error})") from error
+        told = json.loads(tensors.metadata.get("sfv_jax", "{}"))
+        return {name: {k: _frozen(told[name][k]) for k in UNTOLD[name] if k in told.get(name, {})} for name in UNTOLD}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{tensors.where()}: the entry sfv_jax of its header is broken") from error
 
 
-def _infer(shapes: Shapes, told: dict, path: Path) -> dict:
+def _frozen(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _infer(shapes: Shapes, told: dict, where: str) -> dict:
+    kinds = {"unet": (UNetConfig, _unet), "vae": (VAEConfig, _vae), "image_encoder": (CLIPConfig, _clip)}
+    found = {}
     try:
-        kinds = {"unet": (UNetConfig, _unet), "vae": (VAEConfig, _vae), "image_encoder": (CLIPConfig, _clip)}
-        found = {}
         for name, (kind, infer) in kinds.items():
-            untold = {k: tuple(v) if isinstance(v, list) else v for k, v in told.get(name, {}).items()}
             inferred = infer(shapes)
-            if name in HEAD_DIM and "num_attention_heads" not in untold:
+            if name in HEAD_DIM and "num_attention_heads" not in told[name]:
                 inferred |= {"num_attention_heads": _heads(name, inferred)}
-            found[name] = kind(**inferred | untold)
-        return found
+            found[name] = kind(**inferred | told[name])
     except KeyError as error:
-        raise WeightsError(f"{path} is not a single file of SVD: it has no {error.args[0]}") from error
+        raise WeightsError(f"{where} is not a single file of SVD: it has no {error.args[0]}") from error
     except ValueError as error:
-        raise WeightsError(f"{path}: {error}") from error
+        raise WeightsError(f"{where}: {error}") from error
+    return found
+
+
+def _account(shapes: Shapes, expected: Shapes, copy: set[str], tensors: Tensors) -> list[str]:
+    """Notes on the tensors left out by a rule; raises WeightsError on any other that no network has."""
+    rest, notes = shapes.keys() - expected.keys() - copy, []
+    for pattern, reason in IGNORED.items():
+        ignored = {name for name in rest if re.match(pattern, name)}
+        rest -= ignored
+        notes += [f"left out {len(ignored)} tensors: {reason}"] if ignored else []
+    found = {name: shapes[name] for name in shapes if name in expected or name in rest}
+    problems = shape_problems(found, expected)
+    dtypes = {name: tensors.dtype(name) for name in found if name in expected}
+    problems += [f"not floating point: {name} is {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]
+    if problems:
+        raise WeightsError(f"{tensors.where()} does not fit the networks of SVD:\n  " + "\n  ".join(problems))
+    return notes
 
 
 def _heads(component: str, inferred: dict):
@@ -267,27 +273,27 @@ def _count(there: Callable[[int], bool]) -> int:
     return next(n for n in itertools.count() if not there(n))
 
 
-def _compare_encoders(path: Path, config: VAEConfig, copy: set[str]) -> list[str]:
+def _compare_encoders(tensors: Tensors, config: VAEConfig, copy: set[str]) -> list[str]:
     """One line if the first stage's encoder is another than the conditioner's, which diffusers and we take."""
     where = sgm.places("vae", config)
-    names = {place.name: name for name, place in where.items() if name.startswith("encoder.")}
     different = []
-    with _open(path) as file:
 
-        def read(name: str) -> np.ndarray:
-            return sgm.to_diffusers(where[name], file.get_tensor)
+    def read(name: str) -> np.ndarray:
+        return sgm.to_diffusers(where[name], tensors.read)
 
-        for there, name in names.items():
-            twin = there.replace(sgm.CONDITIONER, sgm.FIRST_STAGE)
-            if twin not in copy:
-                continue
-            found, expected = file.get_tensor(twin), _without_quant_conv(name, read)
-            if not name.startswith("encoder.conv_out."):
-                same = found.tobytes() == expected.tobytes()
-            else:  # a product, rounded to the file's precision
-                tolerance = 1e-2 if found.dtype.itemsize < 4 else 1e-5
-                same = np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
-            different += [] if same else [twin]
+    for name, place in where.items():
+        twin = place.name.replace(sgm.CONDITIONER, sgm.FIRST_STAGE)
+        if not name.startswith("encoder.") or twin not in copy:
+            continue
+        found = tensors.read(twin)
+        if not name.startswith("encoder.conv_out."):
+            same = found.tobytes() == tensors.read(place.name).tobytes()
+        else:  # a product, rounded to the file's precision
+            expected = _without_quant_conv(name, read)
+            tolerance = 1e-2 if found.dtype.itemsize < 4 else 1e-5
+            same = found.shape == expected.shape
+            same = same and np.abs(found.astype(np.float32) - expected).max() <= tolerance * np.abs(expected).max()
+        different += [] if same else [twin]
     if not different:
         return []
     return [f"the encoder of the conditioner; that of the first stage differs in {len(different)}: {different[0]}, ..."]
