@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sfv_jax.evaluation import fvd
 from sfv_jax.models import i3d, tree
+from sfv_jax.weights.folders import WeightsError
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -100,3 +102,58 @@ def test_resize_policy_is_that_of_torch(antialias):
     expected = F.interpolate(x, (56, 56), mode="bilinear", align_corners=False, antialias=antialias) * 2 / 255 - 1
     found = i3d.preprocess(frames, 56, antialias)[0]
     np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1).numpy(), atol=2e-5)
+
+
+# ---- files ----
+
+
+@pytest.fixture(scope="module")
+def state_dict(weights, tmp_path_factory):
+    """The random weights under the names and in the layout of the PyTorch port."""
+    leaves = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var", "bias": "bias"}
+    content = {"Conv3d_1a_7x7.bn.num_batches_tracked": torch.tensor(7)}
+    for path, value in weights.items():
+        module, leaf = path.rsplit(".", 1)
+        value = torch.from_numpy(value)
+        content[f"{module}.{leaves[leaf]}"] = value.permute(4, 3, 0, 1, 2) if value.ndim == 5 else value
+    path = tmp_path_factory.mktemp("i3d") / "i3d.pt"
+    torch.save(content, path)
+    return path
+
+
+def test_a_state_dict_and_its_conversion_are_the_network(weights, state_dict, tmp_path):
+    fvd.convert(state_dict, tmp_path / "i3d.safetensors", batch_norm_eps=1e-5)
+    read = {p: fvd.read_i3d(p) for p in (state_dict, tmp_path / "i3d.safetensors")}
+    for params, _, _ in read.values():
+        flat = tree.flatten(params)
+        assert flat.keys() == weights.keys()
+        assert all(np.array_equal(flat[k], weights[k]) for k in weights)
+    assert [config.batch_norm_eps for _, config, _ in read.values()] == [1e-3, 1e-5]
+    _, about = fvd.load_i3d(tmp_path / "i3d.safetensors")
+    assert about["source"]["sha256"] == fvd.sha256(state_dict) != about["sha256"]
+    with pytest.raises(WeightsError, match="converted with batch_norm_eps 1e-05, not 0.001"):
+        fvd.load_i3d(tmp_path / "i3d.safetensors", batch_norm_eps=1e-3)
+
+
+def test_torchscript_is_run_as_it_is(tmp_path):
+    class Detector(torch.nn.Module):
+        def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
+            assert rescale and resize and return_features
+            return x.float().mean((2, 3, 4))
+
+    torch.jit.script(Detector()).save(str(tmp_path / "i3d_torchscript.pt"))
+    features, about = fvd.load_i3d(tmp_path / "i3d_torchscript.pt")
+    frames = np.random.default_rng(3).integers(0, 256, (2, 9, 4, 6, 3), dtype=np.uint8)
+    np.testing.assert_allclose(features(frames), frames.mean((1, 2, 3)), rtol=1e-5)
+    assert about["kind"] == "TorchScript" and len(about["sha256"]) == 64
+
+
+def test_what_is_no_i3d(tmp_path):
+    torch.save({"Conv3d_1a_7x7.conv3d.weight": torch.zeros(64, 3, 7, 7, 5)}, tmp_path / "other.pt")
+    for path, message in (
+        (None, "name a file with --i3d.*i3d_torchscript.pt.*i3d_pretrained_400.pt"),
+        (tmp_path / "absent.pt", "absent.pt does not exist. FVD needs I3D weights"),
+        (tmp_path / "other.pt", r"(?s)not a state dict of InceptionI3d.*missing: Conv3d_1a_7x7.bn.bias.*and \d+ more"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            fvd.load_i3d(path)
