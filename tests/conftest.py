@@ -1,6 +1,12 @@
-"""Fixtures shared by all tests: small networks with random weights, as the torch reference, on disk, and as ours."""
+"""Fixtures shared by all tests: small networks with random weights, as the torch reference, on disk, and as ours.
 
+Without torch all tests run but those that compare with torch live; the golden files stand for it in the others.
+"""
+
+import os
+import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import jax
 import numpy as np
@@ -8,19 +14,24 @@ import pytest
 from flax import nnx
 
 from sfv_jax.models import tree
-from sfv_jax.models.clip import CLIPConfig
-from sfv_jax.models.unet import UNetConfig
-from sfv_jax.models.vae import VAEConfig
+from tests import golden
+from tests.golden import CONFIGS, noise
 
+# One cache of compiled programs for this session: its worker processes and the commands that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="sfv_jax-tests-")  # removed when this process ends
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    jax.config.update("jax_compilation_cache_dir", _compiled.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_num_cpu_devices", 8)  # meshes of several devices on any machine
 jax.config.update("jax_default_matmul_precision", "highest")
 
-CONFIGS = {"unet": UNetConfig.tiny(), "vae": VAEConfig.tiny(), "image_encoder": CLIPConfig.tiny()}
+__all__ = ["CONFIGS", "Case", "error", "noise"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of a network, batch 2 with nothing in common, and what the reference makes of them in float64."""
+    """Inputs of a network, batch 2 with nothing in common, and what the reference makes of them (`tests.golden`)."""
 
     inputs: tuple
     expected: np.ndarray
@@ -43,9 +54,32 @@ def pipe(reference):
 
 
 @pytest.fixture(scope="session")
-def pipeline_folder(reference, pipe, tmp_path_factory):
-    """`pipe` as its users find it on disk."""
-    return reference.save(pipe, tmp_path_factory.mktemp("diffusers") / "svd-tiny")
+def pipeline_folder(request, tmp_path_factory):
+    """`pipe` as its users find it on disk: written by diffusers, or by our exporter where there is no torch."""
+    folder = tmp_path_factory.mktemp("diffusers") / "svd-tiny"
+    if has_torch():
+        return request.getfixturevalue("reference").save(request.getfixturevalue("pipe"), folder)
+    from sfv_jax.weights.pipeline import SIGMAS, save_pipeline
+
+    save_pipeline(folder, {name: ours(name) for name in CONFIGS}, CONFIGS, SIGMAS)
+    return folder
+
+
+def has_torch() -> bool:
+    try:
+        return find_spec("torch") is not None
+    except ValueError:  # hidden by `sys.modules["torch"] = None`
+        return False
+
+
+def ours(component: str) -> tree.Params:
+    """The random weights of a component in our layout."""
+    from sfv_jax.weights.configs import COMPONENTS
+    from sfv_jax.weights.diffusers import their_name, to_ours
+
+    weights = golden.component_weights(component)
+    _, shapes = tree.abstract(COMPONENTS[component].module, CONFIGS[component])
+    return tree.unflatten({path: to_ours(path, weights[their_name(path)]) for path in tree.flatten(shapes)})
 
 
 @pytest.fixture(scope="session")
@@ -78,31 +112,31 @@ def build(params):
     return build
 
 
-def noise(seed: int, *shape: int) -> np.ndarray:
-    """Standard normal float32."""
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+@pytest.fixture(scope="session")
+def stored():
+    """The golden outputs of the networks."""
+    golden.check_weights()
+    return golden.load("networks")
 
 
 @pytest.fixture(scope="session")
-def unet_case(reference, pipe) -> Case:
-    """UNet inputs `(x, c_noise, context, ids)` with different contexts, noise levels and ids in the batch."""
-    c_noise = np.array([1.2, -0.4], np.float32)
-    ids = np.array([[6, 127, 0.02], [11, 40, 0.1]], np.float32)
-    inputs = (noise(0, 2, 3, 8, 12, 8), c_noise, noise(1, 2, 32), ids)
-    expected, taps = reference.run_unet(pipe.unet, *inputs)
-    return Case(inputs, expected, tuple(taps))
+def unet_case(stored) -> Case:
+    return Case(golden.unet_inputs(), stored["unet"], (stored["unet_tap_0"], stored["unet_tap_1"]))
 
 
 @pytest.fixture(scope="session")
-def encoder_case(reference, pipe) -> Case:
-    frames = noise(2, 2, 3, 32, 48, 3)
-    return Case((frames,), reference.run_vae_encoder(pipe.vae, frames))
+def encoder_case(stored) -> Case:
+    return Case(golden.encoder_inputs(), stored["encoder"])
 
 
 @pytest.fixture(scope="session")
-def decoder_case(reference, pipe) -> Case:
-    latents = noise(3, 2, 3, 4, 6, 4)
-    return Case((latents,), reference.run_vae_decoder(pipe.vae, latents))
+def decoder_case(stored) -> Case:
+    return Case(golden.decoder_inputs(), stored["decoder"])
+
+
+@pytest.fixture(scope="session")
+def clip_case(stored) -> Case:
+    return Case(golden.clip_inputs(), stored["clip"])
 
 
 def error(found, expected: np.ndarray) -> tuple[float, float]:

@@ -1,31 +1,34 @@
-"""Torch references for the tests: small diffusers pipelines whose every parameter is random.
-
-Default initialisation leaves zeros, ones and equal mixing factors, behind which wrong code hides.
-"""
+"""Torch references for the tests: diffusers pipelines with the random weights of `tests.golden`, run in float64."""
 
 import copy
 import sys
 from pathlib import Path
+from unittest import mock
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import (
     AutoencoderKLTemporalDecoder,
     EulerDiscreteScheduler,
     StableVideoDiffusionPipeline,
     UNetSpatioTemporalConditionModel,
 )
+from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as svd_pipeline
+from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from sfv_jax.models.clip import MEAN, STD, CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
+from tests.golden import component_weights
 
 
-def unet(config: UNetConfig) -> UNetSpatioTemporalConditionModel:
-    """The reference UNet of our config, random."""
+def unet(config: UNetConfig, *, random=True) -> UNetSpatioTemporalConditionModel:
+    """The reference UNet of our config, random or as initialised."""
     plain = len(config.block_out_channels) - 1
-    return randomise(
+    return with_weights(
         UNetSpatioTemporalConditionModel(
             sample_size=config.sample_size,
             in_channels=config.in_channels,
@@ -40,13 +43,13 @@ def unet(config: UNetConfig) -> UNetSpatioTemporalConditionModel:
             num_attention_heads=config.num_attention_heads,
             num_frames=config.num_frames,
         ),
-        seed=1,
+        component_weights("unet", config) if random else None,
     )
 
 
-def vae(config: VAEConfig) -> AutoencoderKLTemporalDecoder:
-    """The reference VAE of our config, random."""
-    return randomise(
+def vae(config: VAEConfig, *, random=True) -> AutoencoderKLTemporalDecoder:
+    """The reference VAE of our config, random or as initialised."""
+    return with_weights(
         AutoencoderKLTemporalDecoder(
             down_block_types=("DownEncoderBlock2D",) * len(config.block_out_channels),
             block_out_channels=config.block_out_channels,
@@ -55,13 +58,13 @@ def vae(config: VAEConfig) -> AutoencoderKLTemporalDecoder:
             sample_size=config.sample_size,
             scaling_factor=config.scaling_factor,
         ),
-        seed=2,
+        component_weights("vae", config) if random else None,
     )
 
 
-def image_encoder(config: CLIPConfig) -> CLIPVisionModelWithProjection:
-    """The reference CLIP tower of our config, random."""
-    return randomise(
+def image_encoder(config: CLIPConfig, *, random=True) -> CLIPVisionModelWithProjection:
+    """The reference CLIP tower of our config, random or as initialised."""
+    return with_weights(
         CLIPVisionModelWithProjection(
             CLIPVisionConfig(
                 hidden_size=config.hidden_size,
@@ -74,27 +77,14 @@ def image_encoder(config: CLIPConfig) -> CLIPVisionModelWithProjection:
                 hidden_act="gelu",
             )
         ),
-        seed=3,
+        component_weights("image_encoder", config) if random else None,
     )
 
 
-def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Fills every parameter: norm scales 1 + 0.2 N, biases 0.1 N, mixing factors N, weights about N / sqrt(fan in)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("mix_factor"):
-                parameter.copy_(noise)
-            elif name.endswith("bias"):
-                parameter.copy_(0.1 * noise)
-            elif "norm" in name or "layrnorm" in name:
-                parameter.copy_(1 + 0.2 * noise)
-            elif parameter.ndim > 1 and "embedding.weight" not in name:
-                gain = 0.5 if parameter.ndim > 2 else 1.0  # small features tell the epsilons of the norms apart
-                parameter.copy_(gain * noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.copy_(0.2 * noise)
+def with_weights(model: torch.nn.Module, weights: dict[str, np.ndarray] | None) -> torch.nn.Module:
+    """`model` with exactly these parameters, if any are given, for evaluation."""
+    if weights is not None:
+        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     return model.eval().requires_grad_(False)
 
 
@@ -139,37 +129,103 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def run_unet(model: UNetSpatioTemporalConditionModel, x, c_noise, context, ids) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Output `[b, t, h, w, c]` and down-block outputs of the reference on our arguments, in float64."""
+def unet_output(model: UNetSpatioTemporalConditionModel, x, c_noise, context, ids, dtype=torch.float64) -> np.ndarray:
+    """Output `[b, t, h, w, c]` of the reference on our arguments, computed in `dtype` by a `model` ready for it."""
+    c_noise, context, ids = (torch.from_numpy(np.array(a)).to(dtype) for a in (c_noise, context, ids))
+    return to_numpy(model(to_torch(x, dtype), c_noise, context[:, None], added_time_ids=ids, return_dict=False)[0])
+
+
+@torch.no_grad()
+def encoder_output(model: AutoencoderKLTemporalDecoder, frames, dtype=torch.float64) -> np.ndarray:
+    """Posterior means `[b, t, h, w, 4]`."""
+    mean = model.encode(to_torch(frames, dtype).flatten(0, 1)).latent_dist.mode()
+    return to_numpy(mean.unflatten(0, frames.shape[:2]))
+
+
+@torch.no_grad()
+def decoder_output(model: AutoencoderKLTemporalDecoder, latents, dtype=torch.float64) -> np.ndarray:
+    """Frames `[b, t, h, w, 3]`."""
+    frames = model.decode(to_torch(latents, dtype).flatten(0, 1), num_frames=latents.shape[1]).sample
+    return to_numpy(frames.unflatten(0, latents.shape[:2]))
+
+
+@torch.no_grad()
+def clip_output(model: CLIPVisionModelWithProjection, images, dtype=torch.float64) -> np.ndarray:
+    """Embeddings `[b, d]` of preprocessed images `[b, 224, 224, 3]`."""
+    return model(to_torch(images, dtype)).image_embeds.double().numpy()
+
+
+def run_unet(model: UNetSpatioTemporalConditionModel, *inputs) -> tuple[np.ndarray, list[np.ndarray]]:
+    """`unet_output` and the outputs of the down blocks, in float64."""
     model, taps = copy.deepcopy(model).double(), []
     for block in model.down_blocks:
         block.register_forward_hook(lambda module, args, result: taps.append(result[0]))
-    b, t = x.shape[:2]
-    as_double = [torch.from_numpy(np.array(a)).double() for a in (c_noise, context, ids)]
-    out = model(to_torch(x), as_double[0], as_double[1][:, None], added_time_ids=as_double[2], return_dict=False)[0]
-    return to_numpy(out), [to_numpy(tap.unflatten(0, (b, t))) for tap in taps]
+    out = unet_output(model, *inputs)
+    return out, [to_numpy(tap.unflatten(0, out.shape[:2])) for tap in taps]
+
+
+def run(output, model: torch.nn.Module, *inputs) -> np.ndarray:
+    """One of the functions above in float64; `model` is left as it is."""
+    return output(copy.deepcopy(model).double(), *inputs)
+
+
+def run_scheduler(pipe: StableVideoDiffusionPipeline, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise levels `[steps + 1]` and the numbers the UNet is told, `[steps]`, of SVD's scheduler (float32 inside)."""
+    scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.double().numpy(), scheduler.timesteps.double().numpy()
+
+
+def run_resize(image: np.ndarray) -> np.ndarray:
+    """`image [h, w]` resized to 224 x 224 as the pipeline does for CLIP; its coordinates are float32 inside."""
+    wide = torch.from_numpy(image)[None, None].double()
+    return svd_pipeline._resize_with_antialiasing(wide, (224, 224))[0, 0].double().numpy()
+
+
+def run_preprocess(pipe: StableVideoDiffusionPipeline, images: np.ndarray) -> np.ndarray:
+    """CLIP's input `[b, 224, 224, 3]` for `images [b, h, w, 3]` in [0, 1]."""
+    signed = to_torch(images) * 2 - 1
+    resized = (svd_pipeline._resize_with_antialiasing(signed, (224, 224)) + 1) / 2
+    return to_numpy(
+        pipe.feature_extractor(
+            resized, do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=True, return_tensors="pt"
+        ).pixel_values
+    )
 
 
 @torch.no_grad()
-def run_vae_encoder(model: AutoencoderKLTemporalDecoder, frames) -> np.ndarray:
-    """Posterior means `[b, t, h, w, 4]` of the reference, in float64."""
-    b, t = frames.shape[:2]
-    mean = copy.deepcopy(model).double().encode(to_torch(frames).flatten(0, 1)).latent_dist.mode()
-    return to_numpy(mean.unflatten(0, (b, t)))
+def run_pipeline(pipe, images, start, pixel_noise, ids, steps: int, guidance: tuple | None) -> np.ndarray:
+    """Latents `[b, t, h, w, 4]` of the whole pipeline, its networks in float64, with the noise given instead of drawn.
+
+    The scheduler rounds the latents to float32 after every step.
+    """
+    parts = copy.deepcopy(pipe.components)
+    pipe = StableVideoDiffusionPipeline(
+        **{k: v.double() if isinstance(v, torch.nn.Module) else v for k, v in parts.items()}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    low, high = guidance or (1.0, 1.0)
+    drawn = mock.patch.object(svd_pipeline, "randn_tensor", lambda *args, **kw: to_torch(pixel_noise, torch.float32))
+    with drawn:
+        latents = pipe(
+            [Image.fromarray(image) for image in images],
+            height=pixel_noise.shape[1],
+            width=pixel_noise.shape[2],
+            num_frames=start.shape[1],
+            num_inference_steps=steps,
+            min_guidance_scale=low,
+            max_guidance_scale=high,
+            fps=ids[0] + 1,
+            motion_bucket_id=ids[1],
+            noise_aug_strength=ids[2],
+            latents=to_torch(start),
+            output_type="latent",
+        ).frames
+    return to_numpy(latents)
 
 
-@torch.no_grad()
-def run_vae_decoder(model: AutoencoderKLTemporalDecoder, latents) -> np.ndarray:
-    """Frames `[b, t, h, w, 3]` of the reference, in float64."""
-    b, t = latents.shape[:2]
-    frames = copy.deepcopy(model).double().decode(to_torch(latents).flatten(0, 1), num_frames=t).sample
-    return to_numpy(frames.unflatten(0, (b, t)))
-
-
-@torch.no_grad()
-def run_clip(model: CLIPVisionModelWithProjection, images) -> np.ndarray:
-    """Embeddings `[b, d]` of the reference on preprocessed images `[b, 224, 224, 3]`, in float64."""
-    return copy.deepcopy(model).double()(to_torch(images)).image_embeds.numpy()
+def versions() -> dict[str, str]:
+    return {module.__name__: module.__version__ for module in (diffusers, transformers, torch, np)}
 
 
 if __name__ == "__main__":  # python -m tests.reference FOLDER [fp16]: a small SVD-shaped folder of random weights

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sfv_jax import edm
+from tests import golden
 from tests.conftest import noise
 
 # sigma of diffusers' EulerDiscreteScheduler with SVD's config, without the final 0.
@@ -36,14 +37,11 @@ def test_sampling_schedule(steps):
         np.testing.assert_allclose(edm.scalings(found[:-1])[3], C_NOISE[steps], rtol=5e-6)
 
 
-@pytest.mark.parametrize("steps", SCHEDULES)
-def test_sampling_schedule_is_diffusers(pipe, steps):
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(steps)
-    np.testing.assert_allclose(edm.sampling_sigmas(steps), scheduler.sigmas.numpy(), rtol=1e-6)
-    np.testing.assert_allclose(
-        edm.scalings(edm.sampling_sigmas(steps)[:-1])[3], scheduler.timesteps.numpy(), rtol=1e-5, atol=1e-6
-    )
+@pytest.mark.parametrize("steps", golden.STEPS)
+def test_sampling_schedule_is_diffusers(steps):
+    expected, found = golden.load("schedules"), edm.sampling_sigmas(steps)
+    np.testing.assert_allclose(found, expected[f"sigmas_{steps}"], rtol=1e-6)
+    np.testing.assert_allclose(edm.scalings(found[:-1])[3], expected[f"c_noise_{steps}"], rtol=1e-5, atol=1e-6)
 
 
 def test_training_levels_increase():

@@ -13,7 +13,7 @@ from flax import nnx
 
 from sfv_jax.models import attention, layers, unet
 from sfv_jax.models.layers import sinusoidal_embedding
-from tests.conftest import error, noise
+from tests.conftest import error
 
 
 def passes(found, expected, *, peak: float, rms: float) -> bool:
@@ -210,9 +210,7 @@ def test_vae_encoder(build, encoder_case, monkeypatch, mutate):
 
 
 @cases(CLIP)
-def test_clip(reference, pipe, build, monkeypatch, mutate):
-    images = noise(4, 2, 224, 224, 3)
-    expected = reference.run_clip(pipe.image_encoder, images)
+def test_clip(build, clip_case, monkeypatch, mutate):
     model = build("image_encoder")
-    found = model(*mutate(model, (images,), monkeypatch))
-    assert passes(found, expected, peak=1e-5, rms=1e-5) == (mutate is unchanged)
+    found = model(*mutate(model, clip_case.inputs, monkeypatch))
+    assert passes(found, clip_case.expected, peak=1e-5, rms=1e-5) == (mutate is unchanged)

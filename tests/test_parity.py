@@ -1,4 +1,4 @@
-"""Our networks against diffusers and transformers in float64, on random weights."""
+"""Our networks against what diffusers and transformers make of random weights in float64 (`tests.golden`)."""
 
 import dataclasses
 import hashlib
@@ -17,6 +17,7 @@ from sfv_jax.models.layers import sinusoidal_embedding
 from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.weights.diffusers import manifest
+from tests import golden
 from tests.conftest import CONFIGS, error, noise
 
 MANIFESTS = json.loads((Path(__file__).parent / "manifests" / "svd.json").read_text())
@@ -88,34 +89,21 @@ def test_vae_refuses_odd_sizes(build):
         build("vae").encode(jnp.zeros((1, 1, 36, 32, 3)))
 
 
-def test_clip(reference, pipe, build):
-    images = noise(4, 2, 224, 224, 3)
-    assert_close(build("image_encoder")(images), reference.run_clip(pipe.image_encoder, images), peak=1e-5, rms=1e-5)
+def test_clip(build, clip_case):
+    assert_close(build("image_encoder")(*clip_case.inputs), clip_case.expected, peak=1e-5, rms=1e-5)
 
 
-@pytest.mark.parametrize(("height", "width"), [(576, 1024), (448, 768), (1080, 1920), (224, 100)])
-def test_clip_preprocessing(reference, pipe, height, width):
-    torch = pytest.importorskip("torch")
-    from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
-
-    images = np.random.default_rng(5).random((1, height, width, 3), np.float32)
-    signed = torch.from_numpy(images).movedim(-1, 1) * 2 - 1
-    resized = (_resize_with_antialiasing(signed, (224, 224)) + 1) / 2
-    expected = pipe.feature_extractor(
-        resized, do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=True, return_tensors="pt"
-    ).pixel_values.movedim(1, -1)
-    np.testing.assert_allclose(clip.preprocess(images), expected.numpy(), atol=2e-4)
+@pytest.mark.parametrize(("height", "width"), golden.IMAGE_SIZES)
+def test_clip_preprocessing(height, width):
+    found = clip.preprocess(golden.preprocess_input(height, width))[:, golden.GRID, golden.GRID]
+    np.testing.assert_allclose(found, golden.load("preprocessing")[f"preprocess_{height}x{width}"], atol=2e-4)
 
 
-@pytest.mark.parametrize("side", [100, 224, 448, 576, 768, 1024, 1080, 1920])
-def test_clip_resize_matrix(reference, side):
-    torch = pytest.importorskip("torch")
-    from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
-
-    image = np.random.default_rng(side).uniform(-1, 1, (side, 224)).astype(np.float32)
-    expected = _resize_with_antialiasing(torch.from_numpy(image)[None, None], (224, 224))[0, 0].numpy()
+@pytest.mark.parametrize("side", golden.SIDES)
+def test_clip_resize_matrix(side):
     identity = clip.resize_matrix(224)  # the width stays, but is blurred as little as the reference blurs it
-    np.testing.assert_allclose(clip.resize_matrix(side) @ image @ identity.T, expected, atol=1e-4)
+    found = clip.resize_matrix(side) @ golden.resize_input(side) @ identity.T
+    np.testing.assert_allclose(found[:, golden.COLUMNS], golden.load("preprocessing")[f"resize_{side}"], atol=1e-4)
 
 
 # Index: value of diffusers' get_timestep_embedding, and the sum of all entries under None.

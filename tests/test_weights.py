@@ -80,7 +80,7 @@ def test_round_trip_fp16_and_reload(reference, pipe, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
-def test_export_is_what_diffusers_writes(pipeline_folder, model_folder, tmp_path):
+def test_export_is_what_diffusers_writes(reference, pipeline_folder, model_folder, tmp_path):
     convert.export_model(model_folder, tmp_path / "out")
     for component in ("unet", "vae"):
         found, expected = ((f / component / "config.json").read_text() for f in (tmp_path / "out", pipeline_folder))
