@@ -57,19 +57,12 @@ def pipe(reference):
 def pipeline_folder(request, tmp_path_factory):
     """`pipe` as its users find it on disk: written by diffusers, or by our exporter where there is no torch."""
     folder = tmp_path_factory.mktemp("diffusers") / "svd-tiny"
-    if has_torch():
+    if find_spec("torch"):
         return request.getfixturevalue("reference").save(request.getfixturevalue("pipe"), folder)
     from sfv_jax.weights.pipeline import SIGMAS, save_pipeline
 
-    save_pipeline(folder, {name: ours(name) for name in CONFIGS}, CONFIGS, SIGMAS)
+    save_pipeline(folder, ours, CONFIGS, SIGMAS)
     return folder
-
-
-def has_torch() -> bool:
-    try:
-        return find_spec("torch") is not None
-    except ValueError:  # hidden by `sys.modules["torch"] = None`
-        return False
 
 
 def ours(component: str) -> tree.Params:

@@ -1,6 +1,7 @@
 """The README's road, command by command as printed, on a small SVD-shaped folder and two videos made here."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -27,6 +28,8 @@ SMALL = {
     ],
     "sample": ["--height=64", "--width=64"],
 }
+
+QUICK = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compile soon, run slowly
 
 
 def readme_commands() -> list[list[str]]:
@@ -62,7 +65,7 @@ def test_the_commands_of_the_readme(place, pipeline_folder):
     for python, *rest in commands:
         assert python == "python"
         small = SMALL.get(rest[1].removeprefix("sfv_jax."), [])
-        done = subprocess.run([sys.executable, *rest, *small], cwd=place, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *rest, *small], cwd=place, env=QUICK, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
 
     length = json.loads((pipeline_folder / "unet" / "config.json").read_text())["num_frames"]
