@@ -89,7 +89,8 @@ def export_model(
       WorkdirError: if the run has no checkpoint yet.
     """
     dst = Path(dst)
-    refuse_existing(dst, overwrite)
+    for path in (dst, dst.with_suffix(".md")) if what == "comfyui" else (dst,):
+        refuse_existing(path, overwrite)
     parse_size(max_shard_size)
     source = open_source(src, raw=raw)
     unet = source.configs["unet"]

@@ -311,5 +311,8 @@ def test_command(single_file, params, tmp_path):
     assert found.keys() == expected.keys() and all(np.array_equal(found[k], expected[k]) for k in expected)
     with pytest.raises(WeightsError, match="again.safetensors exists already"):
         convert.export_model(tmp_path / "model", tmp_path / "again.safetensors", what="comfyui")
+    (tmp_path / "again.safetensors").unlink()
+    with pytest.raises(WeightsError, match="again.md exists already"):
+        convert.export_model(tmp_path / "model", tmp_path / "again.safetensors", what="comfyui")
     with pytest.raises(WeightsError, match="must end in .safetensors"):
-        convert.export_model(tmp_path / "model", tmp_path / "again", what="comfyui")
+        convert.export_model(tmp_path / "model", tmp_path / "other", what="comfyui")
