@@ -6,6 +6,7 @@ sampled, exported or fine-tuned further by naming its workdir.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sfv_jax.checkpoint import restore_ema
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNet, UNetConfig
-from sfv_jax.weights.checkpoint import load_codec, load_model
+from sfv_jax.weights.checkpoint import load_codec, load_model, read_model
 from sfv_jax.weights.folders import WeightsError, write_json
 
 
@@ -60,22 +61,26 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "network.json").is_file()
 
 
-def load_generator(path: str | Path, *, raw: bool = False, codec: bool = True) -> Base:
+def load_generator(path: str | Path, *, raw: bool = False, codec: bool = True, place: Callable | None = None) -> Base:
     """The generator of a model folder, or the newest moving average (`raw`: the trained weights) of a run.
 
+    Args:
+      place: `abstract parameters -> shardings`, where to read them to; default: whole on the first local device.
     Raises:
       WeightsError: if `path` is neither, or if the model folder a run's codec came from is gone.
       WorkdirError: if the run has no checkpoint yet.
     """
     path = Path(path)
     if not is_run(path):
-        params, configs, meta = load_model(path, ("unet",), dtype=jax.numpy.float32)
+        shardings = place and {"unet": place(tree.abstract(UNet, read_model(path)[0]["unet"])[1])}
+        params, configs, meta = load_model(path, ("unet",), dtype=jax.numpy.float32, shardings=shardings)
         patch = meta["codec"] == "patch"
         return Base(configs["unet"], params["unet"], load_codec(path) if codec else None, None if patch else path, None)
     unet, patch_codec, model = read_run(path)
     _, abstract = tree.abstract(UNet, unet)
-    params, step = restore_ema(path, abstract, name="generator" if raw else "ema")
+    name, shardings = "generator" if raw else "ema", place and place(abstract)
+    params, step = restore_ema(path, abstract, name=name, shardings=shardings)
     if model and not model.is_dir():
         raise WeightsError(f"{path} was trained from {model}, which is gone: its VAE and CLIP tower are needed")
     loaded = patch_codec or (load_codec(model) if model and codec else None)
-    return Base(unet, jax.tree.map(jax.numpy.asarray, params), loaded, model, step)
+    return Base(unet, params, loaded, model, step)

@@ -1,7 +1,12 @@
-"""Where arrays live: one mesh, one rule for parameters, one for batches.
+"""Where arrays live: one mesh, one table of rules for stored arrays, one rule for batches.
 
-Axes: `data` and `fsdp` share the batch, `fsdp` also the parameters, `spatial` the rows of a video (not used yet).
+Axes: `data` and `fsdp` share the batch, `fsdp` also stores the parts of parameters, EMA and optimiser state, `spatial`
+shares the rows of every frame. Weights are gathered where they are used, activations stay in place
+(sfv_jax/models/placing.py). All axes are Auto, so a step computes the same function on every mesh.
 """
+
+import re
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -9,7 +14,28 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "spatial")
+BATCH = P(("data", "fsdp"))
 SMALL = 2**14  # elements below which a tensor is replicated: gathering it costs more than keeping it
+
+
+def replicated(shape: Sequence[int], n: int) -> None:
+    """Whole on every device."""
+    del shape, n
+
+
+def split(shape: Sequence[int], n: int) -> int | None:
+    """The largest axis of `shape` that divides by `n` devices, the last of equals; None if it is not worth it."""
+    axes = [axis for axis, size in enumerate(shape) if size % n == 0]
+    return max(axes, key=lambda axis: (shape[axis], axis)) if axes and np.prod(shape) >= SMALL else None
+
+
+# The first match on a path decides. Moments, momentum, EMA and SM3's accumulators end in the path of their parameter.
+RULES: tuple[tuple[str, Callable], ...] = (
+    (r"(^|\.)(bias|scale|mix_factor|class_embedding)$", replicated),  # vectors and scalars
+    (r"(^|\.)(kernel|embedding)$", split),  # linear maps, convolutions, position tables
+    (r"(^|\.)(step|count)$", replicated),
+)
+ACCUMULATOR = re.compile(r"(^|\.)accumulators\.(?P<parameter>.*)\.\d+$")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, spatial: int = 1, devices=None) -> jax.sharding.Mesh:
@@ -21,40 +47,95 @@ def make_mesh(data: int = -1, fsdp: int = 1, spatial: int = 1, devices=None) -> 
     devices = jax.devices() if devices is None else devices
     if data == -1:
         data = max(len(devices) // (fsdp * spatial), 1)
-    if data * fsdp * spatial != len(devices):
+    if min(data, fsdp, spatial) < 1 or data * fsdp * spatial != len(devices):
         raise ValueError(f"mesh data={data} fsdp={fsdp} spatial={spatial} does not cover {len(devices)} devices")
     grid = np.asarray(devices).reshape(data, fsdp, spatial)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def param_shardings(mesh: jax.sharding.Mesh, abstract):
-    """Tree of shardings for parameters, optimiser state and EMA: the largest axis that divides, over `fsdp`.
+    """Tree of shardings for parameters, optimiser state and EMA (arrays or shapes), by `RULES`.
 
-    Tensors of fewer than `SMALL` elements, and those no axis of which divides, are replicated.
+    Accumulator r of SM3, `[1, .., n_r, .., 1]`, is placed like axis r of its parameter.
+
+    Raises:
+      ValueError: naming the paths that no rule covers.
     """
-    n = mesh.shape["fsdp"]
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    shapes = [leaf.shape for _, leaf in leaves]
+    parents = [path.rpartition(".")[0] if ACCUMULATOR.search(path) else path for path in paths]
+    whole = {}  # shape of the parameter behind a path
+    for parent, shape in zip(parents, shapes, strict=True):
+        whole[parent] = tuple(np.maximum(whole.get(parent, 1), shape)) if shape else ()
+    rules = {parent: _rule(parent) for parent in whole}
+    if uncovered := sorted(parent for parent, rule in rules.items() if rule is None):
+        raise ValueError("no rule of sharding.RULES covers " + ", ".join(uncovered))
 
-    def place(x):
-        axes = [r for r in range(len(x.shape)) if x.shape[r] % n == 0]
-        if n == 1 or x.size < SMALL or not axes:
-            return NamedSharding(mesh, P())
-        axis = max(axes, key=lambda r: x.shape[r])
-        return NamedSharding(mesh, P(*("fsdp" if r == axis else None for r in range(len(x.shape)))))
+    def place(parent, shape):
+        axis = rules[parent](whole[parent], mesh.shape["fsdp"]) if mesh.shape["fsdp"] > 1 else None
+        return NamedSharding(mesh, P(*("fsdp" if r == axis and size > 1 else None for r, size in enumerate(shape))))
 
-    return jax.tree.map(place, abstract)
+    return structure.unflatten([place(*pair) for pair in zip(parents, shapes, strict=True)])
+
+
+def _rule(path: str) -> Callable | None:
+    return next((rule for pattern, rule in RULES if re.search(pattern, path)), None)
+
+
+def with_shardings(abstract, shardings):
+    """`abstract` shapes that say where they are wanted, as restoring takes them."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+def on_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
+    """`function`, called with `mesh` as the mesh in use: networks place their weights and activations on it."""
+
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return call
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Samples over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def local_rows(mesh: jax.sharding.Mesh, batch_size: int, accumulation_steps: int = 1) -> np.ndarray:
+    """The rows of a global batch that the devices of this process need, ascending.
+
+    Processes whose devices share samples along `spatial` get the same rows.
+
+    Raises:
+      ValueError: if a micro-batch cannot be shared evenly.
+    """
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (accumulation_steps * shares):
+        raise ValueError(
+            f"batch_size={batch_size} does not divide into accumulation_steps={accumulation_steps} times "
+            f"data x fsdp = {shares} devices of the mesh"
+        )
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: dict) -> dict:
-    """The global batch whose local part, on this process, is `batch` (numpy, `[b / processes, ...]`)."""
+    """The global batch of which this process holds the `local_rows` (numpy, `[rows, ...]`)."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    held = len(local_rows(mesh, parts))
 
+    def place(x):
+        size = len(x) * parts // held
+        mine = local_rows(mesh, size)
+        rows = lambda index: np.searchsorted(mine, np.arange(size)[index[0]])  # noqa: E731
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, lambda index: x[rows(index)])
 
-def put_tree(tree, shardings):
-    """`tree` (numpy or jax arrays) placed by `shardings`."""
-    return jax.tree.map(jax.device_put, tree, shardings)
+    return jax.tree.map(place, batch)

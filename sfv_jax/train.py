@@ -4,6 +4,9 @@
 
 Run the same command again to continue after an interruption. `--workdir` receives `config.json`, `checkpoints/`,
 `metrics.jsonl`, `tensorboard/` and `samples/`. Any field can be set with `--config.field=value`; see sfv_jax/config.py.
+
+Several processes (hosts) run the same command with `--coordinator=HOST:PORT --num_processes=N --process_id=I`; SLURM and
+TPU pods need no flags; launch/ has scripts. The workdir must be on a disk they share.
 """
 
 import errno
@@ -28,9 +31,19 @@ from sfv_jax.data.loader import encoders_of, latent_source, make_loader, world_s
 from sfv_jax.data.video import write_video
 from sfv_jax.methods import METHODS
 from sfv_jax.metrics import MetricWriter, ProgressReport
+from sfv_jax.processes import ProcessError, join, once, whole
 from sfv_jax.runs import Base, describe_run, load_generator
 from sfv_jax.sampler import Sampler
-from sfv_jax.sharding import batch_sharding, make_mesh, param_shardings, put_batch, put_tree
+from sfv_jax.sharding import (
+    batch_sharding,
+    local_rows,
+    make_mesh,
+    on_mesh,
+    param_shardings,
+    put_batch,
+    replicated_sharding,
+    with_shardings,
+)
 from sfv_jax.state import Networks
 from sfv_jax.stopping import StopRequest
 from sfv_jax.weights.checkpoint import encoders_identity, read_model
@@ -39,8 +52,8 @@ from sfv_jax.weights.folders import WeightsError
 SAME_PARAMETERS = ("remat", "temporal_conv", "attention_kernel", "num_frames")  # may change with `init` given
 
 
-def load_base(config: ConfigDict) -> Base:
-    """Where training starts: `config.init`, or random weights on the procedural world's codec.
+def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
+    """Where training starts: `config.init`, or random weights on the procedural world's codec; placed on `mesh`.
 
     Raises:
       ConfigError: if `config.unet` would change parameters that `config.init` brings.
@@ -49,11 +62,18 @@ def load_base(config: ConfigDict) -> Base:
         unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
         if config.data.source != "world":
             raise ConfigError("config.init is empty: name a model folder (python -m sfv_jax.convert makes one)")
-        return Base(unet, Networks(unet).init_generator(config.seed), codec, None, None)
+        networks = Networks(unet)
+        place = param_shardings(mesh, networks.abstract["generator"])
+        init = networks.init_generator
+        if mesh.size > 1:  # compiling this takes longer than running it, so only where there is something to place
+            init = jax.jit(init, static_argnums=0, out_shardings=place)
+        params = init(config.seed)
+        return Base(unet, params, codec, None, None)
     wrong = sorted(set(config.unet) - set(SAME_PARAMETERS))
     if wrong and config.data.source != "world":
         raise ConfigError(f"config.unet.{wrong[0]} cannot change: config.init={config.init} decides it")
-    base = load_generator(config.init, raw=config.init_weights == "generator")
+    raw = config.init_weights == "generator"
+    base = load_generator(config.init, raw=raw, place=lambda abstract: param_shardings(mesh, abstract))
     return replace(base, unet=replace(base.unet, **{k: config.unet[k] for k in SAME_PARAMETERS if k in config.unet}))
 
 
@@ -107,15 +127,20 @@ class Pictures:
         batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
         self.condition = {k: batch[k] for k in ("cond_latent", "image_embed", "ids")}
         self.sampler = Sampler(base.unet, None, base.codec)
-        self.noise = jax.random.normal(jax.random.key(config.seed), batch["latents"].shape)
+        self.noise = np.asarray(jax.random.normal(jax.random.key(config.seed), batch["latents"].shape))
         self.steps = config.teacher.sample_steps if config.method == "teacher" else 1
         self.truth = np.asarray(base.codec.decode(batch["latents"]))
         self.folder = workdir / "samples"
 
-    def draw(self, params, step: int) -> np.ndarray:
-        """Writes `samples/STEP.png` (a strip of all frames) and `.gif`; returns the strip."""
+    def draw(self, params, step: int) -> np.ndarray | None:
+        """Writes `samples/STEP.png` (a strip of all frames) and `.gif`; returns the strip.
+
+        Every process takes part in computing; process 0 writes, the others return None.
+        """
         self.sampler.params = params
-        latents = self.sampler.latents(self.condition, self.noise, steps=self.steps)
+        latents = whole(self.sampler.latents(self.condition, self.noise, steps=self.steps))
+        if jax.process_index() > 0:
+            return None
         fakes = np.asarray(self.sampler.codec.decode(latents))
         frames = rearrange(np.concatenate([self.truth, fakes], axis=2), "b t h w c -> t h (b w) c")
         frames = enlarge(frames, 2)
@@ -141,11 +166,15 @@ def train(config: ConfigDict, workdir: Path) -> dict:
     method, chief = METHODS[config.method], jax.process_index() == 0
 
     # ---- networks, state, shardings: shapes first ----
-    base = load_base(config)
+    try:
+        mesh = make_mesh(**config.mesh)
+        rows = local_rows(mesh, config.batch_size, config.accumulation_steps)
+    except ValueError as error:
+        raise ConfigError(f"config: {error}") from error
+    base = load_base(config, mesh)
     source = open_source(config, base, config.data.split)
     try:
         networks = method.make_networks(base.unet, config)
-        mesh = make_mesh(**config.mesh)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"config: {error}") from error
 
@@ -154,48 +183,43 @@ def train(config: ConfigDict, workdir: Path) -> dict:
 
     abstract = jax.eval_shape(init, base.params)
     shardings = param_shardings(mesh, abstract)
-    params = put_tree(base.params, param_shardings(mesh, base.params))
+    params, base = base.params, replace(base, params=None)  # the state replaces them
     try:
-        loader = make_loader(
-            source,
-            global_batch_size=config.batch_size,
-            seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        loader = make_loader(source, global_batch_size=config.batch_size, seed=config.seed, rows=rows)
     except ValueError as error:
         raise ConfigError(f"config.batch_size={config.batch_size}: {error}") from error
 
-    claim_workdir(workdir, config.to_dict())  # after all that can refuse the config
-    describe_run(workdir, base.unet, base.codec if base.model is None else None, base.model)
+    def claim():  # after all that can refuse the config
+        claim_workdir(workdir, config.to_dict())
+        describe_run(workdir, base.unet, base.codec if base.model is None else None, base.model)
+
+    once(claim)
     with ExitStack() as stack:  # on the way out, saves under way are waited for, whatever happened
         checkpoints = stack.enter_context(
             closing(Checkpoints(workdir, config.keep_checkpoints, config.keep_every, config.to_dict()))
         )
         writer = stack.enter_context(closing(MetricWriter(workdir, chief)))
-        target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract[0], shardings[0]
-        )
-        restored = checkpoints.restore(target)
+        restored = checkpoints.restore(with_shardings(abstract[0], shardings[0]))
         latest = restored[0] if restored else None
         writer.resume(latest or 0)
         if restored is None:
-            state, frozen = jax.jit(init, out_shardings=shardings)(params)
+            state, frozen = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
         else:
             frozen = jax.jit(lambda params: init(params)[1], out_shardings=shardings[1])(params)
             _, state, position = restored
             loader.set_state(position)
-            print(f"continuing {workdir} at step {latest}" if latest < config.steps else f"{workdir} is finished")
+            if chief:
+                print(f"continuing {workdir} at step {latest}" if latest < config.steps else f"{workdir} is finished")
         del params
 
         step_fn = jax.jit(
             method.make_train_step(networks, config),
             in_shardings=(*shardings, batch_sharding(mesh)),
-            out_shardings=(shardings[0], None),
+            out_shardings=(shardings[0], replicated_sharding(mesh)),
             donate_argnums=0,
         )
         pictures = None
-        if config.sample_every and chief and (latest or 0) < config.steps:
+        if config.sample_every and (latest or 0) < config.steps:
             held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
             pictures = Pictures(config, base, held_out, workdir)
         report = stack.enter_context(closing(ProgressReport(config.steps, latest or 0, chief, config.method)))
@@ -203,7 +227,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
         batches = (put_batch(mesh, batch) for batch in loader)
         return loop(
             config,
-            lambda state, batch: step_fn(state, frozen, batch),
+            on_mesh(mesh, lambda state, batch: step_fn(state, frozen, batch)),
             state,
             batches,
             loader,
@@ -236,7 +260,9 @@ def loop(config, step_fn, state, batches, loader, pictures, checkpoints, writer,
             pending = None
             checkpoints.save(step, state, loader.get_state())
         if pictures and (step % config.sample_every == 0 or last):
-            writer.image(step, "samples", pictures.draw(state["ema"], step))
+            strip = pictures.draw(state["ema"], step)
+            if strip is not None:
+                writer.image(step, "samples", strip)
             clock.pause()
         if stopped:
             report.print(f"asked to stop: saved step {step}; run the same command again to continue")
@@ -298,8 +324,9 @@ FLAGS = flags.FLAGS
 def main(_):
     logging.set_verbosity(logging.WARNING)  # orbax reports every rename
     try:
+        join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         train(FLAGS.config, Path(FLAGS.workdir))
-    except (ConfigError, LatentError, WeightsError, WorkdirError) as error:
+    except (ConfigError, LatentError, ProcessError, WeightsError, WorkdirError) as error:
         sys.exit(f"train: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -320,6 +347,9 @@ def parse_flags(argv: list[str]) -> list[str]:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/X.py or configs/X.py:tiny", lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of the run, made if absent")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto")
+    flags.DEFINE_integer("num_processes", None, "processes of this run, with --coordinator")
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0, with --coordinator")
     flags.mark_flags_as_required(["config", "workdir"])
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     app.run(main, flags_parser=parse_flags)

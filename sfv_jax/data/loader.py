@@ -153,35 +153,37 @@ def make_loader(
     *,
     global_batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     transform: Callable[[Example], Example] | None = None,
     num_threads: int = 8,
 ) -> grain.DatasetIterator:
-    """An endless iterator over this process's part of every batch, in a new order each epoch.
+    """An endless iterator over this process's rows of every batch, in a new order each epoch.
 
-    `next` gives the examples stacked: [b, ...] with b = global_batch_size / process_count. `get_state()` is a small
-    JSON-able dict and `set_state` continues exactly after it, also with another `process_count`: batch k holds the
-    same examples, however many processes share it.
+    `next` gives the examples stacked: [len(rows), ...]. Row r of batch k is always the same example, whichever process
+    reads it. `get_state()` is a small JSON-able dict; `set_state` continues exactly after it, also with other `rows`.
 
     Args:
       source: random access examples, the same on every process.
       global_batch_size: examples per batch over all processes.
       seed: decides the order.
-      process_index: which process this is, of `process_count`.
-      process_count: how many processes share a batch.
+      rows: of the global batch, those to read (`sharding.local_rows`); default: all.
       transform: applied to each example; must be a function of the example alone.
       num_threads: readers.
     Raises:
-      ValueError: if a batch cannot be shared evenly or the source is smaller than one.
+      ValueError: if a row is not in the batch or the source is smaller than a batch.
     """
-    if global_batch_size % process_count or not 0 <= process_index < process_count:
-        raise ValueError(f"a batch of {global_batch_size} cannot be shared by {process_count} processes")
+    rows = list(range(global_batch_size)) if rows is None else [int(row) for row in rows]
+    if not rows or min(rows) < 0 or max(rows) >= global_batch_size:
+        raise ValueError(f"rows {rows} are not rows of a batch of {global_batch_size}")
     if len(source) < global_batch_size:
         raise ValueError(f"{len(source)} examples do not fill one batch of {global_batch_size}; use a smaller batch")
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()[process_index::process_count]
+    order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    count = len(rows) * (len(order) // global_batch_size)
+    dataset = grain.MapDataset.range(count).map(
+        lambda n: order[n // len(rows) * global_batch_size + rows[n % len(rows)]]
+    )
     if transform is not None:
         dataset = dataset.map(transform)
-    dataset = dataset.batch(global_batch_size // process_count, drop_remainder=True)
+    dataset = dataset.batch(len(rows), drop_remainder=True)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads))
     return iter(dataset.to_iter_dataset(options))

@@ -14,6 +14,7 @@ from jax import lax
 
 from sfv_jax.models.layers import AlphaBlender, GroupNorm, LayerNorm, Linear, TimestepEmbedding, remat
 from sfv_jax.models.layers import sinusoidal_embedding as sinusoid
+from sfv_jax.models.placing import per_row, rows
 
 Array = jax.Array
 QUERY_BLOCK = 1024  # queries per step of the blocked kernel: 9 steps at 9216 tokens, scores of 5x1024x9216 per frame
@@ -36,19 +37,19 @@ def blocked_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) ->
 
 
 def reduce_attention(q: Array, k: Array, v: Array) -> Array:
-    """Attention for few keys (frames) by multiply-and-reduce: no limit on the batch. `[n, t, heads, d]`.
+    """Attention for few keys (frames) by multiply-and-reduce: no limit on the batch. `[..., t, heads, d]`.
 
     Flash kernels refuse or corrupt batches above 65535, which pixels x videos reach; matrix units waste most of a
     14 x 14 product. In fp32 the products fuse into the reductions.
     """
     f32 = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.sum(q[:, :, None].astype(f32) * k[:, None].astype(f32), axis=-1) / math.sqrt(q.shape[-1])
-    weights = jax.nn.softmax(scores, axis=2)
-    return jnp.sum(weights[..., None] * v[:, None].astype(f32), axis=2).astype(v.dtype)
+    q, k, values = (jnp.expand_dims(x.astype(f32), axis) for x, axis in ((q, -3), (k, -4), (v, -4)))
+    weights = jax.nn.softmax(jnp.sum(q * k, axis=-1) / math.sqrt(q.shape[-1]), axis=-2)
+    return jnp.sum(weights[..., None] * values, axis=-3).astype(v.dtype)
 
 
 def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
-    """Self-attention over `[n, s, heads, d]`.
+    """Self-attention over `[n, s, heads, d]`; "reduce" takes more leading axes.
 
     Args:
       kernel: "einsum", "blocked", "reduce", "cudnn" (GPU, fp16/bf16) or "auto": cuDNN flash attention where it is
@@ -63,11 +64,13 @@ def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
         else:
             kernel = "blocked" if q.shape[1] > QUERY_BLOCK else "einsum"
     if kernel == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    kernels = {"einsum": einsum_attention, "blocked": blocked_attention, "reduce": reduce_attention}
+        return per_row(partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v)
+    if kernel == "reduce":
+        return reduce_attention(q, k, v)
+    kernels = {"einsum": einsum_attention, "blocked": blocked_attention}
     if kernel not in kernels:
-        raise ValueError(f"attention kernel {kernel!r}: choose auto, cudnn or one of {sorted(kernels)}")
-    return kernels[kernel](q, k, v)
+        raise ValueError(f"attention kernel {kernel!r}: choose auto, cudnn, reduce or one of {sorted(kernels)}")
+    return per_row(kernels[kernel], q, k, v)
 
 
 class Identity(nnx.Module):
@@ -92,12 +95,12 @@ class Attention(nnx.Module):
         self.heads, self.kernel = heads, kernel
 
     def __call__(self, x: Array) -> Array:
-        """`x [n, s, c] -> [n, s, c]`."""
+        """`x [n, s, c] -> [n, s, c]`; with the "reduce" kernel `[..., s, c]`."""
         q, k, v = (
-            rearrange(project(x), "n s (heads d) -> n s heads d", heads=self.heads)
+            rearrange(project(x), "... s (heads d) -> ... s heads d", heads=self.heads)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        return self.to_out[0](rearrange(attention(q, k, v, self.kernel), "n s heads d -> n s (heads d)"))
+        return self.to_out[0](rearrange(attention(q, k, v, self.kernel), "... s heads d -> ... s (heads d)"))
 
     def cross(self, context: Array) -> Array:
         """`context [b, d] -> [b, c]`: cross-attention of any query to that single token."""
@@ -149,8 +152,8 @@ class TransformerBlock(nnx.Module):
         b = x.shape[0]
         if self.temporal:
             x = self.ff_in(self.norm_in(x)) + x
-            tokens = rearrange(self.norm1(x), "b t s c -> (b s) t c")
-            x = x + rearrange(self.attn1(tokens), "(b s) t c -> b t s c", b=b)
+            tokens = rearrange(self.norm1(x), "b t s c -> b s t c")  # b and s stay apart: each may be sharded
+            x = x + rearrange(self.attn1(tokens), "b s t c -> b t s c")
         else:
             tokens = rearrange(self.norm1(x), "b t s c -> (b t) s c")
             x = x + rearrange(self.attn1(tokens), "(b t) s c -> b t s c", b=b)
@@ -186,4 +189,4 @@ class TransformerSpatioTemporal(nnx.Module):
             return self.proj_out(self.time_mixer(tokens, moved))
 
         tokens = remat(temporal, self.remat)(remat(spatial, self.remat)(x))
-        return x + rearrange(tokens, "b t (h w) c -> b t h w c", h=height, w=width)
+        return rows(x + rearrange(tokens, "b t (h w) c -> b t h w c", h=height, w=width))

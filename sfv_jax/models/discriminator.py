@@ -13,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 
 from sfv_jax.models.layers import Conv2d, GroupNorm, Linear, TemporalConv, sinusoidal_embedding
+from sfv_jax.models.placing import rows
 from sfv_jax.models.unet import UNetConfig
 
 Array = jax.Array
@@ -107,8 +108,8 @@ class Head(nnx.Module):
         self.scale = 1 / math.sqrt(config.projection_dim)
 
     def __call__(self, features: Array, image_embed: Array, c_noise: Array) -> Array:
-        x = nnx.leaky_relu(self.norm_in(self.conv_in(features)), 0.2)
-        x = (x + nnx.leaky_relu(self.norm_res(self.conv_res(x)), 0.2)) / math.sqrt(2)
+        x = rows(nnx.leaky_relu(self.norm_in(self.conv_in(rows(features))), 0.2))
+        x = rows(x + nnx.leaky_relu(self.norm_res(self.conv_res(x)), 0.2)) / math.sqrt(2)
         condition = self.projection(image_embed, c_noise, features.shape[1])
         product = self.conv_out(x).astype(jnp.float32) * rearrange(condition, "b t d -> b t 1 1 d").astype(jnp.float32)
         return jnp.sum(product, axis=-1) * self.scale

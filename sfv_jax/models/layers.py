@@ -15,10 +15,12 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
+from sfv_jax.models.placing import gathered, promote, rows
+
 Array = jax.Array
 
 kernel_init = nnx.initializers.lecun_normal()
-Linear = nnx.Linear
+Linear = partial(nnx.Linear, promote_dtype=promote)
 # Flax defaults (fast variance, eps 1e-6) match neither diffusers nor fp32 accuracy: two passes, and eps always named.
 LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
@@ -67,7 +69,7 @@ class Conv2d(nnx.Module):
         frames = x.reshape(-1, *x.shape[-3:]).astype(self.dtype)
         y = lax.conv_general_dilated(
             frames,
-            self.kernel[...].astype(self.dtype),
+            gathered(self.kernel[...].astype(self.dtype)),
             self.stride,
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -92,7 +94,7 @@ class TemporalConv(nnx.Module):
         self.form, self.dtype = form, dtype
 
     def __call__(self, x: Array) -> Array:
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        x, kernel = x.astype(self.dtype), gathered(self.kernel[...].astype(self.dtype))
         k, t = kernel.shape[0], x.shape[1]
         pad = (k // 2, k // 2)
         if self.form == "conv":
@@ -193,7 +195,7 @@ class SpatioTemporalResBlock(nnx.Module):
 
     def __call__(self, x: Array, emb: Array | None = None) -> Array:
         spatial = self.spatial_res_block(x, emb)
-        return self.time_mixer(spatial, self.temporal_res_block(spatial, emb))
+        return rows(self.time_mixer(spatial, self.temporal_res_block(spatial, emb)))
 
 
 class Downsample(nnx.Module):
@@ -203,7 +205,7 @@ class Downsample(nnx.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding, **kw)
 
     def __call__(self, x: Array) -> Array:
-        return self.conv(x)
+        return rows(self.conv(x))
 
 
 class Upsample(nnx.Module):
@@ -217,9 +219,9 @@ class Upsample(nnx.Module):
         if size is None or size == (2 * h, 2 * w):
             x = jnp.repeat(jnp.repeat(x, 2, axis=-3), 2, axis=-2)
         else:
-            rows, cols = (np.arange(n) * m // n for n, m in zip(size, (h, w), strict=True))
-            x = x[..., rows, :, :][..., cols, :]
-        return self.conv(x)
+            down, across = (np.arange(n) * m // n for n, m in zip(size, (h, w), strict=True))
+            x = x[..., down, :, :][..., across, :]
+        return rows(self.conv(x))
 
 
 def remat(fn: Callable, enabled: bool) -> Callable:

@@ -18,6 +18,7 @@ from sfv_jax.models.layers import (
     remat,
     sinusoidal_embedding,
 )
+from sfv_jax.models.placing import rows
 
 Array = jax.Array
 
@@ -223,7 +224,7 @@ class UNet(nnx.Module):
         if x.shape[-1] != self.config.in_channels:
             raise ValueError(f"UNet input has {x.shape[-1]} channels, the config says {self.config.in_channels}")
         emb, context = self.embed(c_noise, ids), context.astype(self.dtype)
-        x = self.conv_in(x)
+        x = rows(self.conv_in(rows(x)))
         outputs, skips = [], [x]
         for block in self.down_blocks:
             x, pushed = block(x, emb, context)
@@ -248,7 +249,7 @@ class UNet(nnx.Module):
         x = self.mid_block(x, emb, context)
         for block in self.up_blocks:
             x = block(x, skips, emb, context)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+        return rows(self.conv_out(nnx.silu(self.conv_norm_out(x))))
 
 
 def skip_channels(config: UNetConfig) -> list[int]:

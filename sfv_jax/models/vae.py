@@ -18,6 +18,7 @@ from sfv_jax.models.layers import (
     TemporalConv,
     Upsample,
 )
+from sfv_jax.models.placing import rows
 
 Array = jax.Array
 
@@ -84,7 +85,7 @@ class Blocks(nnx.Module):
         for n, resnet in enumerate(self.resnets):
             if n == 1 and self.attentions is not None:
                 x = self.attentions[0](x)
-            x = resnet(x)
+            x = rows(resnet(x))
         for sampler in (self.downsamplers, self.upsamplers):
             x = x if sampler is None else sampler[0](x)
         return x
@@ -115,7 +116,7 @@ class Encoder(nnx.Module):
         self.conv_out = Conv2d(last, 2 * config.latent_channels, 3, padding=1, **kw)
 
     def __call__(self, x: Array) -> Array:
-        x = self.conv_in(x)
+        x = rows(self.conv_in(rows(x)))
         for block in self.down_blocks:
             x = block(x)
         return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x))))
@@ -158,7 +159,7 @@ class TemporalDecoder(nnx.Module):
         self.time_conv_out = TemporalConv(config.out_channels, config.out_channels, form=config.temporal_conv, **kw)
 
     def __call__(self, x: Array) -> Array:
-        x = self.mid_block(self.conv_in(x))
+        x = self.mid_block(rows(self.conv_in(rows(x))))
         for block in self.up_blocks:
             x = block(x)
         return self.time_conv_out(self.conv_out(nnx.silu(self.conv_norm_out(x))))

@@ -1,0 +1,55 @@
+"""Where weights and activations of a network live on the mesh in use (`jax.set_mesh`); without one, nothing happens.
+
+Mesh axes: `data` and `fsdp` share the batch, `fsdp` the stored weights, `spatial` the rows of every frame.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from flax.nnx.nn import dtypes
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+Array = jax.Array
+BATCH = ("data", "fsdp")
+
+
+def axis_size(*names: str) -> int:
+    """Devices along mesh axes together; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(name, 1) for name in names)
+
+
+def gathered(weight: Array) -> Array:
+    """`weight` whole on every device, right before it is used.
+
+    To be called on the copy in compute dtype. Without this XLA may leave the weight in its parts and exchange
+    activations instead, which is far more. Under remat the backward pass gathers again.
+    """
+    return lax.with_sharding_constraint(weight, P()) if axis_size("fsdp") > 1 else weight
+
+
+def rows(x: Array) -> Array:
+    """`x [b, t, h, w, c]` by samples and rows. What does not divide is padded by XLA, without changing values."""
+    return lax.with_sharding_constraint(x, P(BATCH, None, "spatial")) if axis_size(*BATCH, "spatial") > 1 else x
+
+
+def per_row(attend: Callable, q: Array, k: Array, v: Array) -> Array:
+    """`attend(q, k, v)` of the queries in a device's rows with the keys of the whole frame. All `[n, s, heads, d]`.
+
+    Explicit, since flash kernels are opaque to XLA. Where samples or tokens do not divide it is left to XLA.
+    """
+    if axis_size("spatial") == 1:
+        return attend(q, k, v)
+    if q.shape[0] % axis_size(*BATCH) or q.shape[1] % axis_size("spatial"):
+        k, v = (lax.with_sharding_constraint(x, P(BATCH)) for x in (k, v))
+        return attend(q, k, v)
+    mine, whole = P(BATCH, "spatial"), P(BATCH)
+    return jax.shard_map(attend, in_specs=(mine, whole, whole), out_specs=mine, check_vma=False)(q, k, v)
+
+
+def promote(arrays: tuple, *, dtype=None, inexact: bool = True) -> tuple:
+    """Flax's promotion of (input, kernel, bias) to the compute dtype, with the kernel gathered."""
+    x, kernel, bias = dtypes.promote_dtype(arrays, dtype=dtype, inexact=inexact)
+    return x, gathered(kernel), bias
