@@ -5,8 +5,8 @@
 Run the same command again to continue after an interruption. `--workdir` receives `config.json`, `checkpoints/`,
 `metrics.jsonl`, `tensorboard/` and `samples/`. Any field can be set with `--config.field=value`; see sfv_jax/config.py.
 
-Several processes (hosts) run the same command with `--coordinator=HOST:PORT --num_processes=N --process_id=I`; SLURM and
-TPU pods need no flags; launch/ has scripts. The workdir must be on a disk they share.
+Several processes (hosts) run the same command with `--coordinator=HOST:PORT --num_processes=N --process_id=I`; SLURM
+and TPU pods need no flags; launch/ has scripts. The workdir must be on a disk they share.
 """
 
 import errno
