@@ -10,6 +10,7 @@ videos=${1:?folder of videos} out=${2:?new folder}
 svd=${3:-}
 here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
+# shellcheck disable=SC2086
 size="--height=64 --width=128"
 mkdir -p "$out"
 run() { printf '\n$ %s\n' "$*"; "$@"; }

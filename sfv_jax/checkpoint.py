@@ -25,6 +25,9 @@ MAY_CHANGE = (
     "keep_every",
     "sample_every",
     "sample_count",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.spatial",
 )
 DAMAGED = "damaged"  # folder of a workdir for checkpoints that cannot be read
 

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# One run in several processes of this machine, over loopback: to try what a cluster will do.
+#
+#     launch/local.sh [--dry-run] [-n PROCESSES] [-d DEVICES] -- --config configs/sfv.py:tiny --workdir runs/local ...
+#
+# Each process has DEVICES fake CPU devices. Output of process 0 is shown, that of the others goes to $LOGS/process-I.log
+# (default: a new temporary folder). If one fails, all are stopped and its log is shown.
+set -euo pipefail
+processes=2 devices=4 dry=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) dry=1; shift ;;
+    -n) processes=$2; shift 2 ;;
+    -d) devices=$2; shift 2 ;;
+    --) shift; break ;;
+    *) echo "local.sh: $1? arguments of train come after --" >&2; exit 2 ;;
+  esac
+done
+python=${PYTHON:-python3}
+port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
+export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
+export JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo  # exchanges data between processes over TCP
+train=("$python" -m sfv_jax.train "--coordinator=127.0.0.1:$port" "--num_processes=$processes" "$@")
+if [ -n "$dry" ]; then
+  printf '%s\n' "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices ${train[*]} --process_id={0..$((processes - 1))}"
+  exit
+fi
+
+logs=${LOGS:-$(mktemp -d)} pids=()
+trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM  # to every process, as a scheduler does
+for ((i = processes - 1; i > 0; i--)); do
+  "${train[@]}" "--process_id=$i" >"$logs/process-$i.log" 2>&1 &
+  pids+=($!)
+done
+"${train[@]}" --process_id=0 &
+pids+=($!)
+status=0
+for _ in "${pids[@]}"; do
+  wait -n || { status=$?; break; }
+done
+[ "$status" = 0 ] || tail -n 20 "$logs"/process-*.log >&2 || true
+exit "$status"

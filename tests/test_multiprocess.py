@@ -1,0 +1,133 @@
+"""Two processes on loopback, each with four devices, against one with eight; and continuing on fewer of both."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sfv_jax import processes, sharding, train
+from sfv_jax.processes import ProcessError, join
+from sfv_jax.runs import load_generator
+from tests import small_run
+
+ROOT = Path(__file__).parent.parent
+CLOSE = dict(rtol=2e-5, atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Folder that remembers what was compiled, for the processes too."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    yield folder
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def launch(workdir: Path, compiled: str, *flags: str) -> subprocess.CompletedProcess:
+    """Two processes of four devices each."""
+    environment = os.environ | dict(
+        PYTHON=sys.executable,
+        PYTHONPATH=str(ROOT),
+        LOGS=str(workdir.parent),
+        JAX_COMPILATION_CACHE_DIR=compiled,
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        JAX_DEFAULT_MATMUL_PRECISION="highest",
+    )
+    arguments = ["--config", str(ROOT / "tests/small_run.py"), "--workdir", str(workdir), *flags]
+    command = [str(ROOT / "launch/local.sh"), "-n", "2", "-d", "4", "--", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
+
+
+def run(workdir: Path, devices: int, steps: int, **mesh) -> dict:
+    """Final state of the same run in this process, on the first `devices`."""
+    config = small_run.get_config()
+    config.update(dict(steps=steps, mesh=mesh))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
+        return jax.device_get(train.train(config, workdir))
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss/denoising"] for line in lines}
+
+
+def assert_close(found, expected) -> None:
+    jax.tree.map(partial(np.testing.assert_allclose, **CLOSE), found, expected)
+
+
+@pytest.fixture(scope="module")
+def eight(compiled, tmp_path_factory) -> tuple[Path, dict]:
+    """Workdir and state after four steps in one process on eight devices."""
+    workdir = tmp_path_factory.mktemp("eight") / "run"
+    return workdir, run(workdir, 8, 4, fsdp=2)
+
+
+@pytest.fixture(scope="module")
+def two(compiled, tmp_path_factory) -> Path:
+    """Workdir of two processes after two steps."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    done = launch(workdir, compiled, "--config.steps=2", "--config.mesh.fsdp=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir
+
+
+def test_two_processes_do_what_one_does(eight, two):
+    found, expected = losses(two), losses(eight[0])
+    assert found.keys() == {1, 2}
+    np.testing.assert_allclose([found[n] for n in (1, 2)], [expected[n] for n in (1, 2)], rtol=1e-5)
+    assert (two / "samples/0000002.png").stat().st_size > 0
+    assert len(list((two / "tensorboard").glob("events*"))) == 1  # process 0 alone writes
+
+
+def test_two_processes_continue_as_one_on_one_device(eight, two, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(two, workdir)
+    assert load_generator(workdir).step == 2
+    assert_close(run(workdir, 1, 4), eight[1])
+    np.testing.assert_allclose(list(losses(workdir).values()), list(losses(eight[0]).values()), rtol=1e-5)
+
+
+def test_eight_devices_continue_as_four(eight, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(eight[0], workdir)
+    for step in (3, 4):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    assert_close(run(workdir, 4, 4, data=1, fsdp=2, spatial=2), eight[1])
+
+
+def test_an_error_of_the_first_process_stops_both(two, compiled):
+    done = launch(two, compiled, "--config.seed=3")
+    assert done.returncode == 1
+    assert "train: " + str(two) + " holds a run of another config" in done.stderr
+    assert "train: process 0 stopped: WorkdirError" in (two.parent / "process-1.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, 2, 0), "--num_processes and --process_id need --coordinator"),
+        (("localhost:1", None, 0), "needs --num_processes and --process_id"),
+        (("localhost:1", 2, 2), "--process_id=2 is not one of 2"),
+        (("localhost", 2, 0), "has no port"),
+    ],
+)
+def test_flags_that_do_not_fit_together(arguments, message):
+    with pytest.raises(ProcessError, match=message):
+        join(*arguments)
+
+
+def test_which_environments_are_clusters():
+    step = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "2"}
+    assert processes.in_cluster(step) and not processes.in_cluster(step | {"SLURM_STEP_NUM_TASKS": "1"})
+    assert processes.in_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
+    assert not processes.in_cluster({"TPU_WORKER_HOSTNAMES": "localhost"}) and not processes.in_cluster({})

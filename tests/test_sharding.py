@@ -1,0 +1,185 @@
+"""Placement: which array lies where, and that a step computes the same numbers on every mesh, by the intended means.
+
+The heights are chosen so that rows divide over two devices and not over eight.
+"""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from sfv_jax import config as configs
+from sfv_jax import optim, sharding
+from sfv_jax.methods import METHODS
+from sfv_jax.models import tree
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.state import Networks
+from tests.conftest import noise
+
+UNET = UNetConfig(
+    in_channels=6,
+    out_channels=3,
+    block_out_channels=(16,),
+    num_attention_heads=(2,),
+    layers_per_block=1,
+    cross_attention_dim=5,
+    addition_time_embed_dim=8,
+    norm_groups=4,
+    temporal_conv="matmul",
+)
+LOCAL = ("all-to-all", "collective-permute")  # what moves activations about
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_soon():
+    jax.config.update("jax_disable_most_optimizations", True)
+    small, sharding.SMALL = sharding.SMALL, 64  # else nothing this small is sharded
+    yield
+    sharding.SMALL = small
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def batch(step: int) -> dict:
+    shapes = dict(latents=(8, 2, 6, 4, 3), cond_latent=(8, 6, 4, 3), image_embed=(8, 5), ids=(8, 3))
+    return {k: noise(10 * step + n, *shape) for n, (k, shape) in enumerate(shapes.items())}
+
+
+class Steps:
+    """`count` steps of a method on a mesh: `states` and `metrics` of each, `shardings`, the `compiled` step."""
+
+    def __init__(self, method: str, *shape: int, count: int = 3):
+        config = getattr(configs, method)()
+        config.update(dict(dtype="float32", accumulation_steps=1, generator_optimizer=configs.sm3(1e-3)))
+        if method == "sfv":
+            config.discriminator.update(temporal_kernel=3, projection_dim=8, sinusoid_dim=8)
+        networks = METHODS[method].make_networks(UNET, config)
+        abstract = networks.abstract["generator"]
+        leaves, structure = jax.tree.flatten(abstract)
+        params = structure.unflatten([0.3 * noise(n, *x.shape) for n, x in enumerate(leaves)])
+        mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+
+        def init(params):
+            return METHODS[method].init_state(networks, config, params)
+
+        self.abstract = jax.eval_shape(init, abstract)
+        self.shardings = sharding.param_shardings(mesh, self.abstract)
+        place = sharding.param_shardings(mesh, abstract)
+        state, frozen = jax.jit(init, out_shardings=self.shardings)(jax.device_put(params, place))
+        split = sharding.batch_sharding(mesh)
+        self.step = jax.jit(
+            METHODS[method].make_train_step(networks, config),
+            in_shardings=(*self.shardings, split),
+            out_shardings=(self.shardings[0], sharding.replicated_sharding(mesh)),
+            donate_argnums=0,
+        )
+        self.states, self.metrics, self.frozen, self.last = [], [], frozen, state
+        call = sharding.on_mesh(mesh, lambda state, batch: self.step(state, frozen, batch))
+        for n in range(count):
+            placed = sharding.put_batch(mesh, batch(n))
+            with jax.transfer_guard("disallow"):  # nothing crosses between host and devices unasked
+                state, metrics = call(state, placed)
+            self.states.append(jax.device_get(state))
+            self.metrics.append(jax.device_get(metrics))
+        lower = sharding.on_mesh(mesh, lambda state, batch: self.step.lower(state, frozen, batch))
+        self.lowered = lambda: lower(state, placed)
+
+
+def assert_same(found: Steps, expected: Steps, rtol: float, atol: float) -> None:
+    for a, b in zip(found.metrics, expected.metrics, strict=True):
+        for name in b:
+            if name.startswith(("loss/", "norm/")):
+                np.testing.assert_allclose(a[name], b[name], rtol=rtol, err_msg=name)
+    for name in ("generator", "ema", "heads"):
+        if name in expected.states[-1]:
+            pairs = zip(*(jax.tree.leaves(s.states[-1][name]) for s in (found, expected)), strict=True)
+            worst = max(float(np.max(np.abs(a - b))) for a, b in pairs)
+            assert worst < atol, (name, worst)
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Steps:
+    return Steps("teacher", 1, 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+def test_any_mesh_gives_the_numbers_of_one_device(one_device, shape):
+    steps = Steps("teacher", *shape)
+    assert_same(steps, one_device, rtol=1e-5, atol=1e-5)
+    assert steps.step._cache_size() == 1  # compiled once
+    if shape == (1, 8, 1):
+        check_fsdp(steps)
+
+
+def check_fsdp(steps: Steps) -> None:
+    """Weights are gathered, activations stay; the state is updated in place."""
+    compiled = steps.lowered().compile()
+    text = compiled.as_text()
+    assert not [name for name in LOCAL if re.search(rf"\b{name}(-start)?\(", text)]
+    gathers = re.findall(r"= (.*?) all-gather(?:-start)?\(", text)
+    stored = jax.tree.leaves((steps.abstract[0]["generator"], steps.abstract[1]))
+    placed = jax.tree.leaves((steps.shardings[0]["generator"], steps.shardings[1]))
+    sharded = [x for x, s in zip(stored, placed, strict=True) if "fsdp" in s.spec]
+    assert len(sharded) > 20 and gathers
+    # Each sharded weight once. SM3 gathers its accumulators, which are vectors, to compare axes.
+    sizes = [np.prod([int(n) for n in re.search(r"\[([\d,]*)\]", g)[1].split(",")]) for g in gathers]
+    assert sum(sizes) <= 1.25 * sum(x.size for x in sharded)
+    local = sum(
+        np.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, s in zip(*map(jax.tree.leaves, (steps.abstract[0], steps.shardings[0])), strict=True)
+    )
+    assert compiled.memory_analysis().alias_size_in_bytes >= local
+
+
+def test_adversarial_step_on_parameters_in_eighths():
+    steps = Steps("sfv", 1, 8, 1, count=1)
+    assert_same(steps, Steps("sfv", 1, 1, 1, count=1), rtol=2e-5, atol=1e-5)
+    check_fsdp(steps)
+
+
+# ---- the table of rules ----
+
+
+def test_full_network_is_stored_in_parts():
+    """Every array of the full SF-V state has a rule; an eighth of it is an eighth, but for biases and norms."""
+    mesh = sharding.make_mesh(1, 8, 1)
+    networks = Networks(UNetConfig.svd())
+    optimizer = optim.make_optimizer(configs.sfv().generator_optimizer)
+    generator = networks.abstract["generator"]
+    state = {"generator": generator, "opt_g": jax.eval_shape(optimizer.init, generator)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "SMALL", 2**14)
+        placed = sharding.param_shardings(mesh, state)
+    pairs = zip(*map(jax.tree.leaves, (state, placed)), strict=True)
+    sizes = [(x.size, np.prod(s.shard_shape(x.shape))) for x, s in pairs]
+    whole, part = map(sum, zip(*sizes, strict=True))
+    assert part < 1.01 * whole / 8
+    kernels = {k: s.spec for k, s in tree.flatten(placed["generator"]).items()}
+    assert kernels["conv_in.kernel"] == jax.P(None, None, None, "fsdp")
+    assert not any(kernels["conv_in.bias"]) and not any(kernels["down_blocks.0.resnets.0.time_mixer.mix_factor"])
+    # Accumulator r of SM3 lies like axis r of its parameter.
+    accumulators = tree.flatten(placed["opt_g"][1].accumulators)
+    assert [tuple(s.spec) for s in accumulators["conv_in.kernel"]] == [(None,) * 4] * 3 + [(None, None, None, "fsdp")]
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match="no rule of sharding.RULES covers generator.conv.wieght"):
+        sharding.param_shardings(sharding.make_mesh(), {"generator": {"conv": {"wieght": np.zeros((8, 8))}}})
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+def test_a_batch_arrives_whole_and_in_order(shape):
+    mesh = sharding.make_mesh(*shape)
+    expected = batch(0)
+    placed = sharding.put_batch(mesh, expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), expected)
+    assert placed["ids"].sharding.shard_shape((8, 3)) == (8 // (shape[0] * shape[1]), 3)
+    assert sharding.local_rows(mesh, 16, 2).tolist() == list(range(16))
+
+
+def test_batches_and_meshes_that_do_not_fit():
+    mesh = sharding.make_mesh(4, 2, 1)
+    with pytest.raises(ValueError, match="batch_size=8 does not divide into accumulation_steps=2 times .* = 8"):
+        sharding.local_rows(mesh, 8, 2)
+    with pytest.raises(ValueError, match="data=-1 fsdp=3 spatial=1 does not cover 8|data=2 fsdp=3"):
+        sharding.make_mesh(fsdp=3)
