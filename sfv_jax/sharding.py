@@ -91,9 +91,9 @@ def with_shardings(abstract, shardings):
 def on_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
     """`function`, called with `mesh` as the mesh in use: networks place their weights and activations on it."""
 
-    def call(*args):
+    def call(*args, **kw):
         with jax.set_mesh(mesh):
-            return function(*args)
+            return function(*args, **kw)
 
     return call
 

@@ -122,11 +122,12 @@ def check_encoders(config: ConfigDict, base: Base) -> None:
 class Pictures:
     """Samples from fixed conditions, drawn now and then: rows are conditions, columns frames, the truth on top."""
 
-    def __init__(self, config: ConfigDict, base: Base, source, workdir: Path):
+    def __init__(self, config: ConfigDict, base: Base, source, workdir: Path, mesh: jax.sharding.Mesh):
         examples = [source[n] for n in range(min(config.sample_count, len(source)))]
         batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
         self.condition = {k: batch[k] for k in ("cond_latent", "image_embed", "ids")}
         self.sampler = Sampler(base.unet, None, base.codec)
+        self.generate = on_mesh(mesh, self.sampler.latents)
         self.noise = np.asarray(jax.random.normal(jax.random.key(config.seed), batch["latents"].shape))
         self.steps = config.teacher.sample_steps if config.method == "teacher" else 1
         self.truth = np.asarray(base.codec.decode(batch["latents"]))
@@ -138,7 +139,7 @@ class Pictures:
         Every process takes part in computing; process 0 writes, the others return None.
         """
         self.sampler.params = params
-        latents = whole(self.sampler.latents(self.condition, self.noise, steps=self.steps))
+        latents = whole(self.generate(self.condition, self.noise, steps=self.steps))
         if jax.process_index() > 0:
             return None
         fakes = np.asarray(self.sampler.codec.decode(latents))
@@ -221,7 +222,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
         pictures = None
         if config.sample_every and (latest or 0) < config.steps:
             held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
-            pictures = Pictures(config, base, held_out, workdir)
+            pictures = Pictures(config, base, held_out, workdir, mesh)
         report = stack.enter_context(closing(ProgressReport(config.steps, latest or 0, chief, config.method)))
         stop = stack.enter_context(StopRequest())
         batches = (put_batch(mesh, batch) for batch in loader)
