@@ -21,24 +21,19 @@ ROOT = Path(__file__).parent.parent
 CLOSE = dict(rtol=2e-5, atol=2e-6)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Folder that remembers what was compiled, for the processes too."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
+@pytest.fixture(scope="module", autouse=True)
+def compile_little():
     jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", folder)
-    yield folder
+    yield
     jax.config.update("jax_disable_most_optimizations", False)
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
-def launch(workdir: Path, compiled: str, *flags: str) -> subprocess.CompletedProcess:
+def launch(workdir: Path, *flags: str) -> subprocess.CompletedProcess:
     """Two processes of four devices each."""
     environment = os.environ | dict(
         PYTHON=sys.executable,
         PYTHONPATH=str(ROOT),
         LOGS=str(workdir.parent),
-        JAX_COMPILATION_CACHE_DIR=compiled,
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
         JAX_DEFAULT_MATMUL_PRECISION="highest",
     )
@@ -66,17 +61,17 @@ def assert_close(found, expected) -> None:
 
 
 @pytest.fixture(scope="module")
-def eight(compiled, tmp_path_factory) -> tuple[Path, dict]:
+def eight(tmp_path_factory) -> tuple[Path, dict]:
     """Workdir and state after four steps in one process on eight devices."""
     workdir = tmp_path_factory.mktemp("eight") / "run"
     return workdir, run(workdir, 8, 4, fsdp=2)
 
 
 @pytest.fixture(scope="module")
-def two(compiled, tmp_path_factory) -> Path:
+def two(tmp_path_factory) -> Path:
     """Workdir of two processes after two steps."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    done = launch(workdir, compiled, "--config.steps=2", "--config.mesh.fsdp=2")
+    done = launch(workdir, "--config.steps=2", "--config.mesh.fsdp=2")
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir
 
@@ -105,8 +100,8 @@ def test_eight_devices_continue_as_four(eight, tmp_path):
     assert_close(run(workdir, 4, 4, data=1, fsdp=2, spatial=2), eight[1])
 
 
-def test_an_error_of_the_first_process_stops_both(two, compiled):
-    done = launch(two, compiled, "--config.seed=3")
+def test_an_error_of_the_first_process_stops_both(two):
+    done = launch(two, "--config.seed=3")
     assert done.returncode == 1
     assert "train: " + str(two) + " holds a run of another config" in done.stderr
     assert "train: process 0 stopped: WorkdirError" in (two.parent / "process-1.log").read_text()
