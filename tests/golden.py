@@ -4,8 +4,8 @@
 
 makes `tests/golden/*.npz` anew (that needs torch) and prints how far the new arrays are from the stored ones. Weights
 and inputs are drawn by numpy from seeds, here, so only expected outputs are stored: float32 roundings of what
-diffusers and transformers compute in float64 on those weights (the pipeline's scheduler rounds its latents to float32
-after every step, whatever it is given). Each file names the versions that wrote it.
+diffusers and transformers compute in float64 on those weights (the pipeline's scheduler rounds the latents it is given
+to float32 at every step; the rest of the step is float64). Each file names the versions that wrote it.
 """
 
 import hashlib

@@ -197,7 +197,7 @@ def run_preprocess(pipe: StableVideoDiffusionPipeline, images: np.ndarray) -> np
 def run_pipeline(pipe, images, start, pixel_noise, ids, steps: int, guidance: tuple | None) -> np.ndarray:
     """Latents `[b, t, h, w, 4]` of the whole pipeline, its networks in float64, with the noise given instead of drawn.
 
-    The scheduler rounds the latents to float32 after every step.
+    The scheduler rounds the latents it is given to float32; the rest of its step is float64.
     """
     parts = copy.deepcopy(pipe.components)
     pipe = StableVideoDiffusionPipeline(

@@ -15,9 +15,8 @@ def test_stored_files_equal_a_fresh_run(reference):
         assert stored.keys() == arrays.keys()
         for key, values in arrays.items():
             np.testing.assert_array_equal(stored[key].shape, values.shape)
-            # The pipeline's latents were once rounded near 700, where the last digit of a float32 is 6e-5.
-            tolerance = 2e-4 if name == "pipeline" else 1e-6
-            assert golden.distance(stored[key], values) <= tolerance, (name, key)
+            # Another machine's float64 may round a pipeline's latents, up to 700, to the next float32.
+            assert golden.distance(stored[key], values) <= (1e-5 if name == "pipeline" else 1e-6), (name, key)
 
 
 def test_files_are_small_and_name_their_writers():

@@ -37,8 +37,7 @@ def test_latents(sampler, condition, start, name):
     steps, guidance = RUNS[name]
     expected = golden.load("pipeline")[name]
     peak, rms = error(sampler.latents(condition, start, steps=steps, guidance=guidance), expected)
-    # In one step the reference subtracts the start, near 700, in fp32 and forgets the last digits of latents near 0.
-    assert peak <= (1e-3 if steps == 1 else 5e-4) and rms <= 2e-4, (peak, rms)
+    assert peak <= 1e-4 and rms <= 2e-5, (peak, rms)
 
     wrong = condition | {"cond_latent": 0.18215 * condition["cond_latent"]}
     assert error(sampler.latents(wrong, start, steps=steps, guidance=guidance), expected)[0] > 5e-2
