@@ -5,7 +5,7 @@ from sfv_jax import config as defaults
 
 def get_config():
     config = defaults.tiny(defaults.teacher())
-    config.generator_optimizer = defaults.sm3(1e-2)
+    config.generator_optimizer = defaults.sm3(1e-3)
     config.teacher.sample_steps = 1
     config.update(
         dict(

@@ -18,7 +18,7 @@ from sfv_jax.runs import load_generator
 from tests import small_run
 
 ROOT = Path(__file__).parent.parent
-CLOSE = dict(rtol=2e-5, atol=2e-6)
+CLOSE = dict(rtol=0, atol=2e-5)  # the first steps of SM3 move parameters by 0.016
 
 
 @pytest.fixture(scope="module", autouse=True)
