@@ -96,6 +96,32 @@ def generator_sigmas(levels: int) -> np.ndarray:
     return karras_sigmas(levels)[1:]
 
 
+def few_step_sigmas(steps: int, levels: int = 4) -> np.ndarray:
+    """`[steps + 1]` float32: the highest `steps` training levels of an SF-V generator, downwards, and a final 0.
+
+    For the paper's Tg = `levels` = 4: 700, then 70.54, then 2.269.
+
+    Raises:
+      ValueError: for more steps than there are levels.
+    """
+    if not 1 <= steps < levels:
+        raise ValueError(f"an SF-V generator of {levels} levels samples in 1 to {levels - 1} steps, got {steps}")
+    return np.append(generator_sigmas(levels)[::-1][:steps], 0.0).astype(np.float32)
+
+
+def consistency_sigmas(steps: int, levels: int = 40) -> np.ndarray:
+    """`[steps + 1]` float32: every `levels // steps`-th of `levels` Karras levels, downwards, and a final 0.
+
+    AnimateLCM's "StochasticIterative" schedule: sigma_min is never visited; 700, 128.6, 13.68, 0.4969 for 4 steps.
+
+    Raises:
+      ValueError: for more steps than there are levels.
+    """
+    if not 1 <= steps <= levels:
+        raise ValueError(f"AnimateLCM samples in 1 to {levels} steps, got {steps}")
+    return np.append(karras_sigmas(levels)[::-1][:: levels // steps][:steps], 0.0).astype(np.float32)
+
+
 def lognormal_levels(levels: int, p_mean: float, p_std: float) -> tuple[np.ndarray, np.ndarray]:
     """Discretised lognormal of Eq. 7 on the schedule of `levels` steps: (sigmas, probabilities), both `[levels - 2]`.
 

@@ -3,8 +3,8 @@
     python -m sfv_jax.sample --checkpoint runs/sfv --image in.png --out out.mp4
 
 `--checkpoint` is a model folder or the workdir of a training run. `--image` may be a folder: every image in it becomes
-a video in the folder `--out`. The suffix chooses the format: .mp4, .gif, .webp, or .png for a strip of frames. Beside
-each video a .json records all that is needed to make it again.
+a video in the folder `--out`, `--batch_size` images of a size at a time. The suffix chooses the format: .mp4, .gif,
+.webp, or .png for a strip of frames. Beside each video a .json records all that is needed to make it again.
 """
 
 import hashlib
@@ -12,17 +12,32 @@ import json
 import sys
 import time
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.data.video import VideoError, read_image, replacing, write_video
-from sfv_jax.sampler import Sampler
+from sfv_jax.sampler import SAMPLERS, Sampler
+from sfv_jax.sharding import make_mesh
+from sfv_jax.state import DTYPES
 from sfv_jax.weights.folders import WeightsError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-OPTIONS = ("steps", "num_frames", "height", "width", "fps", "motion_bucket_id", "noise_aug_strength")
+OPTIONS = (
+    "steps",
+    "sampler",
+    "num_frames",
+    "height",
+    "width",
+    "fps",
+    "motion_bucket_id",
+    "noise_aug_strength",
+    "decode_chunk_size",
+)
+PAIRS = {"guidance": "1.0,3.0", "mesh": "4,2"}
 
 
 class SampleError(ValueError):
@@ -51,23 +66,57 @@ def record(path: Path, settings: dict) -> None:
         temporary.write_text(json.dumps(settings, indent=1))
 
 
-def run(sampler: Sampler, image: Path, out: Path, *, seed: int, guidance, options: dict, origin: dict) -> None:
-    """One image to one video and its record."""
-    pixels = read_image(image)
-    size = sampler.size(pixels, options["height"], options["width"])
-    if size != pixels.shape[:2]:
-        print(f"{image}: {pixels.shape[0]}x{pixels.shape[1]} resized to {size[0]}x{size[1]} (height x width)")
-    began = time.monotonic()
+def pair(name: str, values: list[str] | None, kind: type) -> tuple | None:
+    """Two numbers of the flag `name`; None if it was not given.
+
+    Raises:
+      SampleError: if they are not two, or not numbers.
+    """
+    if not values:
+        return None
+    try:
+        first, second = (kind(value) for value in values)
+    except ValueError:
+        raise SampleError(f"--{name}={','.join(values)}: give two numbers, e.g. {PAIRS[name]}") from None
+    return first, second
+
+
+def batches(sampler: Sampler, pairs: list[tuple[Path, Path]], options: dict, size: int):
+    """Yields lists of `(n, image, out)`, consecutive images whose videos have one size, at most `size` of them; and it.
+
+    `n` is the image's place in `pairs`, which its seed counts by.
+    """
+
+    def size_of(job: tuple[int, Path, Path]) -> tuple[int, int]:
+        return sampler.size(read_image(job[1]), options["height"], options["width"])
+
+    for shape, jobs_ in groupby(((n, *job) for n, job in enumerate(pairs)), size_of):
+        group = list(jobs_)
+        for first in range(0, len(group), size):
+            yield group[first : first + size], shape
+
+
+def run(sampler: Sampler, batch: list, size: tuple[int, int], *, seed: int, options: dict, origin: dict, timed: bool):
+    """Some images to one video each and its record."""
+    images = [read_image(image) for _, image, _ in batch]
+    for (_, image, _), pixels in zip(batch, images, strict=True):
+        if size != pixels.shape[:2]:
+            print(f"{image}: {pixels.shape[0]}x{pixels.shape[1]} resized to {size[0]}x{size[1]} (height x width)")
+    times, began = {} if timed else None, time.monotonic()
     options = options | {"height": size[0], "width": size[1]}
-    frames = sampler([pixels], seed=seed, guidance=guidance, **options)[0]
+    videos = sampler(images, seed=[seed + n for n, _, _ in batch], times=times, **options)
     seconds = time.monotonic() - began
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_video(out, frames, fps=options["fps"])
-    digest = hashlib.sha256(image.read_bytes()).hexdigest()
     packages = {name: version(name) for name in ("sfv_jax", "jax", "flax")}
-    settings = {"image": str(image), "image_sha256": digest, "seed": seed, "guidance": guidance} | options
-    record(out, settings | {"num_frames": len(frames), "packages": packages, **origin})
-    print(f"{out}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} in {seconds:.2f} s")
+    for (n, image, out), frames in zip(batch, videos, strict=True):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_video(out, frames, fps=options["fps"])
+        settings = {"image": str(image), "image_sha256": hashlib.sha256(image.read_bytes()).hexdigest()}
+        settings |= {"seed": seed + n} | options | {"num_frames": len(frames), "packages": packages} | origin
+        record(out, settings | {"batch_size": len(batch), "seconds": seconds, "times": times})
+        print(f"{out}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]}")
+    print(
+        f"{len(batch)} in {seconds:.2f} s" + "".join(f", {name} {value:.3f}" for name, value in (times or {}).items())
+    )
 
 
 FLAGS = flags.FLAGS
@@ -77,14 +126,16 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
     try:
         pairs = jobs(Path(FLAGS.image), Path(FLAGS.out), f".{FLAGS.format}")
-        if FLAGS.guidance and len(FLAGS.guidance) != 2:
-            raise SampleError("--guidance takes the weights of the first and the last frame, e.g. 1.0,3.0")
-        guidance = tuple(float(g) for g in FLAGS.guidance) if FLAGS.guidance else None
-        sampler = Sampler.load(FLAGS.checkpoint, dtype=FLAGS.dtype, raw=FLAGS.raw)
-        origin = {"checkpoint": str(FLAGS.checkpoint), "raw": FLAGS.raw, "dtype": FLAGS.dtype, "step": sampler.step}
         options = {name: FLAGS[name].value for name in OPTIONS}
-        for n, (image, out) in enumerate(pairs):
-            run(sampler, image, out, seed=FLAGS.seed + n, guidance=guidance, options=options, origin=origin)
+        options["guidance"] = pair("guidance", FLAGS.guidance, float)
+        mesh = pair("mesh", FLAGS.mesh, int)
+        load = {name: FLAGS[name].value for name in ("dtype", "vae_dtype", "raw", "check_finite")}
+        if mesh:
+            mesh = make_mesh(*mesh, devices=jax.devices()[: mesh[0] * mesh[1]])
+        sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
+        origin = {"checkpoint": str(FLAGS.checkpoint), "step": sampler.step, "mesh": FLAGS.mesh} | load
+        for batch, size in batches(sampler, pairs, options, FLAGS.batch_size):
+            run(sampler, batch, size, seed=FLAGS.seed, options=options, origin=origin, timed=FLAGS.times)
     except (SampleError, VideoError, WeightsError, WorkdirError, ValueError) as error:
         sys.exit(f"sample: {error}")
 
@@ -94,7 +145,14 @@ def _define_flags() -> None:
     flags.DEFINE_string("image", None, "image, or folder of images", required=True)
     flags.DEFINE_string("out", None, "video (.mp4 .gif .webp .png), or folder for a folder of images", required=True)
     flags.DEFINE_enum("format", "mp4", ["mp4", "gif", "webp", "png"], "of the videos of a folder")
-    flags.DEFINE_integer("steps", 1, "1: one forward pass; more: Euler steps", lower_bound=1)
+    flags.DEFINE_integer("steps", 1, "calls of the UNet; 1: one forward pass", lower_bound=1)
+    flags.DEFINE_enum(
+        "sampler",
+        "euler",
+        list(SAMPLERS),
+        "euler: SVD; sfv: up to 3 steps at an SF-V generator's training levels, fresh noise in between (sfv_euler:"
+        " none); animatelcm: up to 40 steps, fresh noise in between",
+    )
     flags.DEFINE_integer("seed", 0, "of the first image; the following ones count up")
     flags.DEFINE_integer("num_frames", None, "default: the model's clip length", lower_bound=1)
     flags.DEFINE_integer("height", None, "default: the image's, in whole latent cells", lower_bound=1)
@@ -103,7 +161,18 @@ def _define_flags() -> None:
     flags.DEFINE_float("motion_bucket_id", 127, "amount of motion the model is told")
     flags.DEFINE_float("noise_aug_strength", 0.02, "deviation of the noise on the condition image, pixels in [-1, 1]")
     flags.DEFINE_list("guidance", None, "first,last weight of the guidance ramp (1.0,3.0 for SVD); default: none")
-    flags.DEFINE_string("dtype", "float32", "compute and parameter dtype of the UNet")
+    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "compute and parameter dtype of the UNet")
+    flags.DEFINE_enum("vae_dtype", "float32", list(DTYPES), "compute dtype of the VAE's decoder")
+    flags.DEFINE_integer(
+        "decode_chunk_size",
+        None,
+        "frames decoded at a time; default: all. Smaller chunks save memory and flicker where they meet",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer("batch_size", 1, "images of a folder sampled at a time", lower_bound=1)
+    flags.DEFINE_list("mesh", None, "data,fsdp: devices that share the batch, and batch and parameters; default: one")
+    flags.DEFINE_bool("times", False, "print and record the seconds of each stage (the first call compiles)")
+    flags.DEFINE_bool("check_finite", True, "stop at NaN or infinity and name the stage that made it")
     flags.DEFINE_bool("raw", False, "the trained weights instead of their moving average (workdirs only)")
 
 

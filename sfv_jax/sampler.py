@@ -1,61 +1,119 @@
-"""From images to videos: one step, or Euler steps with a guidance ramp, as jitted functions and as a `Sampler`."""
+"""From images to videos: the samplers as pure functions of a network, and `Sampler`, which owns the networks."""
 
+import math
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from sfv_jax import edm
 from sfv_jax.models import tree
-from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise
+from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise, finite
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runs import load_generator
+from sfv_jax.sharding import batch_sharding, param_shardings, put_tree
 from sfv_jax.state import DTYPES, Networks
 
 Array = jax.Array
 
 
-def one_step(network: Callable, noise: Array, condition: dict, sigma: float = edm.SIGMA_MAX) -> Array:
-    """Clean latents `[b, t, h, w, c]` (fp32, scaled) from `noise` of that shape in one call of `network` (Eq. 6).
-
-    The start is noise * sqrt(sigma^2 + 1), as in diffusers' EulerDiscreteScheduler with one step.
-    """
-    x = noise.astype(jnp.float32) * jnp.sqrt(jnp.float32(sigma) ** 2 + 1)
-    return edm.denoise(network, x, jnp.full((len(x),), sigma, jnp.float32), condition)
+class NonFiniteError(ValueError):
+    """A stage made NaN or infinity; the message names the stage, its dtype and what to do."""
 
 
-def euler(network: Callable, noise: Array, condition: dict, sigmas: Array, guidance: Array | None = None) -> Array:
-    """Clean latents by Euler steps on the probability-flow ODE (Eq. 4), under one `lax.scan`. State is fp32.
+class Schedule(NamedTuple):
+    """The noise levels `[steps + 1]` of a sampler, and whether it re-noises with fresh noise after each step."""
+
+    sigmas: Callable[[int], np.ndarray]
+    fresh: bool
+
+
+SAMPLERS = {
+    "euler": Schedule(edm.sampling_sigmas, fresh=False),  # SVD
+    "sfv": Schedule(edm.few_step_sigmas, fresh=True),  # the levels an SF-V generator was trained at
+    "sfv_euler": Schedule(edm.few_step_sigmas, fresh=False),
+    "animatelcm": Schedule(edm.consistency_sigmas, fresh=True),
+}
+
+
+def sample(
+    network: Callable,
+    noise: Array,
+    condition: dict,
+    sigmas: Array,
+    guidance: Array | None = None,
+    keys: Array | None = None,
+) -> Array:
+    """Clean latents `[b, t, h, w, c]`, scaled, from one call of `network` per level, under one `lax.scan`, in fp32.
+
+    A step predicts x0 and goes to the next level: x <- x0 + s_next eps. With eps = (x - x0) / s this is an Euler step
+    on the probability-flow ODE (Eq. 4), with fresh noise a step of consistency sampling. The last level is 0, where
+    both return x0; so a single step is Eq. 6.
 
     Args:
-      noise: `[b, t, h, w, c]` standard normal.
+      network: `(input, c_noise, context, ids) -> raw`, a UNet.
+      noise: `[b, t, h, w, c]` standard normal. The start is noise * sqrt(s_0^2 + 1), as in diffusers.
       condition: `cond_latent [b, h, w, c]`, `image_embed [b, d]`, `ids [b, 3]`.
-      sigmas: `[n + 1]` from `edm.sampling_sigmas(n)`.
-      guidance: `[t]` weight of each frame, v = v_u + g (v_c - v_u), the unconditional branch having zeros for image
-        embedding and conditioning latent; None for one call per step.
+      sigmas: `[n + 1]`, decreasing to 0.
+      guidance: `[t]` weight of each frame, see `guided`; None for one network call per step.
+      keys: `[b]` of the fresh noise (`step_noise`); None for Euler steps.
     """
 
-    def velocity(x: Array, sigma: Array) -> Array:
-        if guidance is None:
-            return edm.denoise(network, x, sigma, condition)
-        nothing = {k: v if k == "ids" else jnp.zeros_like(v) for k, v in condition.items()}
-        both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), nothing, condition)
-        x0_u, x0_c = jnp.split(edm.denoise(network, jnp.concatenate([x, x]), jnp.tile(sigma, 2), both), 2)
-        # D is affine in the raw output with the same coefficients in both branches: guiding either is the same.
-        return x0_u + guidance[:, None, None, None] * (x0_c - x0_u)
-
-    def step(x: Array, levels: Array):
-        sigma, following = levels
-        x0 = velocity(x, jnp.full((len(x),), sigma))
-        return x + (x - x0) / sigma * (following - sigma), None
+    def step(x: Array, level: tuple):
+        n, sigma, following = level
+        x0 = guided(network, x, jnp.full((len(x),), sigma), condition, guidance)
+        eps = (x - x0) / sigma if keys is None else step_noise(keys, n, x.shape[1:])
+        return x0 + following * eps, None
 
     sigmas = jnp.asarray(sigmas, jnp.float32)
     start = noise.astype(jnp.float32) * jnp.sqrt(sigmas[0] ** 2 + 1)
-    return jax.lax.scan(step, start, jnp.stack([sigmas[:-1], sigmas[1:]], axis=1))[0]
+    return jax.lax.scan(step, start, (jnp.arange(len(sigmas) - 1), sigmas[:-1], sigmas[1:]))[0]
+
+
+def guided(network: Callable, x: Array, sigma: Array, condition: dict, guidance: Array | None) -> Array:
+    """D(x; sigma) `[b, t, h, w, c]`, by `guidance [t]` beyond that of no condition: D_u + g (D_c - D_u) per frame.
+
+    The unconditional branch has zeros for image embedding and conditioning latent, and the same ids.
+    """
+    if guidance is None:
+        return edm.denoise(network, x, sigma, condition)
+    nothing = {k: v if k == "ids" else jnp.zeros_like(v) for k, v in condition.items()}
+    both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), nothing, condition)
+    x0_u, x0_c = jnp.split(edm.denoise(network, jnp.concatenate([x, x]), jnp.tile(sigma, 2), both), 2)
+    # D is affine in the raw output with the same coefficients in both branches: guiding either is the same.
+    return x0_u + guidance[:, None, None, None] * (x0_c - x0_u)
+
+
+def step_noise(keys: Array, n: Array | int, shape: tuple[int, ...]) -> Array:
+    """Standard normal `[b, *shape]` that a sampler adds after step `n`; a video's depends on its own key only."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
+
+
+def guidance_ramp(guidance: Sequence[float] | None, frames: int) -> Array | None:
+    """`[frames]` weights from the first to the last of the pair `guidance`; None where they would change nothing.
+
+    Without guidance (None) and with all weights 1 the unconditional branch is not computed. diffusers guides only if
+    the *last* weight exceeds 1 and ignores the ramp otherwise; here either end may.
+
+    Raises:
+      ValueError: if neither end exceeds 1 (and not both are 1), or if it is no pair of numbers.
+    """
+    if guidance is None:
+        return None
+    if len(guidance) != 2 or not all(math.isfinite(g) and g >= 0 for g in guidance):
+        raise ValueError(f"guidance takes the weights of the first and the last frame, e.g. 1.0,3.0; got {guidance}")
+    first, last = guidance
+    if first == last == 1:
+        return None
+    if max(first, last) <= 1:
+        raise ValueError(f"guidance {first} to {last}: one end must exceed 1; for no guidance leave it out or give 1,1")
+    return jnp.linspace(first, last, frames, dtype=jnp.float32)
 
 
 class Sampler:
@@ -65,45 +123,99 @@ class Sampler:
       codec: what turns images into conditions and latents into frames.
       unet: config of the generator; `unet.num_frames` frames are made by default.
       step: training steps of the checkpoint it was loaded from, None for a model folder.
+      mesh: devices that share batch and parameters, None for one device. `params` and `codec` are placed by the caller
+        (`load` does it), batches by the sampler.
+      check_finite: raise NonFiniteError instead of returning videos made of NaN. The check runs on the device and is
+        read with the frames.
     """
 
     step: int | None = None
 
-    def __init__(self, unet: UNetConfig, params: tree.Params, codec: SVDCodec | PatchCodec, dtype: str = "float32"):
-        self.unet, self.params, self.codec = unet, params, codec
+    def __init__(
+        self,
+        unet: UNetConfig,
+        params: tree.Params,
+        codec: SVDCodec | PatchCodec,
+        dtype: str = "float32",
+        *,
+        mesh: Mesh | None = None,
+        check_finite: bool = True,
+    ):
+        self.unet, self.params, self.codec, self.dtype = unet, params, codec, dtype
+        self.mesh, self.check_finite = mesh, check_finite
         networks = Networks(unet, dtype=dtype)
 
-        @partial(jax.jit, static_argnames="steps")
-        def generate(params, noise, condition, guidance, steps):
-            network = networks.generator(params)
-            if steps == 1 and guidance is None:
-                return one_step(network, noise, condition)
-            return euler(network, noise, condition, edm.sampling_sigmas(steps), guidance)
+        @jax.jit
+        def generate(params, noise, condition, sigmas, guidance, keys):
+            return sample(networks.generator(params), noise, condition, sigmas, guidance, keys)
 
-        self._generate = generate
+        self._generate, self._finite = generate, jax.jit(finite)
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: str = "float32", raw: bool = False) -> "Sampler":
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "float32",
+        vae_dtype: str = "float32",
+        mesh: Mesh | None = None,
+        raw: bool = False,
+        check_finite: bool = True,
+    ) -> "Sampler":
         """From a model folder (`python -m sfv_jax.convert`) or the workdir of a training run (its newest checkpoint).
 
         Args:
-          dtype: compute dtype of the UNet, one of `state.DTYPES`; parameters are stored in it.
+          dtype: compute dtype of the UNet, one of `state.DTYPES`; parameters are stored in it. Noise, latents and the
+            sampler's arithmetic are fp32 whatever it is.
+          vae_dtype: compute dtype of the VAE's decoder; its encoder and CLIP are always fp32.
+          mesh: from `sharding.make_mesh`. Batches go over `data` and `fsdp`, parameters over `fsdp`.
           raw: the trained weights instead of their moving average (workdirs only).
+          check_finite: see the class.
         Raises:
           WeightsError, WorkdirError: if `path` is neither.
+          ValueError: for an unknown dtype, or a decoder dtype where there is no decoder network.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
+            if value not in DTYPES:
+                raise ValueError(f"{name} {value!r}: choose one of {', '.join(DTYPES)}")
         base = load_generator(path, raw=raw)
-        params = jax.tree.map(lambda x: jnp.asarray(x, DTYPES[dtype]), base.params)
-        sampler = cls(base.unet, params, base.codec, dtype)
+        codec = base.codec
+        if isinstance(codec, SVDCodec):
+            weights = _place(mesh, codec.params)
+            codec = SVDCodec(codec.vae_config, codec.clip_config, weights, decode_dtype=DTYPES[vae_dtype])
+        elif vae_dtype != "float32":
+            raise ValueError(f"vae_dtype {vae_dtype!r}: {path} has the patch codec, which has no decoder network")
+        params = _place(mesh, jax.tree.map(lambda x: jnp.asarray(x, DTYPES[dtype]), base.params))
+        sampler = cls(base.unet, params, codec, dtype, mesh=mesh, check_finite=check_finite)
         sampler.step = base.step
         return sampler
 
-    def latents(self, condition: dict, noise: Array, *, steps: int = 1, guidance: tuple | None = None) -> Array:
-        """Scaled latents `[b, t, h, w, c]` from `noise` of that shape; `condition` as in `euler`."""
-        ramp = None if guidance is None else jnp.linspace(*guidance, noise.shape[1], dtype=jnp.float32)
-        return self._generate(self.params, noise, condition, ramp, steps)
+    def latents(
+        self,
+        condition: dict,
+        noise: Array,
+        *,
+        steps: int = 1,
+        guidance: tuple[float, float] | None = None,
+        sampler: str = "euler",
+        keys: Array | None = None,
+    ) -> Array:
+        """Scaled latents `[b, t, h, w, c]` from `noise` of that shape; `condition` as in `sample`.
+
+        Args:
+          sampler: a name of `SAMPLERS`, as in `__call__`.
+          keys: `[b]` typed keys, for samplers that add fresh noise in more than one step.
+        """
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        schedule = SAMPLERS[sampler]
+        if not schedule.fresh or steps == 1:
+            keys = None
+        elif keys is None:
+            raise ValueError(f"sampler {sampler!r} adds fresh noise: it needs one random key per video")
+        ramp = guidance_ramp(guidance, noise.shape[1])
+        noise, condition, keys = self._share((noise, condition, keys))
+        return self._generate(self.params, noise, condition, schedule.sigmas(steps), ramp, keys)
 
     def condition(
         self,
@@ -117,28 +229,14 @@ class Sampler:
 
         `keys [b]` draw the pixel noise of strength `ids[2]`, unless it is given as `noise [b, h, w, 3]`.
         """
-        resized = np.stack([resize(image, size) for image in images])
-        # CLIP sees the original, as in diffusers; the patch codec's embedding is defined at the size of the video.
-        originals = resized if isinstance(self.codec, PatchCodec) else images
-        alike = len({image.shape for image in originals}) == 1
-        noise = augmentation_noise(keys, resized.shape[1:]) if noise is None else noise
-        parts = [
-            self.codec.condition(resized[n], None, ids[2], noise[n], original=np.stack(originals[n]))
-            for n in ([slice(None)] if alike else [slice(i, i + 1) for i in range(len(images))])
-        ]
-        latent, embed = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-        if embed.shape[-1] != self.unet.cross_attention_dim:
-            raise ValueError(
-                f"images of {size[0]}x{size[1]} are embedded in {embed.shape[-1]} numbers, the UNet takes "
-                f"{self.unet.cross_attention_dim}: use the size the model was trained at"
-            )
-        return {"cond_latent": latent, "image_embed": embed, "ids": jnp.tile(jnp.float32(ids), (len(images), 1))}
+        return self._condition(self._embed(images, size), self._cond_latent(images, size, keys, ids[2], noise), ids)
 
     def __call__(
         self,
         images: Sequence[np.ndarray] | np.ndarray,
         *,
         steps: int = 1,
+        sampler: str = "euler",
         seed: int | Sequence[int] = 0,
         noise: Array | None = None,
         num_frames: int | None = None,
@@ -148,34 +246,70 @@ class Sampler:
         motion_bucket_id: float = 127,
         noise_aug_strength: float = 0.02,
         guidance: tuple[float, float] | None = None,
+        decode_chunk_size: int | None = None,
+        times: dict[str, float] | None = None,
     ) -> np.ndarray:
         """Videos uint8 `[b, t, height, width, 3]`, one per image.
 
         Args:
           images: uint8 `[h, w, 3]` each; they are stretched to height x width.
-          steps: 1 is one forward pass from sigma 700; more are Euler steps.
+          steps: calls of the UNet; 1 is one forward pass from sigma 700, the same with every sampler.
+          sampler: "euler": SVD's deterministic sampler, any number of steps. "sfv": for SF-V generators, up to 3 steps
+            at their training levels 700, 70.54, 2.269, fresh noise in between as in training. "sfv_euler": the same
+            levels without fresh noise. "animatelcm": for AnimateLCM, up to 40 steps, fresh noise in between.
           seed: of the first image, the next ones count up; or one per image. A video depends on its own seed only.
           noise: `[b, t, height / d, width / d, c]` standard normal to start from instead of drawing it, d the codec's
-            downscale.
-          height, width: default, those of the first image rounded to what the networks accept.
+            downscale. The fresh noise of later steps still comes from the seed.
+          height, width: multiples of d (8 for SVD). SVD was trained at multiples of 64; at other sizes the UNet's
+            levels are resized to fit, exactly as in diffusers. Default: those of the first image rounded down.
           fps, motion_bucket_id, noise_aug_strength: SVD's micro-conditions; the model is told fps - 1.
           guidance: first and last weight of the per-frame ramp, e.g. (1.0, 3.0) for SVD; None for no guidance.
+          decode_chunk_size: frames decoded at a time, default all; chunks change the result, see `SVDCodec.decode`.
+          times: filled with the seconds of the stages "clip", "encode", "denoise", "decode" (compilation included,
+            when there is any). Only then the device is waited for between them.
         Raises:
-          ValueError: for sizes the codec cannot represent, or seeds that do not match the images.
+          ValueError: for sizes the codec cannot represent, seeds that do not match the images, impossible options.
+          NonFiniteError: see `check_finite`.
         """
+        checks = {}
+
+        def stage(name: str, fn: Callable, *args, **kw) -> Array:
+            began = time.perf_counter()
+            result = fn(*args, **kw)
+            if times is not None:
+                jax.block_until_ready(result)
+                times[name] = time.perf_counter() - began
+            return result
+
+        def checked(name: str, result: Array) -> Array:
+            checks[name] = self._finite(result) if self.check_finite else None
+            return result
+
         images = [np.asarray(image) for image in images]
-        size = self.size(images[0], height, width)
-        seeds = [seed + n for n in range(len(images))] if isinstance(seed, int | np.integer) else list(seed)
-        if len(seeds) != len(images):
-            raise ValueError(f"{len(images)} images need as many seeds, got {len(seeds)}")
-        keys = jax.vmap(jax.random.split)(jnp.stack([jax.random.key(s) for s in seeds]))
-        condition = self.condition(images, size, keys[:, 0], (fps - 1, motion_bucket_id, noise_aug_strength))
+        if not images:
+            raise ValueError("no images")
+        count, size = len(images), self.size(images[0], height, width)
+        seeds = [seed + n for n in range(count)] if isinstance(seed, int | np.integer) else list(seed)
+        if len(seeds) != count:
+            raise ValueError(f"{count} images need as many seeds, got {len(seeds)}")
         shape = self.latent_shape(size, num_frames)
-        if noise is None:
-            noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys[:, 1])
-        elif noise.shape != (len(images), *shape):
-            raise ValueError(f"noise has shape {noise.shape}, these images need {(len(images), *shape)}")
-        frames = np.asarray(self.codec.decode(self.latents(condition, noise, steps=steps, guidance=guidance)))
+        if noise is not None and noise.shape != (count, *shape):
+            raise ValueError(f"noise has shape {noise.shape}, these images need {(count, *shape)}")
+        rows = self._rows(count)
+        images, seeds = [images[n] for n in rows], [seeds[n] for n in rows]
+        keys = jax.vmap(lambda key: jax.random.split(key, 3))(jnp.stack([jax.random.key(s) for s in seeds]))
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys[:, 1]) if noise is None else noise[rows]
+
+        ids = (fps - 1, motion_bucket_id, noise_aug_strength)
+        embed = checked("CLIP embedding", stage("clip", self._embed, images, size))
+        latent = stage("encode", self._cond_latent, images, size, keys[:, 0], noise_aug_strength)
+        condition = self._condition(embed, checked("conditioning latent", latent), ids)
+        options = dict(steps=steps, guidance=guidance, sampler=sampler, keys=keys[:, 2])
+        latents = checked("denoised latents", stage("denoise", self.latents, condition, noise, **options))
+        frames, sound = stage("decode", self.codec.decode_checked, latents, decode_chunk_size)
+        frames = np.asarray(frames)[:count]
+        if self.check_finite:
+            self._raise_nonfinite(checks | {"decoded frames": sound}, count)
         return frames
 
     def latent_shape(self, size: tuple[int, int], num_frames: int | None = None) -> tuple[int, int, int, int]:
@@ -189,11 +323,72 @@ class Sampler:
         default = (max(n // down, 1) * down for n in image.shape[:2])
         size = tuple(given or own for given, own in zip((height, width), default, strict=True))
         for name, n in zip(("height", "width"), size, strict=True):
-            if n % down:
-                raise ValueError(
-                    f"{name} {n} is not a multiple of {down}; nearest: {n // down * down} and {n // down * down + down}"
-                )
+            if n % down or n < down:
+                near = [m for m in (n // down * down, n // down * down + down) if m > 0]
+                raise ValueError(f"{name} {n} is not a multiple of {down}; nearest: {' and '.join(map(str, near))}")
         return size
+
+    def _embed(self, images: Sequence[np.ndarray], size: tuple[int, int]) -> Array:
+        # CLIP sees the original, as in diffusers; the patch codec's embedding is defined at the size of the video.
+        patches = isinstance(self.codec, PatchCodec)
+        originals = [resize(image, size) for image in images] if patches else images
+        alike = len({image.shape for image in originals}) == 1
+        groups = [originals] if alike else [[image] for image in originals]
+        embed = jnp.concatenate([self.codec.embed(self._share(np.stack(group))) for group in groups])
+        if embed.shape[-1] != self.unet.cross_attention_dim:
+            raise ValueError(
+                f"images of {size[0]}x{size[1]} are embedded in {embed.shape[-1]} numbers, the UNet takes "
+                f"{self.unet.cross_attention_dim}: use the size the model was trained at"
+            )
+        return embed
+
+    def _cond_latent(self, images, size: tuple[int, int], keys, strength: float, noise: Array | None = None) -> Array:
+        resized = np.stack([resize(image, size) for image in images])
+        noise = augmentation_noise(keys, resized.shape[1:]) if noise is None else noise
+        resized, noise = self._share((resized, noise))
+        return self.codec.encode_image(resized, noise, strength)
+
+    @staticmethod
+    def _condition(embed: Array, latent: Array, ids: Sequence[float]) -> dict:
+        return {"cond_latent": latent, "image_embed": embed, "ids": jnp.tile(jnp.float32(ids), (len(embed), 1))}
+
+    def _rows(self, count: int) -> np.ndarray:
+        """Indices that fill a batch up to what the mesh divides, with copies of the last sample."""
+        parts = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return np.minimum(np.arange(-(-count // parts) * parts), count - 1)
+
+    def _share(self, batch):
+        """`batch` over the mesh, one sample or more per part; samples that do not divide are everywhere."""
+        if self.mesh is None:
+            return batch
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        everywhere, split = NamedSharding(self.mesh, PartitionSpec()), batch_sharding(self.mesh)
+        return jax.tree.map(lambda x: jax.device_put(x, everywhere if len(x) % parts else split), batch)
+
+    def _raise_nonfinite(self, checks: dict[str, Array], count: int) -> None:
+        """Reads the flags `[b]` of the stages in their order and raises for the first that has a bad sample."""
+        for stage, flags in checks.items():
+            bad = np.flatnonzero(~np.asarray(flags)[:count])
+            if not len(bad):
+                continue
+            dtypes = {"denoised latents": ("UNet", self.dtype), "decoded frames": ("VAE decoder", self._vae_dtype())}
+            network, dtype = dtypes.get(stage, ("VAE encoder" if "latent" in stage else "image encoder", "float32"))
+            option = "vae_dtype" if network == "VAE decoder" else "dtype"
+            advice = {
+                "float16": f"fp16 overflows at 65504: load with {option} bfloat16 or float32",
+                "bfloat16": f"try {option} float32, and check the weights",
+                "float32": f"the weights of the {network} or what it was given are damaged",
+            }
+            videos = ", ".join(map(str, bad))
+            raise NonFiniteError(f"{stage} of video {videos} not finite ({network} in {dtype}): {advice[dtype]}")
+
+    def _vae_dtype(self) -> str:
+        return jnp.dtype(getattr(self.codec, "decode_dtype", jnp.float32)).name
+
+
+def _place(mesh: Mesh | None, params: tree.Params) -> tree.Params:
+    """`params` over `mesh` by the rule of training, or as they are."""
+    return params if mesh is None else put_tree(params, param_shardings(mesh, params))
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

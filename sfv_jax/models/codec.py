@@ -5,11 +5,13 @@ Latents leave `encode` and `condition` unscaled. The caller multiplies video lat
 conditioning latent: SVD was trained that way.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, reduce
 from flax import nnx
 
@@ -17,6 +19,9 @@ from sfv_jax.models import clip, tree
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 
 Array = jax.Array
+ENCODE_PIXELS = (
+    2**20
+)  # encoded at once by default: three frames of 448x768, about 3 GB of fp32 activations at SVD's size
 
 
 def to_signed(pixels: Array) -> Array:
@@ -40,13 +45,33 @@ def augmentation_noise(keys: Array, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
+def finite(x: Array) -> Array:
+    """`[b]` bool: whether all of a sample `x [b, ...]` is finite."""
+    return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+
+
+def over_time(fn: Callable, x: Array, size: int) -> Array:
+    """`fn(x)` for `x [b, t, ...]` and an `fn` that treats every frame alike, at most `size` frames of a clip at a time.
+
+    All chunks are of one length, so `fn` is compiled once; the last one is filled up with copies of the last frame.
+    """
+    t = x.shape[1]
+    count = -(-t // size)
+    if count == 1:
+        return fn(x)
+    length = -(-t // count)
+    x = x[:, np.minimum(np.arange(count * length), t - 1)]
+    chunks = jax.lax.map(fn, rearrange(x, "b (n t) ... -> n b t ...", n=count))
+    return rearrange(chunks, "n b t ... -> b (n t) ...")[:, :t]
+
+
 class SVDCodec:
     """SVD's temporal VAE and CLIP image tower (steps 1, 4, 5 and 10 of StableVideoDiffusionPipeline).
 
     Args:
       params: `{"vae": ..., "image_encoder": ...}`, nested dicts of arrays, wherever they are placed.
       decode_dtype: compute dtype of the decoder. Encoding and CLIP are fp32, as in the reference. The decoder loses
-        visible precision below fp32, so lower it knowingly.
+        precision below fp32 (docs/benchmarks.md), so lower it knowingly.
     """
 
     def __init__(
@@ -58,14 +83,15 @@ class SVDCodec:
         decode_dtype=jnp.float32,
     ):
         self.params = params
+        self.vae_config, self.clip_config, self.decode_dtype = vae_config, clip_config, decode_dtype
         self.scaling_factor = vae_config.scaling_factor
         self.latent_channels = vae_config.latent_channels
         self.downscale = vae_config.downscale
         encoder, decoder = (tree.abstract(TemporalVAE, vae_config, dtype=d)[0] for d in (jnp.float32, decode_dtype))
         tower, _ = tree.abstract(clip.CLIPVision, clip_config)
 
-        def encode(params, frames):
-            return nnx.merge(encoder, params).encode(to_signed(frames))
+        def encode(params, frames, size):
+            return over_time(lambda x: nnx.merge(encoder, params).encode(to_signed(x)), frames, size)
 
         def encode_image(params, images, noise, strength):
             noisy = to_signed(images) + jnp.reshape(strength, (-1, 1, 1, 1)) * noise
@@ -76,15 +102,25 @@ class SVDCodec:
             return nnx.merge(tower, params)(clip.preprocess(unit, clip_config.image_size))
 
         def decode(params, latents):
-            return to_pixels(nnx.merge(decoder, params).decode(latents / vae_config.scaling_factor))
+            frames = nnx.merge(decoder, params).decode(latents / vae_config.scaling_factor)
+            return to_pixels(frames), finite(frames)
 
-        self._encode, self._encode_image, self._embed, self._decode = map(
-            jax.jit, (encode, encode_image, embed, decode)
-        )
+        self._encode = jax.jit(encode, static_argnames="size")
+        self._encode_image, self._embed, self._decode = map(jax.jit, (encode_image, embed, decode))
 
-    def encode(self, frames: Array) -> Array:
-        """Unscaled posterior means fp32 `[b, t, h/8, w/8, 4]` of `frames` uint8 `[b, t, h, w, 3]`."""
-        return self._encode(self.params["vae"], frames)
+    def encode(self, frames: Array, chunk_size: int | None = None) -> Array:
+        """Unscaled posterior means fp32 `[b, t, h/8, w/8, 4]` of `frames` uint8 `[b, t, h, w, 3]`.
+
+        Args:
+          chunk_size: frames of a clip encoded at a time, for memory only: the encoder sees each frame by itself.
+            Default: as many as make `ENCODE_PIXELS` pixels over the batch, at least one.
+        """
+        b, _, h, w, _ = frames.shape
+        return self._encode(self.params["vae"], frames, chunk_size or max(ENCODE_PIXELS // (b * h * w), 1))
+
+    def encode_image(self, images: Array, noise: Array, noise_aug_strength) -> Array:
+        """`cond_latent` of `condition`, from `noise` fp32 `[b, h, w, 3]`."""
+        return self._encode_image(self.params["vae"], images, noise, jnp.asarray(noise_aug_strength, jnp.float32))
 
     def embed(self, images: Array) -> Array:
         """CLIP embeddings fp32 `[b, d]`, not normalised, of `images` uint8 `[b, h, w, 3]` of any size."""
@@ -106,13 +142,29 @@ class SVDCodec:
           image_embed: fp32 `[b, d]`, of the clean one.
         """
         noise = augmentation_noise(keys, images.shape[1:]) if noise is None else noise
-        strength = jnp.asarray(noise_aug_strength, jnp.float32)
-        latent = self._encode_image(self.params["vae"], images, noise, strength)
-        return latent, self.embed(images if original is None else original)
+        return self.encode_image(images, noise, noise_aug_strength), self.embed(
+            images if original is None else original
+        )
 
-    def decode(self, latents: Array) -> Array:
-        """uint8 frames `[b, t, 8h, 8w, 3]` of scaled `latents [b, t, h, w, 4]`, all frames of a clip at once."""
-        return self._decode(self.params["vae"], latents)
+    def decode(self, latents: Array, chunk_size: int | None = None) -> Array:
+        """uint8 frames `[b, t, 8h, 8w, 3]` of scaled `latents [b, t, h, w, 4]`.
+
+        Args:
+          chunk_size: frames of a clip decoded at a time, default all. Chunks save memory and change the result, as
+            diffusers' `decode_chunk_size` does: the decoder mixes frames, and a chunk knows nothing of its neighbours.
+            The last chunk may be shorter. A chunk never mixes videos (diffusers' does when it does not divide t).
+        """
+        return self.decode_checked(latents, chunk_size)[0]
+
+    def decode_checked(self, latents: Array, chunk_size: int | None = None) -> tuple[Array, Array]:
+        """As `decode`, and `[b]` bool: whether the frames were finite before they became pixels."""
+        t = latents.shape[1]
+        size = t if chunk_size is None else chunk_size
+        if size < 1:
+            raise ValueError(f"decode_chunk_size must be at least 1 frame, got {size}")
+        chunks = [self._decode(self.params["vae"], latents[:, n : n + size]) for n in range(0, t, size)]
+        frames, sound = zip(*chunks, strict=True)
+        return (frames[0], sound[0]) if len(chunks) == 1 else (jnp.concatenate(frames, 1), jnp.stack(sound).all(0))
 
 
 @dataclass(frozen=True)
@@ -164,14 +216,29 @@ class PatchCodec:
         Arguments as in `SVDCodec.condition`.
         """
         noise = augmentation_noise(keys, images.shape[1:]) if noise is None else noise
-        strength = jnp.reshape(jnp.asarray(noise_aug_strength, jnp.float32), (-1, 1, 1, 1))
-        return self._fold(to_signed(images) + strength * noise), self.embed(images if original is None else original)
+        return self.encode_image(images, noise, noise_aug_strength), self.embed(
+            images if original is None else original
+        )
 
     @partial(jax.jit, static_argnums=0)
-    def decode(self, latents: Array) -> Array:
-        """uint8 frames `[b, t, patch h, patch w, 3]` of scaled `latents [b, t, h, w, 3 patch^2]`."""
+    def encode_image(self, images: Array, noise: Array, noise_aug_strength) -> Array:
+        """`cond_latent` of `condition`, from `noise` fp32 `[b, h, w, 3]`."""
+        strength = jnp.reshape(jnp.asarray(noise_aug_strength, jnp.float32), (-1, 1, 1, 1))
+        return self._fold(to_signed(images) + strength * noise)
+
+    def decode(self, latents: Array, chunk_size: int | None = None) -> Array:
+        """uint8 frames `[b, t, patch h, patch w, 3]` of scaled `latents [b, t, h, w, 3 patch^2]`.
+
+        `chunk_size` makes no difference: every frame is decoded by itself.
+        """
+        return self.decode_checked(latents, chunk_size)[0]
+
+    @partial(jax.jit, static_argnums=(0, 2))
+    def decode_checked(self, latents: Array, chunk_size: int | None = None) -> tuple[Array, Array]:
+        """As `decode`, and `[b]` bool: whether the frames were finite before they became pixels."""
         frames = latents / self.scaling_factor + self.offset
-        return to_pixels(rearrange(frames, "... h w (m n c) -> ... (h m) (w n) c", m=self.patch, n=self.patch))
+        pixels = rearrange(frames, "... h w (m n c) -> ... (h m) (w n) c", m=self.patch, n=self.patch)
+        return to_pixels(pixels), finite(frames)
 
     def _fold(self, x: Array) -> Array:
         return rearrange(x - self.offset, "... (h m) (w n) c -> ... h w (m n c)", m=self.patch, n=self.patch)
