@@ -56,6 +56,29 @@ def test_a_sample_ignores_its_neighbours(svd):
         svd.condition(images, jax.random.key(0), 0.02)
 
 
+def test_frames_are_encoded_in_chunks(svd):
+    """Three frames one at a time, and two at a time with one to spare: the same latents."""
+    frames = pixels(7, 2, 3, 32, 48, 3)
+    whole = svd.encode(frames)
+    for size in (1, 2):
+        np.testing.assert_allclose(svd.encode(frames, size), whole, atol=1e-5)
+
+
+def test_decoding_in_chunks_is_the_pipelines(svd, pipe, reference):
+    """14 frames in chunks of 4, 4, 4 and 2: what diffusers makes of them, and not the whole clip's frames."""
+    torch = pytest.importorskip("torch")
+    latents = noise(8, 1, 14, 4, 6, 4)
+    with torch.no_grad():
+        frames = pipe.decode_latents(reference.to_torch(latents, torch.float32), 14, decode_chunk_size=4)
+    expected = pipe.video_processor.postprocess_video(frames, output_type="np") * 255
+    found = np.asarray(svd.decode(latents, 4), np.float64)
+    assert np.abs(found - expected).max() <= 0.5 + 1e-2
+    assert np.abs(found[:, :4] - svd.decode(latents[:, :4])).max() <= 1
+    assert np.abs(found[:, 4:8] - svd.decode(latents[:, 2:6])[:, 2:]).max() > 5  # neighbours matter
+    with pytest.raises(ValueError, match="at least 1 frame, got 0"):
+        svd.decode(latents, 0)
+
+
 def test_patches_lose_nothing():
     codec, frames = PatchCodec(scaling_factor=1.7, offset=-0.3), pixels(5, 2, 3, 32, 32, 3)
     latents = codec.encode(frames)

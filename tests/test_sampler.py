@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sfv_jax import edm
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.sampler import Sampler
+from sfv_jax.sampler import NonFiniteError, Sampler, guidance_ramp, sample, step_noise
+from sfv_jax.sharding import make_mesh, param_shardings, put_tree
 from sfv_jax.state import Networks
 from tests.conftest import noise
 
@@ -80,6 +84,121 @@ def test_known_shapes_are_not_compiled_again(sampler, pair):
     assert sampler._generate._cache_size() == known + 1
 
 
+def test_any_batch_and_length(sampler):
+    """Shapes, types, and that a permuted batch is the permuted result, for lengths and batches as they come."""
+
+    @settings(max_examples=6, deadline=None, derandomize=True)
+    @given(t=st.integers(1, 3), order=st.permutations(range(3)), size=st.sampled_from([(8, 8), (4, 16)]))
+    def holds(t, order, size):
+        images = np.random.default_rng(2).integers(0, 256, (3, 9, 7, 3), dtype=np.uint8)
+        call = dict(num_frames=t, height=size[0], width=size[1])
+        videos = sampler(images, seed=[3, 4, 5], **call)
+        assert videos.shape == (3, t, *size, 3) and videos.dtype == np.uint8
+        assert_same_frames(sampler(images[order], seed=[3 + n for n in order], **call), videos[order])
+
+    holds()
+
+
+def test_a_mesh_changes_nothing(sampler, monkeypatch):
+    """Three images over eight devices, a batch filled up to four, parameters over two: one device's frames."""
+    monkeypatch.setattr("sfv_jax.sharding.SMALL", 0)  # these parameters are too small to be worth sharding
+    images = np.concatenate([IMAGES, IMAGES[:1]])
+    mesh = make_mesh(data=2, fsdp=2, spatial=2)
+    params = put_tree(sampler.params, param_shardings(mesh, sampler.params))
+    assert any(len(x.sharding.device_set) == 8 and not x.is_fully_replicated for x in jax.tree.leaves(params))
+    call = dict(seed=[7, 40, 9], steps=2, sampler="sfv", guidance=(1.0, 2.0))
+    found = Sampler(UNET, params, CODEC, mesh=mesh)(images, **call)
+    assert_same_frames(found, sampler(images, **call))
+
+
+def linear(gain: float):
+    """A network whose raw output is linear in its input and its context: samplers can be followed by hand."""
+    return lambda x, c_noise, context, ids: gain * x[..., :2] + context[:, None, None, None, :]
+
+
+def by_hand(start, sigmas, network, condition, weights, fresh):
+    """The sampler in numpy, float64, one level after another."""
+    x = np.float64(start) * np.sqrt(sigmas[0] ** 2 + 1)
+    for n, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        inputs = np.concatenate(
+            [x / np.sqrt(sigma**2 + 1), np.broadcast_to(condition["cond_latent"][:, None], x.shape)], -1
+        )
+        context = np.float64(condition["image_embed"])
+        raw = network(inputs, None, context, None)
+        if weights is not None:
+            inputs[..., 2:] = 0
+            blank = network(inputs, None, 0 * context, None)
+            raw = blank + weights[:, None, None, None] * (raw - blank)
+        x0 = x / (sigma**2 + 1) - sigma / np.sqrt(sigma**2 + 1) * raw
+        x = x + (x - x0) / sigma * (following - sigma) if fresh is None else x0 + following * fresh[n]
+    return x
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("weights", [None, (1.0, 3.0), (1.0, 2.5), (1.5, 3.0)])
+def test_samplers_by_hand(fresh, weights):
+    condition = {"cond_latent": noise(1, 2, 2, 3, 2), "image_embed": noise(2, 2, 2), "ids": jnp.ones((2, 3))}
+    start, keys = noise(3, 2, 4, 2, 3, 2), jax.random.split(jax.random.key(0), 2)
+    sigmas = edm.consistency_sigmas(4) if fresh else edm.sampling_sigmas(4)
+    ramp = guidance_ramp(weights, 4)
+    drawn = [np.asarray(step_noise(keys, n, start.shape[1:]), np.float64) for n in range(4)] if fresh else None
+    found = sample(linear(0.3), start, condition, sigmas, ramp, keys if fresh else None)
+    expected = by_hand(
+        start, np.float64(sigmas), linear(0.3), condition, None if ramp is None else np.linspace(*weights, 4), drawn
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-4)
+
+
+def test_levels_of_the_samplers():
+    np.testing.assert_allclose(edm.few_step_sigmas(3), [700, 70.54084, 2.269116, 0], rtol=1e-6)
+    np.testing.assert_allclose(edm.few_step_sigmas(1), [700, 0], rtol=1e-6)
+    np.testing.assert_allclose(edm.consistency_sigmas(4), [700, 128.564, 13.6784, 0.496878, 0], rtol=1e-5)
+    eight = [700, 315.74, 128.56, 45.851, 13.678, 3.1666, 0.49688, 0.039754, 0]
+    np.testing.assert_allclose(edm.consistency_sigmas(8), eight, rtol=5e-5)
+    for steps in (1, 3, 7, 40):
+        levels = edm.consistency_sigmas(steps)
+        assert len(levels) == steps + 1 and (np.diff(levels) < 0).all()
+
+
+def test_fresh_noise_belongs_to_the_seed(sampler):
+    call = dict(noise=noise(3, 2, 3, 4, 4, 12), noise_aug_strength=0.0, steps=2)
+    renoised = sampler(IMAGES, seed=[7, 40], sampler="sfv", **call)
+    assert_same_frames(renoised[1:], sampler(IMAGES[1:], seed=40, sampler="sfv", **call | {"noise": call["noise"][1:]}))
+    other = sampler(IMAGES, seed=[7, 41], sampler="sfv", **call)
+    np.testing.assert_array_equal(other[0], renoised[0])
+    assert np.abs(other[1].astype(int) - renoised[1]).max() > 5
+    still = dict(sampler="sfv_euler", **call)
+    np.testing.assert_array_equal(sampler(IMAGES, seed=[7, 40], **still), sampler(IMAGES, seed=[1, 2], **still))
+
+
+def test_a_ramp_of_ones_is_not_paid_for():
+    assert guidance_ramp(None, 3) is None and guidance_ramp((1.0, 1.0), 3) is None
+    np.testing.assert_array_equal(guidance_ramp((1.0, 3.0), 3), [1, 2, 3])
+    np.testing.assert_array_equal(guidance_ramp((2.0, 1.0), 3), [2, 1.5, 1])  # diffusers silently drops this one
+    for wrong in ((0.0, 1.0), (0.5, 0.5)):
+        with pytest.raises(ValueError, match="one end must exceed 1"):
+            guidance_ramp(wrong, 3)
+    for wrong in ((1.0, float("nan")), (3.0,), (-1.0, 3.0)):
+        with pytest.raises(ValueError, match="weights of the first and the last frame"):
+            guidance_ramp(wrong, 3)
+
+
+def test_times_are_those_of_the_stages(sampler):
+    times = {}
+    sampler(IMAGES, seed=[7, 40], times=times)
+    assert list(times) == ["clip", "encode", "denoise", "decode"] and min(times.values()) > 0
+
+
+def test_nan_is_named(sampler):
+    call = dict(noise=noise(3, 2, 3, 4, 4, 12))
+    call["noise"][1, 0, 0, 0, 0] = np.nan
+    with pytest.raises(
+        NonFiniteError, match=r"denoised latents of video 1 not finite \(UNet in float32\): the weights"
+    ):
+        sampler(IMAGES, **call)
+    assert Sampler(UNET, sampler.params, CODEC, check_finite=False)(IMAGES, **call).shape == (2, 3, 8, 8, 3)
+
+
 def test_images_are_stretched_to_the_size_asked_for(sampler):
     large = [np.repeat(np.repeat(image, 3, axis=0), 2, axis=1) for image in IMAGES]
     assert sampler(large, height=8, width=8, seed=[7, 40]).shape == (2, 3, 8, 8, 3)
@@ -96,6 +215,10 @@ def test_given_noise_replaces_the_seed(sampler):
     ("changes", "message"),
     [
         (dict(height=9), "height 9 is not a multiple of 2; nearest: 8 and 10"),
+        (dict(width=1), "width 1 is not a multiple of 2; nearest: 2"),
+        (dict(sampler="ddim"), "sampler 'ddim': choose one of euler, sfv, sfv_euler, animatelcm"),
+        (dict(sampler="sfv", steps=4), "samples in 1 to 3 steps, got 4"),
+        (dict(sampler="animatelcm", steps=41), "samples in 1 to 40 steps, got 41"),
         (dict(seed=[1, 2, 3]), "2 images need as many seeds, got 3"),
         (dict(width=12), "images of 8x12 are embedded in 18 numbers, the UNet takes 12"),
         (dict(noise=np.zeros((2, 3, 4, 5, 12))), r"has shape \(2, 3, 4, 5, 12\), these images need \(2, 3, 4, 4, 12\)"),
