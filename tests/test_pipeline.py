@@ -31,7 +31,6 @@ def condition(sampler, images) -> dict:
     return sampler.condition(images, SIZE, None, IDS, noise=golden.pipeline_noise()[1])
 
 
-# A single step without guidance goes through `one_step`, everything else through `euler`.
 @pytest.mark.parametrize("name", RUNS)
 def test_latents(sampler, condition, start, name):
     steps, guidance = RUNS[name]
