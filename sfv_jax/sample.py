@@ -113,10 +113,10 @@ def run(sampler: Sampler, batch: list, size: tuple[int, int], *, seed: int, opti
         settings = {"image": str(image), "image_sha256": hashlib.sha256(image.read_bytes()).hexdigest()}
         settings |= {"seed": seed + n} | options | {"num_frames": len(frames), "packages": packages} | origin
         record(out, settings | {"batch_size": len(batch), "seconds": seconds, "times": times})
-        print(f"{out}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]}")
-    print(
-        f"{len(batch)} in {seconds:.2f} s" + "".join(f", {name} {value:.3f}" for name, value in (times or {}).items())
-    )
+        together = f" (with {len(batch) - 1} more)" if len(batch) > 1 else ""
+        print(f"{out}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} in {seconds:.2f} s{together}")
+    if timed:
+        print("seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in times.items()))
 
 
 FLAGS = flags.FLAGS
