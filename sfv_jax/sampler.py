@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from PIL import Image
 
 from sfv_jax import edm
@@ -17,7 +17,7 @@ from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise, finite
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runs import load_generator
-from sfv_jax.sharding import batch_sharding, param_shardings, put_tree
+from sfv_jax.sharding import batch_sharding, on_mesh, param_shardings, replicated_sharding
 from sfv_jax.state import DTYPES, Networks
 
 Array = jax.Array
@@ -149,7 +149,8 @@ class Sampler:
         def generate(params, noise, condition, sigmas, guidance, keys):
             return sample(networks.generator(params), noise, condition, sigmas, guidance, keys)
 
-        self._generate, self._finite = generate, jax.jit(finite)
+        self._generate = generate if mesh is None else on_mesh(mesh, generate)
+        self._finite = jax.jit(finite)
 
     @classmethod
     def load(
@@ -275,7 +276,7 @@ class Sampler:
 
         def stage(name: str, fn: Callable, *args, **kw) -> Array:
             began = time.perf_counter()
-            result = fn(*args, **kw)
+            result = (fn if self.mesh is None else on_mesh(self.mesh, fn))(*args, **kw)
             if times is not None:
                 jax.block_until_ready(result)
                 times[name] = time.perf_counter() - began
@@ -362,7 +363,7 @@ class Sampler:
         if self.mesh is None:
             return batch
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        everywhere, split = NamedSharding(self.mesh, PartitionSpec()), batch_sharding(self.mesh)
+        everywhere, split = replicated_sharding(self.mesh), batch_sharding(self.mesh)
         return jax.tree.map(lambda x: jax.device_put(x, everywhere if len(x) % parts else split), batch)
 
     def _raise_nonfinite(self, checks: dict[str, Array], count: int) -> None:
@@ -388,7 +389,7 @@ class Sampler:
 
 def _place(mesh: Mesh | None, params: tree.Params) -> tree.Params:
     """`params` over `mesh` by the rule of training, or as they are."""
-    return params if mesh is None else put_tree(params, param_shardings(mesh, params))
+    return params if mesh is None else jax.device_put(params, param_shardings(mesh, params))
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from sfv_jax import edm
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.sampler import NonFiniteError, Sampler, guidance_ramp, sample, step_noise
-from sfv_jax.sharding import make_mesh, param_shardings, put_tree
+from sfv_jax.sharding import make_mesh, param_shardings
 from sfv_jax.state import Networks
 from tests.conftest import noise
 
@@ -104,7 +104,7 @@ def test_a_mesh_changes_nothing(sampler, monkeypatch):
     monkeypatch.setattr("sfv_jax.sharding.SMALL", 0)  # these parameters are too small to be worth sharding
     images = np.concatenate([IMAGES, IMAGES[:1]])
     mesh = make_mesh(data=2, fsdp=2, spatial=2)
-    params = put_tree(sampler.params, param_shardings(mesh, sampler.params))
+    params = jax.device_put(sampler.params, param_shardings(mesh, sampler.params))
     assert any(len(x.sharding.device_set) == 8 and not x.is_fully_replicated for x in jax.tree.leaves(params))
     call = dict(seed=[7, 40, 9], steps=2, sampler="sfv", guidance=(1.0, 2.0))
     found = Sampler(UNET, params, CODEC, mesh=mesh)(images, **call)
