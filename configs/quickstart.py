@@ -26,7 +26,9 @@ def teacher():
     config = defaults.tiny(defaults.teacher())
     config.steps = 1100
     config.ema_decay = 0.995
-    config.generator_optimizer.update(lr=3e-3, b2=0.99, warmup_steps=50, decay_steps=1050, clip_norm=1.0)
+    config.generator_optimizer.update(
+        lr=3e-3, b2=0.99, warmup_steps=50, clip_norm=1.0, schedule="cosine", decay_steps=1050
+    )
     config.teacher.update(cond_drop=0.0)
     config.update(log_every=50, checkpoint_every=275, sample_every=275)
     return config

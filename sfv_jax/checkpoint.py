@@ -28,6 +28,15 @@ MAY_CHANGE = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.spatial",
+    "alarms.on_alarm",
+    "alarms.patience",
+    "alarms.min_live",
+    "alarms.max_gap",
+    "alarms.min_motion",
+    "alarms.max_data_wait",
+    "wandb_project",
+    "profile_start",
+    "profile_steps",
 )
 DAMAGED = "damaged"  # folder of a workdir for checkpoints that cannot be read
 

@@ -12,14 +12,23 @@ from sfv_jax.models.unet import UNetConfig
 
 def sm3(lr: float, **changes) -> ConfigDict:
     """SM3 with the paper's momentum 0.5 and beta 0.999; no warm-up is mentioned there."""
-    fields = dict(name="sm3", lr=lr, momentum=0.5, beta=0.999, warmup_steps=0, decay_steps=0, clip_norm=0.0)
-    return ConfigDict(fields | changes)
+    return ConfigDict(dict(name="sm3", momentum=0.5, beta=0.999) | schedule(lr) | changes)
 
 
 def adamw(lr: float, **changes) -> ConfigDict:
     """AdamW; SVD itself was trained with it (svd paper, appendix D)."""
-    fields = dict(name="adamw", lr=lr, b1=0.9, b2=0.999, weight_decay=0.0, warmup_steps=0, decay_steps=0, clip_norm=0.0)
-    return ConfigDict(fields | changes)
+    return ConfigDict(dict(name="adamw", b1=0.9, b2=0.999, weight_decay=0.0) | schedule(lr) | changes)
+
+
+def schedule(lr: float) -> dict:
+    """Fields of both optimisers. All are choices: the paper gives a learning rate and nothing more."""
+    return dict(
+        lr=lr,
+        warmup_steps=0,  # linear, from lr / warmup_steps; SM3's first step is 16 times lr, so 100 or so is worth a try
+        schedule="constant",  # after the warm-up: "constant", "cosine" or "linear" (to zero)
+        decay_steps=0,  # length of "cosine" and "linear"
+        clip_norm=0.0,  # largest norm of the gradient; 0: any
+    )
 
 
 def default() -> ConfigDict:
@@ -35,6 +44,9 @@ def default() -> ConfigDict:
             accumulation_steps=1,
             dtype="bfloat16",  # compute dtype; parameters and optimiser state are fp32
             ema_decay=0.95,  # paper
+            # Generator parameters to train: "all" (paper), "temporal", "spatial", or a regular expression on their
+            # paths ("up_blocks|conv_out"). The others have no gradient and no optimiser state. Heads always learn.
+            trainable="all",
             # How the UNet is computed, for any `init`. Without `init` any other field of UNetConfig may be added.
             unet=dict(
                 remat=False,  # recompute resnets and transformer halves in the backward pass: less memory, more time
@@ -57,6 +69,19 @@ def default() -> ConfigDict:
             keep_every=0,  # and for ever those of steps that this divides; 0: none
             sample_every=1000,  # 0: never
             sample_count=4,
+            # A run that goes wrong says so; thresholds and what they compare are in sfv_jax/alarms.py. 0 turns one off.
+            # All are choices. A number that is not finite always stops the run.
+            alarms=dict(
+                on_alarm="warn",  # or "stop", with the exit code 1 and the last checkpoint as it is
+                patience=3,  # log intervals in a row
+                min_live=0.02,  # the discriminator is saturated: less of its losses' slope is left (`live/*`)
+                max_gap=20.0,  # the same: fake less real logits (`gap/*`); hinge losses need a gap of 2
+                min_motion=0.05,  # frames stand still: energy of frame differences, fakes over real, at one step
+                max_data_wait=0.2,  # share of the time spent waiting for data while the accelerator is idle; only warns
+            ),
+            wandb_project="",  # also write to this Weights & Biases project; needs `pip install wandb`
+            profile_start=0,  # jax.profiler traces of the `profile_steps` steps after this one, in WORKDIR/profile
+            profile_steps=0,
         )
     )
 
@@ -82,9 +107,13 @@ def sfv() -> ConfigDict:
                 recon_weight=0.1,  # paper: lambda
                 recon_c=None,  # choice: 0.00054 sqrt(d), improved consistency training
                 recon_reduction="video",  # paper, Eq. 9 as printed
-                r1_weight=1e-5,  # choice: gamma of ADD (arXiv 2311.17042)
+                gan_loss="hinge",  # paper, Eq. 11; "relativistic": pairs of real and fake (R3GAN, arXiv 2501.05441)
+                r1_weight=1e-5,  # choice: gamma of ADD (arXiv 2311.17042); for "perturbation", APT uses 100
+                r2_weight=0.0,  # the same penalty on fakes; the paper has none
+                r1_form="gradient",  # on head inputs, exact; "perturbation": of clean latents (APT, arXiv 2501.08316)
+                perturbation_std=0.1,  # APT, for video
                 shared_noise=True,  # paper writes one s' and one eps' for the pair
-                generator_every=1,  # choice: one generator update per discriminator update
+                generator_every=1,  # choice: the generator learns in each n-th step; the others skip its backward pass
             ),
         )
     )

@@ -27,6 +27,37 @@ def adversarial_generator(fake: list[Array]) -> Array:
     return _mean_over_heads(fake)
 
 
+def relativistic_discriminator(real: list[Array], fake: list[Array]) -> Array:
+    """E softplus(D(x') - D(x_hat')), position by position: each fake is scored against its own real video.
+
+    R3GAN (arXiv 2501.05441), with its sign turned to ours. Real and fake must share noise level and noise.
+    """
+    return _mean_over_heads([jax.nn.softplus(r - f) for r, f in zip(real, fake, strict=True)])
+
+
+def relativistic_generator(real: list[Array], fake: list[Array]) -> Array:
+    """E softplus(D(x_hat') - D(x')): the discriminator's loss with the two exchanged."""
+    return relativistic_discriminator(fake, real)
+
+
+def live_share(real: Array, fake: Array, kind: str) -> Array:
+    """How much of its slope a head's loss has left, 0 to 1: the fake and the real are told apart perfectly at 0.
+
+    For "hinge", the share of terms that are not zero; for "relativistic", the mean of sigmoid(D(x') - D(x_hat')).
+    """
+    if kind == "relativistic":
+        return jnp.mean(jax.nn.sigmoid(real - fake))
+    return (jnp.mean(real > -1) + jnp.mean(fake < 1)) / 2
+
+
+def perturbation_penalty(logits: list[Array], perturbed: list[Array]) -> Array:
+    """R1 (or R2) without second derivatives: E (D(x) - D(x + s e))^2, mean over positions, then over heads.
+
+    APT (arXiv 2501.08316); divided by s^2 it tends to the squared directional derivative of D along e.
+    """
+    return _mean_over_heads([jnp.square(a - b) for a, b in zip(logits, perturbed, strict=True)])
+
+
 def r1_on_features(heads: Callable, features: list[Array]) -> Array:
     """R1 of Eq. 11 on the heads' inputs: E ||d sum(logits) / d features||^2 on real samples, mean over heads and batch.
 

@@ -1,6 +1,8 @@
 """Where numbers go: JSONL always, TensorBoard beside it, and one line or a progress bar for the person who waits."""
 
 import json
+import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,22 +11,29 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from sfv_jax.config import ConfigError
+
 
 class MetricWriter:
     """Scalars and pictures of a run, written by process 0 only.
 
-    `workdir/metrics.jsonl` gets one object per call of `scalars`; `workdir/tensorboard` the same plus the pictures.
+    `workdir/metrics.jsonl` gets one object per call of `scalars` (null where a number is not finite) and per alarm;
+    `workdir/tensorboard` the same plus the pictures, and so does the Weights & Biases project `wandb_project`, if any.
+
+    Raises:
+      ConfigError: if wandb is wanted but not installed.
     """
 
-    def __init__(self, workdir: Path, active: bool = True):
-        self.active = active
+    def __init__(self, workdir: Path, active: bool = True, wandb_project: str = "", config: dict | None = None):
+        self.workdir, self.active = workdir, active
+        self.wandb = open_wandb(wandb_project, workdir, config or {}) if active and wandb_project else None
         if active:
             workdir.mkdir(parents=True, exist_ok=True)
             self.path = workdir / "metrics.jsonl"
             self.board = SummaryWriter(str(workdir / "tensorboard"))
 
     def resume(self, step: int) -> None:
-        """Drops lines after `step` that a crashed run left behind, so that every step appears once."""
+        """Drops lines after `step` that a crashed run left behind, so that every step appears once; alarms stay."""
         if not self.active or not self.path.exists():
             return
         kept = []
@@ -33,7 +42,7 @@ class MetricWriter:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # the line the crash cut
                 continue
-            if entry["step"] <= step:
+            if entry["step"] <= step or "alarm" in entry:
                 kept.append(line)
         temporary = self.path.with_suffix(".jsonl.tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
@@ -42,20 +51,54 @@ class MetricWriter:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """`values` at `step` (1-based count of finished steps)."""
         if self.active:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **{k: float(v) for k, v in values.items()}}) + "\n")
+            self._append({"step": step} | {k: float(v) if math.isfinite(v) else None for k, v in values.items()})
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
             self.board.flush()
+            if self.wandb:
+                self.wandb.log(values, step=step)
+
+    def alarm(self, step: int, kind: str, message: str) -> None:
+        """`{"step", "alarm", "message"}` to metrics.jsonl, and a text to TensorBoard."""
+        if self.active:
+            self._append({"step": step, "alarm": kind, "message": message})
+            self.board.add_text(f"alarm/{kind}", message, step)
+            self.board.flush()
+            if self.wandb:
+                self.wandb.alert(title=kind, text=message)
+
+    def _append(self, entry: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """`image [h, w, 3]` uint8 to TensorBoard."""
         if self.active:
             self.board.add_image(name, image, step, dataformats="HWC")
+            if self.wandb:
+                self.wandb.log({name: self.wandb.Image(image)}, step=step)
 
     def close(self) -> None:
         if self.active:
             self.board.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def open_wandb(project: str, workdir: Path, config: dict):
+    """The wandb module with a run of `project` open; the same run again for the same workdir.
+
+    Raises:
+      ConfigError: if wandb is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        advice = "pip install wandb, or leave it empty"
+        raise ConfigError(f"config.wandb_project={project!r}, but wandb is not installed: {advice}") from error
+    name = re.sub(r"[^\w-]", "-", str(workdir.resolve()).strip("/"))[-60:]
+    wandb.init(project=project, id=name, name=workdir.name, dir=str(workdir), config=config, resume="allow")
+    return wandb
 
 
 class ProgressReport:

@@ -1,12 +1,17 @@
 """Optimisers: SM3 as SF-V uses it, AdamW, and the moving average of parameters."""
 
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from sfv_jax.models import tree
+
 Array = jax.Array
+TEMPORAL = r"(^|\.)(temporal_res_block|temporal_transformer_blocks|time_pos_embed|time_mixer)\."
+TRAINABLE = {"all": "", "temporal": TEMPORAL, "spatial": f"^(?!.*{TEMPORAL})"}
 
 
 class SM3State(NamedTuple):
@@ -64,8 +69,10 @@ def scale_by_sm3(momentum: float = 0.5, beta: float = 0.999, eps: float = 1e-30)
 def make_optimizer(config) -> optax.GradientTransformation:
     """Optimiser of a config section: `name` ("sm3" or "adamw"), `lr`, `warmup_steps` and the optimiser's own fields.
 
+    `schedule` says what follows the linear warm-up: "constant", or "cosine" or "linear" to zero in `decay_steps`.
+
     Raises:
-      ValueError: for an unknown name.
+      ValueError: for an unknown name or schedule, or a schedule that `decay_steps` contradicts.
     """
     if config.name == "sm3":
         scale = scale_by_sm3(config.momentum, config.beta)
@@ -73,9 +80,16 @@ def make_optimizer(config) -> optax.GradientTransformation:
         scale = optax.chain(optax.scale_by_adam(config.b1, config.b2), optax.add_decayed_weights(config.weight_decay))
     else:
         raise ValueError(f"optimiser {config.name!r}: choose 'sm3' or 'adamw'")
-    schedule = optax.schedules.constant_schedule(config.lr)
-    if config.decay_steps:
-        schedule = optax.schedules.cosine_decay_schedule(config.lr, config.decay_steps)
+    schedules = {
+        "constant": lambda: optax.schedules.constant_schedule(config.lr),
+        "cosine": lambda: optax.schedules.cosine_decay_schedule(config.lr, config.decay_steps),
+        "linear": lambda: optax.schedules.linear_schedule(config.lr, 0.0, config.decay_steps),
+    }
+    if config.schedule not in schedules:
+        raise ValueError(f"schedule {config.schedule!r}: choose 'constant', 'cosine' or 'linear'")
+    if (config.schedule == "constant") != (config.decay_steps == 0):
+        raise ValueError(f"schedule {config.schedule!r} does not go with decay_steps={config.decay_steps}")
+    schedule = schedules[config.schedule]()
     if config.warmup_steps:
         warmup = optax.schedules.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps)
         schedule = optax.schedules.join_schedules([warmup, schedule], [config.warmup_steps])
@@ -88,7 +102,25 @@ def ema_update(ema: optax.Params, params: optax.Params, decay: float | Array) ->
     return jax.tree.map(lambda e, p: (decay * e + (1 - decay) * p).astype(e.dtype), ema, params)
 
 
+def trainable(params: tree.Params, which: str) -> tree.Params:
+    """The part of UNet parameters that is trained: "all", "temporal", "spatial", or those a regular expression finds.
+
+    "temporal" is the temporal residual and transformer blocks, the embedding of the frame index and the mix factors;
+    "spatial" is the rest. Another `which` is searched for in dotted paths ("up_blocks|conv_out").
+
+    Raises:
+      ValueError: if it is no regular expression, or finds nothing.
+    """
+    try:
+        part = tree.select(params, TRAINABLE.get(which, which))
+    except re.error as error:
+        raise ValueError(f"trainable {which!r} is not a regular expression: {error}") from error
+    if not part:
+        raise ValueError(f"trainable {which!r} finds no parameter: use 'all', 'temporal', 'spatial' or parts of paths")
+    return part
+
+
 def apply(optimizer: optax.GradientTransformation, grads, opt_state, params) -> tuple:
-    """One step: (new params, new optimiser state)."""
+    """One step: (new params, new optimiser state, Euclidean norm of the update, fp32)."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
+    return optax.apply_updates(params, updates), opt_state, optax.global_norm(updates)

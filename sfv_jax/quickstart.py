@@ -18,6 +18,7 @@ from einops import rearrange
 from ml_collections import config_flags
 from PIL import Image, ImageDraw
 
+from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.video import write_video
@@ -123,7 +124,7 @@ def main(_):
         train(FLAGS.teacher, workdir / "teacher")
         print("2/3 SF-V: one step, from the teacher's weights")
         train(student, workdir / "sfv")
-    except (ConfigError, WorkdirError) as error:
+    except (ConfigError, TrainingStopped, WorkdirError) as error:
         sys.exit(f"quickstart: {error}")
     print("3/3 comparison on held-out clips")
     world = world_of(FLAGS.sfv)

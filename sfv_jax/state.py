@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sfv_jax import optim
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig, DiscriminatorHeads
 from sfv_jax.models.unet import UNet, UNetConfig
@@ -91,6 +92,65 @@ def accumulate(gradients: Callable, batch: dict, key: jax.Array, steps: int):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(body, zeros, (micro, keys))
     return jax.tree.map(lambda x: x / steps, total)
+
+
+def check_recipe(config, networks: Networks) -> Networks:
+    """`networks`, if `config.trainable` and `config.generator_optimizer` are possible with them.
+
+    Raises:
+      ValueError: saying which of them is not.
+    """
+    optim.make_optimizer(config.generator_optimizer)
+    optim.trainable(networks.abstract["generator"], config.trainable)
+    return networks
+
+
+def generator_state(config, params: Params) -> Params:
+    """What every method starts with: `step`, `generator` and `ema` (fp32 copies of `params`), `opt_g`.
+
+    The optimiser knows only the parameters that `config.trainable` names.
+    """
+    generator = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+    optimizer = optim.make_optimizer(config.generator_optimizer)
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "generator": generator,
+        "ema": jax.tree.map(jnp.copy, generator),
+        "opt_g": optimizer.init(optim.trainable(generator, config.trainable)),
+    }
+
+
+def update_generator(config, state: Params, grads: Params, ema_decay) -> tuple[Params, dict]:
+    """New `generator`, `ema` and `opt_g` from gradients of the trained part; frozen parameters are left as they are.
+
+    Also returns `norm/generator_update`, and `norm/ema_distance` between the new parameters and their average.
+    """
+    generator, ema = state["generator"], state["ema"]
+    optimizer = optim.make_optimizer(config.generator_optimizer)
+    part, opt_g, moved = optim.apply(optimizer, grads, state["opt_g"], tree.subtree(generator, grads))
+    average = optim.ema_update(tree.subtree(ema, grads), part, ema_decay)
+    distance = global_norm(jax.tree.map(jnp.subtract, part, average))
+    new = {"generator": tree.merge(generator, part), "ema": tree.merge(ema, average), "opt_g": opt_g}
+    return new, {"norm/generator_update": moved, "norm/ema_distance": distance}
+
+
+def watch(**trees: Params) -> dict[str, jax.Array]:
+    """`norm/NAME` of each tree but the batch, and `nonfinite/NAME/BLOCK`: whether a block holds NaN or infinity.
+
+    A block is what the first part of a path names, or the first two where blocks are numbered ("down_blocks.0"). Both
+    come from one sum of squares per block, so an overflow of the sum counts as not finite.
+    """
+    metrics = {}
+    for name, params in trees.items():
+        blocks = {}
+        for path, x in tree.flatten(params).items():
+            parts = path.split(".")
+            block = ".".join(parts[: 2 if parts[1:] and parts[1].isdigit() else 1])
+            blocks[block] = blocks.get(block, 0.0) + jnp.sum(jnp.square(x.astype(jnp.float32)))
+        if name != "batch":
+            metrics[f"norm/{name}"] = jnp.sqrt(sum(blocks.values()))
+        metrics |= {f"nonfinite/{name}/{block}": ~jnp.isfinite(square) for block, square in blocks.items()}
+    return metrics
 
 
 def global_norm(tree_: Params) -> jax.Array:

@@ -12,28 +12,26 @@ and TPU pods need no flags; launch/ has scripts. The workdir must be on a disk t
 import errno
 import os
 import sys
-import time
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import app, flags, logging
-from einops import rearrange
 from ml_collections import ConfigDict, config_flags
 
 from sfv_jax import config as configs
+from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoint import Checkpoints, WorkdirError, claim_workdir
 from sfv_jax.config import ConfigError
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.loader import encoders_of, latent_source, make_loader, world_source
-from sfv_jax.data.video import write_video
+from sfv_jax.journal import Journal
 from sfv_jax.methods import METHODS
 from sfv_jax.metrics import MetricWriter, ProgressReport
-from sfv_jax.processes import ProcessError, join, once, whole
+from sfv_jax.pictures import Pictures
+from sfv_jax.processes import ProcessError, join, once
 from sfv_jax.runs import Base, describe_run, load_generator
-from sfv_jax.sampler import Sampler
 from sfv_jax.sharding import (
     batch_sharding,
     local_rows,
@@ -44,6 +42,7 @@ from sfv_jax.sharding import (
     replicated_sharding,
     with_shardings,
 )
+from sfv_jax.speed import Clock, Trace, count_flops, peak_flops
 from sfv_jax.state import Networks
 from sfv_jax.stopping import StopRequest
 from sfv_jax.weights.checkpoint import encoders_identity, read_model
@@ -119,47 +118,6 @@ def check_encoders(config: ConfigDict, base: Base) -> None:
         )
 
 
-class Pictures:
-    """Samples from fixed conditions, drawn now and then: rows are conditions, columns frames, the truth on top."""
-
-    def __init__(self, config: ConfigDict, base: Base, source, workdir: Path, mesh: jax.sharding.Mesh):
-        examples = [source[n] for n in range(min(config.sample_count, len(source)))]
-        batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
-        self.condition = {k: batch[k] for k in ("cond_latent", "image_embed", "ids")}
-        self.sampler = Sampler(base.unet, None, base.codec)
-        self.generate = on_mesh(mesh, self.sampler.latents)
-        self.noise = np.asarray(jax.random.normal(jax.random.key(config.seed), batch["latents"].shape))
-        self.steps = config.teacher.sample_steps if config.method == "teacher" else 1
-        self.truth = np.asarray(base.codec.decode(batch["latents"]))
-        self.folder = workdir / "samples"
-
-    def draw(self, params, step: int) -> np.ndarray | None:
-        """Writes `samples/STEP.png` (a strip of all frames) and `.gif`; returns the strip.
-
-        Every process takes part in computing; process 0 writes, the others return None.
-        """
-        self.sampler.params = params
-        latents = whole(self.generate(self.condition, self.noise, steps=self.steps))
-        if jax.process_index() > 0:
-            return None
-        fakes = np.asarray(self.sampler.codec.decode(latents))
-        frames = rearrange(np.concatenate([self.truth, fakes], axis=2), "b t h w c -> t h (b w) c")
-        frames = enlarge(frames, 2)
-        self.folder.mkdir(exist_ok=True)
-        write_video(self.folder / f"{step:07d}.gif", frames)
-        strip = rearrange(np.stack([self.truth, fakes], axis=1), "b n t h w c -> (b n h) (t w) c")
-        strip = enlarge(strip[None], 2)
-        write_video(self.folder / f"{step:07d}.png", strip)
-        return strip[0]
-
-
-def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
-    """`[t, h, w, 3]` with every pixel repeated when the frames are small (below 256 pixels), else as they are."""
-    if frames.shape[1] >= 256:
-        return frames
-    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
 def train(config: ConfigDict, workdir: Path) -> dict:
     """Trains until `config.steps`; returns the final state (nested dict of arrays)."""
     if config.method not in METHODS:
@@ -199,7 +157,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
         checkpoints = stack.enter_context(
             closing(Checkpoints(workdir, config.keep_checkpoints, config.keep_every, config.to_dict()))
         )
-        writer = stack.enter_context(closing(MetricWriter(workdir, chief)))
+        writer = stack.enter_context(closing(MetricWriter(workdir, chief, config.wandb_project, config.to_dict())))
         restored = checkpoints.restore(with_shardings(abstract[0], shardings[0]))
         latest = restored[0] if restored else None
         writer.resume(latest or 0)
@@ -222,101 +180,88 @@ def train(config: ConfigDict, workdir: Path) -> dict:
         pictures = None
         if config.sample_every and (latest or 0) < config.steps:
             held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
-            pictures = Pictures(config, base, held_out, workdir, mesh)
+            pictures = Pictures(config, base, held_out, workdir, writer, mesh)
         report = stack.enter_context(closing(ProgressReport(config.steps, latest or 0, chief, config.method)))
-        stop = stack.enter_context(StopRequest())
-        batches = (put_batch(mesh, batch) for batch in loader)
+        flops = count_step(config, method, base, abstract, source[0])
+        clock = Clock(report.first, flops, peak_flops(jax.devices()[0].device_kind))
+        out = Outputs(
+            Journal(config, clock, writer, report, checkpoints.latest),
+            pictures,
+            checkpoints,
+            stack.enter_context(closing(Trace(workdir / "profile", config.profile_start, config.profile_steps))),
+        )
         return loop(
             config,
             on_mesh(mesh, lambda state, batch: step_fn(state, frozen, batch)),
             state,
-            batches,
             loader,
-            pictures,
-            checkpoints,
-            writer,
-            report,
-            stop,
+            lambda batch: put_batch(mesh, batch),
+            out,
+            stack.enter_context(StopRequest()),
         )
 
 
-def loop(config, step_fn, state, batches, loader, pictures, checkpoints, writer, report, stop) -> dict:
-    """Steps from where `report` starts to `config.steps`, or until asked to `stop`; returns the last state."""
-    pending, interval, clock = None, [], Clock(report.first)
+@dataclass(frozen=True)
+class Outputs:
+    """What a run fills besides its state."""
+
+    journal: Journal
+    pictures: Pictures | None
+    checkpoints: Checkpoints
+    trace: Trace
+
+
+def loop(config, step_fn, state, loader, put, out: Outputs, stop: StopRequest) -> dict:
+    """Steps from where the report starts to `config.steps`, or until asked to `stop`; returns the last state.
+
+    Args:
+      step_fn: `(state, batch) -> (state, metrics)`.
+      put: from a batch of `loader` to one on devices.
+    Raises:
+      TrainingStopped: if something went wrong; checkpoints are sound.
+    """
+    journal, report = out.journal, out.journal.report
     for step in range(report.first + 1, config.steps + 1):
-        with clock.waiting():
-            batch = next(batches)
-        state, metrics = step_fn(state, batch)
-        interval.append(metrics)
+        with journal.clock.measure("data_wait"):
+            batch = put(next(loader))
+        out.trace.at(step, state)
+        with journal.clock.measure("device"):
+            state, metrics = step_fn(state, batch)
+        journal.add(metrics)
         report.advance(step)
         stopped = step < config.steps and stop.asked(step)
         last = stopped or step == config.steps
         if step % config.log_every == 0 or last:
-            # The device is never waited for: what is fetched now was finished an interval ago.
-            log(writer, report, clock, pending)
-            pending, interval = (step, interval), []
+            journal.end_interval()
         if step % config.checkpoint_every == 0 or last:
-            # A run resumed here writes no line for the steps before; saving waits for the device anyway.
-            log(writer, report, clock, pending)
-            pending = None
-            checkpoints.save(step, state, loader.get_state())
-        if pictures and (step % config.sample_every == 0 or last):
-            strip = pictures.draw(state["ema"], step)
-            if strip is not None:
-                writer.image(step, "samples", strip)
-            clock.pause()
+            # A run resumed here writes no line for the steps before, and nothing bad may be saved.
+            journal.flush(everything=True)
+            out.checkpoints.save(step, state, loader.get_state())
+        if out.pictures and (step % config.sample_every == 0 or last):
+            out.pictures.draw(state["generator"], state["ema"], step)
+            journal.clock.pause()
         if stopped:
             report.print(f"asked to stop: saved step {step}; run the same command again to continue")
             break
     return state
 
 
-class Clock:
-    """Step time and the part of it spent waiting for data, between calls of `lap`."""
+def count_step(config: ConfigDict, method, base: Base, abstract: tuple, example: dict) -> float | None:
+    """FLOPs of a train step per device: matrix products and convolutions. None on CPU, where nobody asks.
 
-    def __init__(self, step: int):
-        self.step, self.began, self.data = step, None, 0.0
+    Recomputation (`remat`) is not counted, as is usual for model FLOPs; a step in which the generator waits
+    (`sfv.generator_every`) counts like one in which it learns.
 
-    def waiting(self):
-        """Context manager around the wait for a batch."""
-        return _Stopwatch(self)
-
-    def pause(self) -> None:
-        """Leaves what happened since the last lap out of the next one."""
-        self.began = None
-
-    def lap(self, step: int) -> dict:
-        """Seconds per step since the last lap; empty for the first, which compiled, and after a pause."""
-        now, times = time.monotonic(), {}
-        if self.began is not None and step > self.step:
-            steps = step - self.step
-            times = {"time/step": (now - self.began) / steps, "time/data_wait": self.data / steps}
-        self.step, self.began, self.data = step, now, 0.0
-        return times
-
-
-class _Stopwatch:
-    def __init__(self, clock: Clock):
-        self.clock = clock
-
-    def __enter__(self):
-        self.start = time.monotonic()
-
-    def __exit__(self, *_):
-        self.clock.data += time.monotonic() - self.start
-
-
-def log(writer: MetricWriter, report: ProgressReport, clock: Clock, pending: tuple | None) -> None:
-    """Writes the means over an interval, `pending (last step, metrics of every step)`, with the time per step."""
-    if pending is None:
-        return
-    step, metrics = pending
-    metrics = jax.device_get(metrics)
-    values = {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]} | clock.lap(step)
-    writer.scalars(step, values)
-    losses = "  ".join(f"{k.removeprefix('loss/')} {v:.4g}" for k, v in values.items() if k.startswith("loss/"))
-    speed = f"{values['time/step']:.3f} s/step  " if "time/step" in values else ""
-    report.note(step, speed + losses)
+    Args:
+      abstract: (state, frozen), shapes.
+      example: one example of the data, numpy.
+    """
+    if jax.default_backend() == "cpu":
+        return None
+    plain = replace(base.unet, remat=False, attention_kernel="einsum")
+    step = method.make_train_step(method.make_networks(plain, config), config)
+    batch = {k: jax.ShapeDtypeStruct((config.batch_size, *v.shape), v.dtype) for k, v in example.items()}
+    return count_flops(step, *abstract, batch) / jax.device_count()
 
 
 FLAGS = flags.FLAGS
@@ -327,7 +272,7 @@ def main(_):
     try:
         join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         train(FLAGS.config, Path(FLAGS.workdir))
-    except (ConfigError, LatentError, ProcessError, WeightsError, WorkdirError) as error:
+    except (ConfigError, LatentError, ProcessError, TrainingStopped, WeightsError, WorkdirError) as error:
         sys.exit(f"train: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

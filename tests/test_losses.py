@@ -110,6 +110,37 @@ def test_r1_is_a_mean_over_samples(two_heads):
     np.testing.assert_allclose(r1(features), np.mean(alone), rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["relativistic", "perturbation"])
+def test_new_losses_and_their_gradients_are_torchs(kind):
+    torch = pytest.importorskip("torch")
+    a, b = ([noise(n, 2, 3, 4, 4), noise(n + 1, 2, 3, 2, 2)] for n in (0, 2))
+    if kind == "relativistic":  # -log sigmoid(D(fake) - D(real)): fake is to score higher
+        ours, theirs = losses.relativistic_discriminator, lambda r, f: -torch.nn.functional.logsigmoid(f - r).mean()
+        swapped = losses.relativistic_generator
+    else:
+        ours, theirs = losses.perturbation_penalty, torch.nn.functional.mse_loss
+        swapped = ours
+    value, gradients = jax.value_and_grad(ours, argnums=(0, 1))(a, b)
+    tensors = [[torch.tensor(x, requires_grad=True) for x in maps] for maps in (a, b)]
+    expected = sum(theirs(x, y) for x, y in zip(*tensors, strict=True)) / 2
+    expected.backward()
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    for found, reference in zip(jax.tree.leaves(gradients), [x for maps in tensors for x in maps], strict=True):
+        np.testing.assert_allclose(found, reference.grad.numpy(), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(swapped(b, a), value, rtol=1e-6)
+
+
+def test_relativistic_signs():
+    """The discriminator pushes real down and fake up; the generator pulls fakes down."""
+    real, fake = [full(0.0)], [full(0.0)]
+    real_slope, fake_slope = jax.grad(losses.relativistic_discriminator, argnums=(0, 1))(real, fake)
+    assert jnp.all(real_slope[0] > 0) and jnp.all(fake_slope[0] < 0)
+    assert jnp.all(jax.grad(losses.relativistic_generator, argnums=1)(real, fake)[0] > 0)
+    for kind in ("hinge", "relativistic"):
+        live = [losses.live_share(full(-x), full(x), kind) for x in (-20.0, 0.0, 20.0)]
+        np.testing.assert_allclose(live, [1.0, 1.0 if kind == "hinge" else 0.5, 0.0], atol=1e-6)
+
+
 def test_pseudo_huber():
     x, target = noise(0, 3, 2, 4, 4, 4), noise(1, 3, 2, 4, 4, 4)
     square = np.sum((x - target).astype(np.float64) ** 2, axis=(1, 2, 3, 4))

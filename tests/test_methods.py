@@ -3,17 +3,21 @@
 Most tests run the methods on plain functions in place of the networks (`Plain`), which keep what they are called with.
 """
 
+import sys
+import types
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sfv_jax import config as configs
-from sfv_jax import edm
+from sfv_jax import edm, losses, optim
 from sfv_jax.methods import sfv, teacher
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig
-from sfv_jax.models.unet import UNetConfig
+from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.state import accumulate
 from tests.conftest import noise
 
@@ -87,10 +91,10 @@ def unscaled(call: list) -> tuple[np.ndarray, np.ndarray]:
 class Trace:
     """One call of the SF-V gradients on plain networks, and what it says about the draws inside."""
 
-    def __init__(self, **changes):
+    def __init__(self, method=sfv, **changes):
         self.config, self.networks, self.batch = sfv_config(**changes), Plain(), make_batch(32)
         self.heads, self.frozen = self.networks.params["heads"], {"backbone": self.networks.params["backbone"]}
-        gradients = sfv.make_gradients(self.networks, self.config)
+        gradients = method.make_gradients(self.networks, self.config)
         self.generator = self.networks.params["generator"]
         self.g_grads, self.d_grads, self.metrics = gradients(
             self.generator, self.heads, self.frozen, self.batch, jax.random.key(0)
@@ -99,10 +103,10 @@ class Trace:
         self.calls = dict(self.networks.calls)
         (call,) = self.calls["generator"]
         self.sigma, self.x_t = unscaled(call)
-        # The two backbone calls, real first: only there is what was added to x0 standard normal times sigma.
+        # The backbone calls, real first: only there is what was added to x0 standard normal times sigma.
         noised = [unscaled(call) for call in self.calls["backbone"]]
-        assert len(noised) == 2
-        self.real, self.fake = sorted(noised, key=lambda pair: np.std(self.noise_of(*pair)))
+        self.real, *self.perturbed, self.fake = sorted(noised, key=lambda pair: np.std(self.noise_of(*pair)))
+        assert len(self.perturbed) == (self.config.sfv.r1_form == "perturbation")
 
     def noise_of(self, sigma: np.ndarray, x: np.ndarray) -> np.ndarray:
         return (x - self.batch["latents"]) / wide(sigma)
@@ -214,6 +218,55 @@ def test_heads_gradient(trace):
     np.testing.assert_allclose(trace.metrics["loss/r1"], r1, rtol=1e-4)
 
 
+def test_relativistic_pairs_and_perturbation():
+    """R3GAN's loss with our sign, and APT's R1: noise on clean latents, at the level and noise of the real call."""
+    trace = Trace(
+        gan_loss="relativistic", r1_form="perturbation", r1_weight=0.3, perturbation_std=0.1, recon_weight=0.0
+    )
+    (sigma, real), (sigma_p, perturbed) = trace.real, trace.perturbed[0]
+    np.testing.assert_array_equal(sigma, sigma_p)
+    np.testing.assert_allclose(np.std(perturbed - real), 0.1, rtol=0.05)
+    assert abs(np.corrcoef((perturbed - real).ravel(), trace.noise_of(sigma, real).ravel())[0, 1]) < 0.05
+    added = trace.fake[1] - trace.denoise(trace.generator)
+    features = [trace.features(sigma, x) for x in (real, perturbed, trace.fake[1])]
+
+    def adversarial(generator):
+        fake = trace.logits(trace.heads, trace.features(sigma, trace.denoise(generator) + added), sigma)
+        pairs = zip(trace.logits(trace.heads, features[0], sigma), fake, strict=True)
+        return sum(jnp.mean(jnp.log1p(jnp.exp(f - r))) for r, f in pairs) / 2
+
+    def discriminator(heads):
+        real, perturbed, fake = (trace.logits(heads, f, sigma) for f in features)
+        loss = sum(jnp.mean(jnp.log1p(jnp.exp(r - f))) for r, f in zip(real, fake, strict=True)) / 2
+        return loss + 0.3 * sum(jnp.mean((r - p) ** 2) for r, p in zip(real, perturbed, strict=True)) / 2
+
+    assert_trees_close(trace.g_grads, jax.grad(adversarial)(trace.generator))
+    assert_trees_close(trace.d_grads, jax.grad(discriminator)(trace.heads))
+    np.testing.assert_allclose(trace.metrics["loss/adversarial"], adversarial(trace.generator), rtol=1e-4)
+
+
+def test_r2_is_r1_on_fakes():
+    """With the fake in place of the real, R1 is what R2 was."""
+    trace = Trace(r1_weight=0.0, r2_weight=0.3)
+    sigma, features = trace.fake[0], trace.features(*trace.fake)
+    expected = losses.r1_on_features(lambda f: trace.logits(trace.heads, f, sigma), features)
+    np.testing.assert_allclose(trace.metrics["loss/r2"], expected, rtol=1e-4)
+    assert trace.metrics["loss/r1"] == 0
+    without = Trace(r1_weight=0.0)
+    assert not np.allclose(trace.d_grads["a"], without.d_grads["a"], rtol=1e-3)
+    assert_trees_close(trace.g_grads, without.g_grads)
+
+
+def test_motion_is_that_of_one_step_samples(trace):
+    """Sums over samples from the highest level, so that a still generator shows although lower levels copy motion."""
+    top = trace.sigma > 100
+    assert 0 < top.sum() < len(top)
+    top = top & (trace.sigma > 600)
+    for name, x in (("fake", np.asarray(trace.denoise(trace.generator))), ("real", trace.batch["latents"])):
+        energy = np.mean((x[top, 1:] - x[top, :-1]) ** 2) * top.mean()
+        np.testing.assert_allclose(trace.metrics[f"motion/{name}"], energy, rtol=1e-3)
+
+
 def test_gradient_ratio_is_that_of_the_weighted_parts(trace):
     name = "ratio/adv_to_rec_gradient"
     other = Trace(shared_noise=trace.config.sfv.shared_noise, recon_weight=0.2, adv_weight=3.0)
@@ -268,6 +321,128 @@ def test_step_counts_averages_and_draws_anew():
     config = sfv_config()
     config.seed = 1
     assert moved(second, plain_step(config)[1], "generator")
+
+
+def test_a_waiting_generator_runs_nothing_backward():
+    networks, config, backwards = Plain(), sfv_config(generator_every=2), []
+
+    @jax.custom_vjp
+    def tap(x):
+        return x
+
+    def backward(_, gradient):
+        jax.debug.callback(lambda: backwards.append(1))
+        return (gradient,)
+
+    tap.defvjp(lambda x: (x, None), backward)
+    networks.generator = lambda params: lambda *inputs: tap(networks.run("generator", params, *inputs))
+    params = networks.params
+    gradients = jax.jit(sfv.make_gradients(networks, config))
+
+    def run(turn):
+        found = gradients(params["generator"], params["heads"], params, make_batch(4), jax.random.key(0), turn)
+        jax.effects_barrier()
+        return found
+
+    g_grads, d_grads, metrics = run(False)
+    assert not backwards and not any(np.any(x) for x in jax.tree.leaves(g_grads))
+    assert np.isnan(metrics["ratio/adv_to_rec_gradient"]) and np.isfinite(metrics["loss/adversarial"])
+    learned, same_d_grads, _ = run(True)
+    assert len(backwards) == 1 and all(np.any(x) for x in jax.tree.leaves(learned))
+    assert_trees_close(d_grads, same_d_grads)
+
+
+@pytest.mark.parametrize("optimizer", [configs.sm3(1e-3), configs.adamw(1e-3, weight_decay=0.5)], ids=["sm3", "adamw"])
+def test_frozen_parameters_stay_bit_for_bit(optimizer):
+    config = sfv_config()
+    config.generator_optimizer, config.trainable, config.ema_decay = optimizer, "^w", 0.37
+    first, _, third = plain_step(config, 2)
+    for name in ("generator", "ema"):
+        np.testing.assert_array_equal(first[name]["c"], third[name]["c"])
+        assert not np.array_equal(first[name]["w"], third[name]["w"])
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(third["opt_g"])]
+    assert any("['w']" in p for p in paths) and not any("['c']" in p for p in paths)
+    # What is trained gets the gradient it would get anyway.
+    config.generator_optimizer, config.trainable = configs.sm3(1e-3), "all"
+    free = plain_step(config)[1]["opt_g"][1].momentum["w"]
+    config.trainable = "^w"
+    np.testing.assert_allclose(plain_step(config)[1]["opt_g"][1].momentum["w"], free, rtol=1e-4)
+
+
+def test_trained_parts_of_svd():
+    unet = tree.abstract(UNet, UNetConfig.svd())[1]
+    sizes = {which: tree.count(optim.trainable(unet, which)) for which in ("all", "temporal", "spatial")}
+    assert sizes == {"all": 1_524_623_082, "temporal": 656_076_838, "spatial": 1_524_623_082 - 656_076_838}
+    assert set(optim.trainable(unet, "up_blocks|conv_out")) == {"up_blocks", "conv_out"}
+    with pytest.raises(ValueError, match="finds no parameter"):
+        optim.trainable(unet, "temporel")
+    with pytest.raises(ValueError, match="not a regular expression"):
+        optim.trainable(unet, "up_blocks[")
+
+
+MUTATIONS = {  # module, what stands in it, what it becomes
+    "hinge after averaging": (
+        "sfv",
+        "loss_d(real, fake_)",
+        "loss_d([jnp.mean(x) for x in real], [jnp.mean(x) for x in fake_])",
+    ),
+    "R1 through the backbone": (
+        "sfv",
+        "losses.r1_on_features(score, features)",
+        "losses.r1_on_features(lambda x: score(encode(x[0], sigma, noise)), [x])",
+    ),
+    "latents scaled twice": ("sfv", 'x0 = batch["latents"]', 'x0 = batch["latents"] * 0.18215'),
+    "real made of noise": ("sfv", "encode(x0, sigma_r, noise_r)", "encode(noise_r, sigma_r, noise_r)"),
+    "velocity taken for x0": (
+        "sfv",
+        "return edm.denoise(networks.generator(tree.merge(generator, part)), x_t, sigma, batch)",
+        "return networks.generator(tree.merge(generator, part))(edm.model_input(x_t, batch['cond_latent'], sigma), "
+        "edm.scalings(sigma)[3], batch['image_embed'], batch['ids'])",
+    ),
+    "one sigma' for the batch": (
+        "sfv",
+        "edm.draw_levels(k[0], d_sigmas, d_probabilities, (b,))",
+        "jnp.repeat(edm.draw_levels(k[0], d_sigmas, d_probabilities, (1,)), b)",
+    ),
+    "EMA of the old generator": (
+        "state",
+        "optim.ema_update(tree.subtree(ema, grads), part,",
+        "optim.ema_update(ema, generator,",
+    ),
+    "frozen weights trained": ("sfv", "part = optim.trainable(generator, config.trainable)", "part = generator"),
+}
+CHECKS = [test_discriminator_sees_scaled_renoised_latents, test_generator_gradient, test_heads_gradient]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutations_are_noticed(monkeypatch, mutation):
+    name, old, new = MUTATIONS[mutation]
+    module = {"sfv": sfv, "state": sys.modules["sfv_jax.state"]}[name]
+    source = Path(module.__file__).read_text()
+    assert old in source, f"write the mutation {mutation!r} anew: the code has changed"
+    mutant = types.ModuleType(mutation)
+    exec(compile(source.replace(old, new), mutation, "exec"), mutant.__dict__)  # noqa: S102
+    with pytest.raises((AssertionError, ValueError, TypeError)):
+        if mutation in ("EMA of the old generator", "frozen weights trained"):
+            for attribute in ("update_generator", "make_gradients"):
+                if hasattr(mutant, attribute):
+                    monkeypatch.setattr(sfv, attribute, getattr(mutant, attribute))
+            test_step_counts_averages_and_draws_anew()
+            test_frozen_parameters_stay_bit_for_bit(configs.sm3(1e-3))
+        else:
+            check_all(mutant)
+
+
+def check_all(module) -> None:
+    trace = Trace(module, r1_weight=0.3)
+    for check in CHECKS:
+        check(trace)
+
+
+def test_no_mutation_is_no_mistake():
+    copy = types.ModuleType("copy")
+    exec(compile(Path(sfv.__file__).read_text(), "copy", "exec"), copy.__dict__)  # noqa: S102
+    check_all(copy)
 
 
 def test_generator_can_wait_for_the_discriminator():
@@ -332,7 +507,7 @@ def test_every_used_parameter_gets_a_gradient(one_step):
 
 def test_step_reports_finite_numbers(one_step):
     metrics = one_step[-1]
-    assert {"loss/hinge", "loss/r1", "norm/heads_gradient", "live_hinge/temporal_0"} <= metrics.keys()
+    assert {"loss/hinge", "loss/r1", "norm/heads_gradient", "live/temporal_0"} <= metrics.keys()
     assert all(np.isfinite(v) for v in metrics.values()) and metrics["loss/r1"] > 0
 
 

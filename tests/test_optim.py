@@ -67,7 +67,7 @@ def test_first_step_is_sixteen_learning_rates(size):
     optimizer = optim.make_optimizer(configs.sm3(1e-3))
     params = {"w": jnp.zeros((3, 3)), "b": jnp.zeros(())}
     grads = jax.tree.map(lambda p: jnp.full_like(p, size), params)
-    moved, _ = optim.apply(optimizer, grads, optimizer.init(params), params)
+    moved, *_ = optim.apply(optimizer, grads, optimizer.init(params), params)
     for p in jax.tree.leaves(moved):
         np.testing.assert_allclose(p, -1e-3 * 0.5 / np.sqrt(0.001), rtol=1e-4)  # 15.8
 
@@ -76,7 +76,7 @@ def test_state_is_fp32_and_small():
     params = {"w": jnp.ones((8, 16), jnp.bfloat16)}
     optimizer = optim.make_optimizer(configs.sm3(1e-3))
     state = optimizer.init(params)
-    moved, state = optim.apply(optimizer, jax.tree.map(jnp.ones_like, params), state, params)
+    moved, state, _ = optim.apply(optimizer, jax.tree.map(jnp.ones_like, params), state, params)
     assert moved["w"].dtype == jnp.bfloat16
     arrays = [x for x in jax.tree.leaves(state) if x.ndim]
     assert all(x.dtype == jnp.float32 for x in arrays)
@@ -86,7 +86,7 @@ def test_state_is_fp32_and_small():
 def test_zero_gradients_move_nothing():
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
     optimizer = optim.make_optimizer(configs.sm3(1.0))
-    moved, _ = optim.apply(optimizer, jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved, *_ = optim.apply(optimizer, jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, moved, params)
 
 
@@ -105,11 +105,19 @@ def test_learning_rate_schedule():
     warmup = [0.25, 0.4375, 0.625, 0.8125]
     plain = steps_of(configs.adamw(2.0), np.ones(3))
     warmed = steps_of(configs.adamw(2.0, warmup_steps=4), np.ones(6))
-    decayed = steps_of(configs.adamw(2.0, warmup_steps=4, decay_steps=8), np.ones(13))
+    decayed = steps_of(configs.adamw(2.0, warmup_steps=4, schedule="cosine", decay_steps=8), np.ones(13))
     np.testing.assert_allclose(plain, 2.0, rtol=1e-4)
     np.testing.assert_allclose(warmed, 2.0 * np.array([*warmup, 1, 1]), rtol=1e-4)
     cosine = (1 + np.cos(np.pi * np.arange(9) / 8)) / 2
     np.testing.assert_allclose(decayed, 2.0 * np.array([*warmup, *cosine]), rtol=1e-4, atol=1e-6)
+
+
+def test_linear_schedule_and_contradictions():
+    linear = steps_of(configs.adamw(2.0, schedule="linear", decay_steps=4), np.ones(6))
+    np.testing.assert_allclose(linear, 2.0 * np.array([1, 0.75, 0.5, 0.25, 0, 0]), rtol=1e-4, atol=1e-6)
+    for changes in (dict(schedule="cosine"), dict(decay_steps=5), dict(schedule="step")):
+        with pytest.raises(ValueError, match="schedule"):
+            optim.make_optimizer(configs.adamw(1.0, **changes))
 
 
 def test_clipping_bounds_the_gradient():
@@ -121,7 +129,7 @@ def test_clipping_bounds_the_gradient():
 def test_weight_decay_is_decoupled():
     optimizer = optim.make_optimizer(configs.adamw(0.1, weight_decay=0.5))
     params = jnp.full((2, 2), 4.0)
-    moved, _ = optim.apply(optimizer, jnp.zeros((2, 2)), optimizer.init(params), params)
+    moved, *_ = optim.apply(optimizer, jnp.zeros((2, 2)), optimizer.init(params), params)
     np.testing.assert_allclose(moved, 4.0 - 0.1 * 0.5 * 4.0, rtol=1e-6)
 
 

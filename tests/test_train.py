@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import time
+import types
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from sfv_jax import sharding, train
+from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoint import Checkpoints, WorkdirError
 from sfv_jax.config import ConfigError
 from sfv_jax.runs import load_generator
@@ -67,10 +69,11 @@ def compile_little():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def run(config, workdir: Path, devices: int = 1, fail_at: int | None = None, stop_at: int | None = None) -> dict:
+def run(config, workdir: Path, devices: int = 1, *, fail_at: int = 0, stop_at: int = 0, poison_at: int = 0) -> dict:
     """`train.train` on the first `devices`.
 
-    The loop dies before step `fail_at`, the step before it saved; it is told to stop during step `stop_at`.
+    The loop dies before step `fail_at`, the step before it saved; it is told to stop during step `stop_at`; the batch
+    of step `poison_at` holds a NaN.
     """
     batches = 0
 
@@ -83,6 +86,8 @@ def run(config, workdir: Path, devices: int = 1, fail_at: int | None = None, sto
             raise KeyboardInterrupt
         if batches == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
+        if batches == poison_at:
+            batch["latents"][0, 0, 0, 0] = np.nan
         return sharding.put_batch(mesh, batch)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -220,6 +225,24 @@ def test_which_checkpoints_stay(tmp_path):
         assert checkpoints.manager.all_steps() == [3, 6, 7, 8]
 
 
+def test_a_bad_number_stops_the_run_and_is_never_saved(whole, tmp_path, monkeypatch):
+    workdir, expected = whole
+    with pytest.raises(
+        TrainingStopped, match="step 3: not finite: batch/latents .and .* more.; checkpoint 2 is"
+    ) as error:
+        run(tiny(), tmp_path / "run", poison_at=3)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    assert [(e["step"], e.get("alarm")) for e in metrics(tmp_path / "run")] == [(1, None), (2, None), (3, "nan")]
+    jax.tree.map(np.testing.assert_array_equal, run(tiny(), tmp_path / "run"), expected)  # the same command, healthy
+    # The command ends with this line and a bad exit code.
+    no_cluster = dict(coordinator=None, num_processes=None, process_id=None)
+    monkeypatch.setattr(train, "FLAGS", types.SimpleNamespace(config=None, workdir="w", **no_cluster))
+    monkeypatch.setattr(train, "join", lambda *_: None)
+    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(error.value))
+    with pytest.raises(SystemExit, match="^train: stopped by step 3"):
+        train.main(None)
+
+
 def test_finished_run_does_nothing_more(whole):
     workdir, expected = whole
     before = metrics(workdir)
@@ -271,6 +294,9 @@ def test_unknown_variant():
         (dict(method="gan"), ConfigError, "config.method='gan': choose one of sfv, teacher"),
         (dict(data=dict(source="latents")), ConfigError, "config.init is empty"),
         (dict(unet=dict(cross_attention_dim=13)), ConfigError, "embeddings 12 numbers, the UNet .* wants 27 and 13"),
+        (dict(trainable="temporel"), ConfigError, "config: trainable 'temporel' finds no parameter"),
+        (dict(sfv=dict(gan_loss="relativistic", shared_noise=False)), ConfigError, "set sfv.shared_noise=True"),
+        (dict(sfv=dict(r1_form="exact")), ConfigError, "sfv.r1_form='exact': choose one of gradient, perturbation"),
         (dict(unet=dict(num_attention_heads=(3,))), ConfigError, "config.unet: 16 channels must divide by 3 heads"),
     ],
 )

@@ -7,28 +7,22 @@ import jax
 import jax.numpy as jnp
 
 from sfv_jax import edm, losses, optim
+from sfv_jax.models import tree
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.state import Networks, Params, accumulate, global_norm
+from sfv_jax.state import Networks, Params, accumulate, check_recipe, generator_state, update_generator, watch
 
 Array = jax.Array
 
 
 def make_networks(unet: UNetConfig, config) -> Networks:
     """The UNet alone."""
-    return Networks(unet, None, config.dtype)
+    return check_recipe(config, Networks(unet, None, config.dtype))
 
 
 def init_state(networks: Networks, config, generator: Params) -> tuple[Params, Params]:
     """(state, frozen) from initial UNet parameters; frozen is empty."""
     del networks
-    generator = jax.tree.map(lambda x: jnp.array(x, jnp.float32), generator)
-    state = {
-        "step": jnp.zeros((), jnp.int32),
-        "generator": generator,
-        "ema": jax.tree.map(jnp.copy, generator),
-        "opt_g": optim.make_optimizer(config.generator_optimizer).init(generator),
-    }
-    return state, {}
+    return generator_state(config, generator), {}
 
 
 def drop_conditions(batch: dict, key: Array, p: float) -> dict:
@@ -48,7 +42,6 @@ def make_train_step(networks: Networks, config):
     ln sigma ~ N(p_mean, p_std^2); loss is the unweighted squared error of the raw output (SVD appendix D).
     """
     method = config.teacher
-    optimizer = optim.make_optimizer(config.generator_optimizer)
 
     def gradients(generator, batch, key):
         k_sigma, k_noise, k_drop = jax.random.split(key, 3)
@@ -58,11 +51,12 @@ def make_train_step(networks: Networks, config):
         noise = jax.random.normal(k_noise, x0.shape)
         x = edm.model_input(edm.add_noise(x0, noise, sigma), batch["cond_latent"], sigma)
 
-        def loss(params):
-            raw = networks.generator(params)(x, edm.scalings(sigma)[3], batch["image_embed"], batch["ids"])
+        def loss(part):
+            network = networks.generator(tree.merge(generator, part))
+            raw = network(x, edm.scalings(sigma)[3], batch["image_embed"], batch["ids"])
             return losses.edm(raw, edm.velocity_target(x0, noise, sigma))
 
-        value, grads = jax.value_and_grad(loss)(generator)
+        value, grads = jax.value_and_grad(loss)(optim.trainable(generator, config.trainable))
         return grads, {"loss/denoising": value}
 
     def train_step(state, frozen, batch):
@@ -72,11 +66,10 @@ def make_train_step(networks: Networks, config):
         grads, metrics = accumulate(
             lambda micro, k: gradients(generator, micro, k), batch, key, config.accumulation_steps
         )
-        metrics["norm/generator_gradient"] = global_norm(grads)
-        generator, opt_g = optim.apply(optimizer, grads, state["opt_g"], generator)
         # A constant decay would average over the initialisation for 1 / (1 - decay) steps.
         decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
-        ema = optim.ema_update(state["ema"], generator, decay)
-        return {"step": step + 1, "generator": generator, "ema": ema, "opt_g": opt_g}, metrics
+        new, norms = update_generator(config, state, grads, decay)
+        metrics |= norms | watch(batch=batch, generator_gradient=grads, generator=new["generator"])
+        return {"step": step + 1, **new}, metrics
 
     return train_step

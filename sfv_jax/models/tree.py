@@ -1,5 +1,7 @@
 """Between NNX modules and plain trees: state is nested dicts of arrays with string keys, modules are its structure."""
 
+import re
+
 import jax
 from flax import nnx
 
@@ -67,6 +69,16 @@ def subtree(params: Params, like: Params) -> Params:
       KeyError: naming the first path of `like` that `params` lacks.
     """
     return {k: subtree(params[k], v) if isinstance(v, dict) else params[k] for k, v in like.items()}
+
+
+def merge(params: Params, part: Params) -> Params:
+    """`params` with the leaves of `part` (a tree of some of its paths) in place of its own."""
+    return {k: v if k not in part else merge(v, part[k]) if isinstance(v, dict) else part[k] for k, v in params.items()}
+
+
+def select(params: Params, pattern: str) -> Params:
+    """The part of `params` whose dotted paths match the regular expression `pattern` anywhere."""
+    return unflatten({k: v for k, v in flatten(params).items() if re.search(pattern, k)})
 
 
 def count(params: Params) -> int:

@@ -1,0 +1,108 @@
+"""The metrics of a run on their way from the device to the person: late, checked, averaged, written."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from sfv_jax.alarms import Alarms, TrainingStopped, not_finite
+from sfv_jax.metrics import MetricWriter, ProgressReport
+from sfv_jax.speed import Clock, peak_memory
+
+
+class Journal:
+    """Keeps the metrics of steps until they can be fetched without waiting for the device: one log interval late.
+
+    Args:
+      saved: step of the newest checkpoint, or None; called when a run stops.
+    """
+
+    def __init__(self, config, clock: Clock, writer: MetricWriter, report: ProgressReport, saved: Callable):
+        self.alarms, self.on_alarm = Alarms(config.alarms), config.alarms.on_alarm
+        self.clock, self.writer, self.report, self.saved = clock, writer, report, saved
+        self.first, self.running, self.finished = report.first + 1, [], []
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of the next step."""
+        self.running.append(metrics)
+
+    def end_interval(self) -> None:
+        """Writes the interval before this one, which the device finished long ago."""
+        self.flush()
+        self.finished, self.running = self.running, []
+
+    def flush(self, everything: bool = False) -> None:
+        """Writes the last interval that ended; `everything`: and checks the steps after it, which waits for the device.
+
+        Raises:
+          TrainingStopped: if a number is not finite, or an alarm is to stop the run.
+        """
+        with self.clock.measure("device"):
+            finished = jax.device_get(self.finished)
+            running = jax.device_get(self.running) if everything else []
+        for offset, metrics in enumerate(finished + running):
+            if cause := not_finite(metrics):
+                self._stop(self.first + offset, "nan", f"not finite: {cause}")
+        self.finished = []
+        if everything:
+            self.clock.pause()  # the device ran dry: neither this interval nor the next tells the time of a step
+        if finished:
+            self.first += len(finished)
+            self._write(self.first - 1, summary(finished))
+        if everything:
+            self.clock.pause()
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        values |= self.clock.lap(step) | peak_memory()
+        self.writer.scalars(step, values)
+        self.report.note(step, line(values))
+        for alarm in self.alarms.check(values):
+            if self.on_alarm == "stop" and alarm.kind != "data":  # times differ between processes, all must stop alike
+                self._stop(step, *alarm)
+            self.writer.alarm(step, *alarm)
+            self.report.print(f"ALARM at step {step}: {alarm.message}")
+
+    def _stop(self, step: int, kind: str, message: str) -> None:
+        self.writer.alarm(step, kind, message)
+        saved = self.saved()
+        if saved is None:
+            advice = "there is no checkpoint yet: start again with another --workdir"
+        else:
+            advice = (
+                f"checkpoint {saved} is untouched: the same command repeats from there; to change settings, start in "
+                f"another --workdir with --config.init={self.writer.workdir} --config.init_weights=generator"
+            )
+        raise TrainingStopped(f"stopped by step {step}: {message}; {advice}")
+
+
+def summary(steps: Sequence[dict]) -> dict[str, float]:
+    """Means over an interval's steps; NaN marks what a step did not measure.
+
+    `nonfinite/*` flags are left out, and `motion/ratio` of the means is added.
+    """
+    values = {}
+    for name in steps[0]:
+        measured = [m[name] for m in steps if not np.isnan(m[name])]
+        if measured and not name.startswith("nonfinite/"):
+            values[name] = float(np.mean(measured))
+    if values.get("motion/real"):
+        values["motion/ratio"] = values["motion/fake"] / values["motion/real"]
+    return values
+
+
+def line(values: dict[str, float]) -> str:
+    """What the terminal shows of an interval: step time, losses, and how the two players stand."""
+    parts = []
+    if "time/step" in values:
+        parts.append(f"{values['time/step']:.3f} s/step")
+        if values["time/data_wait"] > 0.05 * values["time/step"]:
+            parts.append(f"data wait {values['time/data_wait'] / values['time/step']:.0%}")
+    if "speed/mfu" in values:
+        parts.append(f"mfu {values['speed/mfu']:.0%}")
+    parts += [f"{k.removeprefix('loss/')} {v:.4g}" for k, v in values.items() if k.startswith("loss/")]
+    live = [v for k, v in values.items() if k.startswith("live/")]
+    if live:
+        parts.append(f"live {np.mean(live):.0%}")
+    if "motion/ratio" in values:
+        parts.append(f"motion {values['motion/ratio']:.2f}")
+    return "  ".join(parts)
