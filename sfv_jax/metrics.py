@@ -8,7 +8,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from tensorboardX import SummaryWriter
 
 from sfv_jax.config import ConfigError
@@ -134,6 +142,40 @@ class ProgressReport:
         """A line that stays."""
         if self.active:
             (self.bar.console.print if self.bar else print)(text)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+class ByteReport:
+    """Progress in bytes: a bar on a terminal, a line every ten seconds elsewhere; silent when not `active`."""
+
+    PAUSE = 10.0  # seconds between lines
+
+    def __init__(self, total: int, active: bool = True, label: str = "read"):
+        self.total, self.active, self.label, self.done = total, active, label, 0
+        self.began = self.said = time.monotonic()
+        self.bar = None
+        if active and sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self.bar = Progress(*columns, TimeRemainingColumn())
+            self.task = self.bar.add_task(label, total=total)
+            self.bar.start()
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes are done."""
+        self.done += count
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=min(self.done, self.total))
+        elif self.active and now - self.said > self.PAUSE:
+            self.said = now
+            left = int((now - self.began) / self.done * max(self.total - self.done, 0))
+            print(
+                f"{self.label} {self.done / 1e9:.1f}/{self.total / 1e9:.1f} GB  eta {left // 60}m{left % 60:02d}s",
+                flush=True,
+            )
 
     def close(self) -> None:
         if self.bar:

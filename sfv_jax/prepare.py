@@ -352,7 +352,7 @@ def load_codec(svd: str | os.PathLike):
         return checkpoint.load_codec(svd), checkpoint.encoders_identity(meta)
     params, configs, files = zip(*(load_component(Path(svd) / name, name) for name in names), strict=True)
     codec = SVDCodec(*configs, jax.device_put(dict(zip(names, params, strict=True))))
-    return codec, "+".join(sorted(sha256(file) for file in files))
+    return codec, "+".join(sorted(sha256(file) for group in files for file in group))
 
 
 _FLAGS = flags.FLAGS

@@ -78,10 +78,10 @@ def ours(component: str) -> tree.Params:
 @pytest.fixture(scope="session")
 def model_folder(pipeline_folder, tmp_path_factory):
     """`pipe`, converted to our model folder."""
-    from sfv_jax.convert import import_pipeline
+    from sfv_jax.convert import import_model
 
     folder = tmp_path_factory.mktemp("models") / "svd-tiny"
-    import_pipeline(pipeline_folder, folder)
+    import_model(pipeline_folder, folder)
     return folder
 
 

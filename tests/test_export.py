@@ -32,7 +32,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def half_folder(pipeline_folder, tmp_path_factory):
     """The model folder of `pipe`, stored in bfloat16."""
     folder = tmp_path_factory.mktemp("half") / "model"
-    convert.import_pipeline(pipeline_folder, folder, dtype="bfloat16")
+    convert.import_model(pipeline_folder, folder, dtype="bfloat16")
     return folder
 
 

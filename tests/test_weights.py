@@ -68,7 +68,7 @@ def test_round_trip_fp16_and_reload(reference, pipe, tmp_path):
 
     half = reference.pipeline(CONFIGS["unet"], CONFIGS["vae"], CONFIGS["image_encoder"])
     reference.save(half, tmp_path / "in", variant="fp16")
-    convert.import_pipeline(tmp_path / "in", tmp_path / "model")
+    convert.import_model(tmp_path / "in", tmp_path / "model")
     assert checkpoint.read_model(tmp_path / "model")[1]["components"]["unet"]["dtype"] == "float16"
     convert.export_model(tmp_path / "model", tmp_path / "out", variant="fp16")
     assert_same_weights(tmp_path / "out", tmp_path / "in", "fp16")
@@ -88,7 +88,7 @@ def test_export_is_what_diffusers_writes(reference, pipeline_folder, model_folde
 
 
 def test_source_dtype_can_be_changed(pipeline_folder, tmp_path):
-    convert.import_pipeline(pipeline_folder, tmp_path / "model", dtype="bfloat16")
+    convert.import_model(pipeline_folder, tmp_path / "model", dtype="bfloat16")
     params, _, _ = checkpoint.load_model(tmp_path / "model", ("vae",))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jax.numpy.bfloat16.dtype}
 
@@ -239,7 +239,7 @@ def test_interrupted_conversion_leaves_nothing(pipeline_folder, model_folder, tm
     monkeypatch.setattr(checkpoint if direction == "import" else pipeline, "write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
         if direction == "import":
-            convert.import_pipeline(pipeline_folder, tmp_path / "out")
+            convert.import_model(pipeline_folder, tmp_path / "out")
         else:
             convert.export_model(model_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -249,12 +249,12 @@ def test_existing_destination(pipeline_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("kept")
     with pytest.raises(WeightsError, match="out exists already"):
-        convert.import_pipeline(pipeline_folder, tmp_path / "out")
+        convert.import_model(pipeline_folder, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").exists()
     with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out", overwrite=True):
         _ = 1 / 0
     assert (tmp_path / "out" / "mine.txt").exists()
-    convert.import_pipeline(pipeline_folder, tmp_path / "out", overwrite=True)
+    convert.import_model(pipeline_folder, tmp_path / "out", overwrite=True)
     assert sorted(p.name for p in tmp_path.rglob("*.json")) == ["model.json"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -265,7 +265,7 @@ def test_wrong_folders_are_named(pipeline_folder, model_folder, tmp_path):
     with pytest.raises(WeightsError, match="is a diffusers folder. Convert it first: python -m sfv_jax.convert --src"):
         checkpoint.load_model(pipeline_folder)
     with pytest.raises(WeightsError, match="no model_index.json"):
-        pipeline.load_pipeline(model_folder)
+        pipeline.open_pipeline(model_folder)
     newer = shutil.copytree(model_folder, tmp_path / "newer")
     meta = json.loads((newer / "model.json").read_text())
     (newer / "model.json").write_text(json.dumps(meta | {"version": 2}))

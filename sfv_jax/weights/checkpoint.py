@@ -8,6 +8,7 @@ It holds what sampling and training start from. The state of a training run is a
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.weights.configs import COMPONENTS
 from sfv_jax.weights.folders import WeightsError, new_folder, read_json, shape_problems, write_json
+from sfv_jax.weights.lazy import save_tree
 from sfv_jax.weights.pipeline import SIGMAS
 
 FORMAT, VERSION = "sfv_jax", 1
@@ -45,7 +47,7 @@ def resolve_model(path: str | Path) -> Path:
 
 def save_model(
     folder: str | Path,
-    components: dict[str, tree.Params],
+    components: dict[str, tree.Params | Path],
     configs: dict,
     *,
     codec: str = "svd",
@@ -55,7 +57,8 @@ def save_model(
     """Writes a model folder, complete or not at all. For one process that can read every array.
 
     Args:
-      components: `{"unet": ..., "vae": ..., "image_encoder": ...}` or some of them, nested dicts of arrays.
+      components: `{"unet": ..., "vae": ..., "image_encoder": ...}` or some of them: nested dicts of arrays or of `Lazy`
+        leaves, which are read while they are written; or a path `MODEL_FOLDER/NAME`, to be copied.
       configs: a config for each component; with codec "patch" also `{"codec": PatchCodec(...)}`.
       codec: "svd" (vae and image_encoder) or "patch".
       extra: more of `model.json`, such as "scheduler" and "source".
@@ -72,16 +75,20 @@ def save_model(
         "configs": {name: dataclasses.asdict(config) for name, config in configs.items()},
         "scheduler": SIGMAS | {"rho": 7.0},
     }
-    with new_folder(folder, overwrite=overwrite) as partial, ocp.StandardCheckpointer() as checkpointer:
+    with new_folder(folder, overwrite=overwrite) as partial:
         for name, params in components.items():
-            checkpointer.save(partial / name, params)
-            checkpointer.wait_until_finished()
+            if isinstance(params, Path):
+                shutil.copytree(params, partial / name)
+            else:
+                save_tree(partial / name, params)
         write_json(partial / "model.json", meta | (extra or {}))
 
 
-def _describe(name: str, params: tree.Params, configs: dict) -> dict:
+def _describe(name: str, params: tree.Params | Path, configs: dict) -> dict:
     if name not in configs:
         raise WeightsError(f"no config for {name}")
+    if isinstance(params, Path):
+        return read_model(params.parent)[1]["components"][params.name]
     _check(name, {k: tuple(v.shape) for k, v in tree.flatten(params).items()}, configs[name], "the parameters given")
     dtypes = sorted({str(np.dtype(x.dtype)) for x in jax.tree.leaves(params)})
     return {"parameters": tree.count(params), "dtype": ", ".join(dtypes)}

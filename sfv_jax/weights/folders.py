@@ -1,10 +1,12 @@
 """What all readers and writers of weights share: one error, and files that are complete or absent."""
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,8 +39,10 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
       WeightsError: if `path` exists and `overwrite` is not set. With `overwrite` the old folder stays until the end.
     """
     path = Path(path).absolute()
+    _clear_remains(path)
     refuse_existing(path, overwrite)
-    partial, old = (path.with_name(f".{path.name}.{suffix}-{os.getpid()}") for suffix in ("partial", "old"))
+    process = f"{socket.gethostname()}-{os.getpid()}"
+    partial, old = (path.with_name(f".{path.name}.{suffix}-{process}") for suffix in ("partial", "old"))
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -50,10 +54,38 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+def _clear_remains(path: Path) -> None:
+    """Removes what killed processes of this machine left of an earlier attempt at `path`; a replaced folder returns."""
+    for suffix in ("old", "partial"):
+        start = f".{path.name}.{suffix}-{socket.gethostname()}-"
+        for left in path.parent.glob(f"{glob.escape(start)}*"):
+            process = left.name.removeprefix(start)
+            if not process.isdigit() or _alive(int(process)):
+                continue
+            if suffix == "old" and not path.exists():
+                left.rename(path)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:
+    """Hexadecimal SHA-256 of a file's bytes; calls `done(bytes)` now and then."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**24):
+            digest.update(block)
+            done(len(block))
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict:

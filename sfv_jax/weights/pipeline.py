@@ -7,8 +7,8 @@ import numpy as np
 
 from sfv_jax.models import clip, tree
 from sfv_jax.weights.configs import COMPONENTS, DIFFUSERS_VERSION, to_json
-from sfv_jax.weights.diffusers import load_component, save_component
-from sfv_jax.weights.folders import WeightsError, new_folder, read_json, sha256, write_json
+from sfv_jax.weights.diffusers import lazy_params, open_component, save_component
+from sfv_jax.weights.folders import WeightsError, new_folder, read_json, write_json
 
 PIPELINE = "StableVideoDiffusionPipeline"
 SIGMAS = {"sigma_min": 0.002, "sigma_max": 700.0}  # of SVD's scheduler_config.json
@@ -45,28 +45,30 @@ FEATURE_EXTRACTOR = {
 }
 
 
-def load_pipeline(folder: str | Path, *, variant: str | None = None, dtype=None):
-    """Reads a StableVideoDiffusionPipeline folder.
+def open_pipeline(folder: str | Path, *, variant: str | None = None, dtype=None, allow_pickle: bool = False):
+    """A StableVideoDiffusionPipeline folder, its weights not yet read.
 
     Args:
-      variant, dtype: as in `diffusers.load_component`.
+      variant, allow_pickle: as in `diffusers.open_component`.
+      dtype: as in `diffusers.lazy_params`.
     Returns:
-      params: `{"unet": ..., "vae": ..., "image_encoder": ...}`, nested dicts of numpy arrays.
+      params: `{"unet": ..., "vae": ..., "image_encoder": ...}`, nested dicts of `Lazy` leaves.
       configs: our configs by the same names.
-      facts: `{"scheduler": {"sigma_min", "sigma_max", "rho"}, "source": {"folder", "sha256": {file: digest}}}`.
+      scheduler: `{"sigma_min", "sigma_max", "rho"}`.
+      files: `{"unet/config.json": path}` of every file that matters.
     Raises:
       WeightsError: if it is not such a folder or any part of it differs from what SVD's networks are.
     """
     folder = Path(folder)
     check_pipeline(folder)
-    facts = {"scheduler": read_scheduler(folder), "source": {"folder": folder.resolve().name, "sha256": {}}}
+    scheduler = read_scheduler(folder)
     check_normalisation(folder)
-    params, configs = {}, {}
+    params, configs, files = {}, {}, {}
     for name in COMPONENTS:
-        params[name], configs[name], path = load_component(folder / name, name, variant=variant, dtype=dtype)
-        for file in (path, folder / name / "config.json"):
-            facts["source"]["sha256"][f"{name}/{file.name}"] = sha256(file)
-    return params, configs, facts
+        tensors, configs[name] = open_component(folder / name, name, variant=variant, allow_pickle=allow_pickle)
+        params[name] = lazy_params(tensors, name, configs[name], dtype)
+        files |= {f"{name}/{file.name}": file for file in (*tensors.files, folder / name / "config.json")}
+    return params, configs, scheduler, files
 
 
 def check_pipeline(folder: Path) -> None:

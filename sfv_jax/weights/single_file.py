@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.weights import sgm
 from sfv_jax.weights.configs import COMPONENTS, to_json
-from sfv_jax.weights.diffusers import reader, their_name, to_ours
+from sfv_jax.weights.diffusers import lazy_params, manifest, reader
 from sfv_jax.weights.folders import WeightsError, refuse_existing, shape_problems
-from sfv_jax.weights.sources import FLOATS, Tensors
+from sfv_jax.weights.lazy import read_all
+from sfv_jax.weights.sources import FLOATS, Tensor, Tensors
 from sfv_jax.weights.stream import Shapes, write_safetensors
 
 # What no shape tells, kept in the header of the files we write.
@@ -159,17 +161,28 @@ def open_single_file(tensors: Tensors, *, num_frames: int | None = None) -> Sing
 
 def load_single_file(single: SingleFile, component: str, dtype=None) -> tree.Params:
     """Parameters of one component, nested dict of numpy arrays in our layout, cast to `dtype` unless None."""
-    where, flat = single.places[component], {}
-    _, shapes = tree.abstract(COMPONENTS[component].module, single.configs[component])
-    for path, like in tree.flatten(shapes).items():
-        place = where.get(their_name(path))
-        if place is None:  # the encoder of the first stage has no quant_conv
-            zeros = np.zeros_like(single.tensors.read(where["encoder.conv_out.bias"].name))
-            value = zeros if path.endswith("bias") else np.diag(zeros + 1).reshape(like.shape)
-        else:
-            value = to_ours(path, sgm.to_diffusers(place, single.tensors.read))
-        flat[path] = value if dtype is None else value.astype(dtype)
-    return tree.unflatten(flat)
+    return read_all(lazy_single_file(single, component, dtype))
+
+
+def lazy_single_file(single: SingleFile, component: str, dtype=None) -> tree.Params:
+    """As `load_single_file`, with `Lazy` leaves; errors as in `diffusers.lazy_params`."""
+    config, there, where = single.configs[component], single.tensors, single.places[component]
+    entries = {}
+    for name, shape in manifest(component, config).items():
+        if name in where:
+            load = partial(sgm.to_diffusers, where[name], there.read)
+            first = there.entries[where[name].name]
+        else:  # the encoder of the first stage has no quant_conv
+            first = there.entries[where["encoder.conv_out.bias"].name]
+            load = partial(_identity, shape, first)
+        entries[name] = dataclasses.replace(first, shape=shape, load=load)
+    return lazy_params(dataclasses.replace(there, entries=entries), component, config, dtype)
+
+
+def _identity(shape: tuple[int, ...], like: Tensor) -> np.ndarray:
+    """Weight `[o, i, 1, 1]` or bias `[o]` of a convolution that changes nothing, in the dtype of `like`."""
+    dtype = like.load().dtype
+    return np.zeros(shape, dtype) if len(shape) == 1 else np.eye(shape[0], dtype=dtype).reshape(shape)
 
 
 def _told(tensors: Tensors) -> dict[str, dict]:

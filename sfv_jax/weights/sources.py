@@ -22,7 +22,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
-_DTYPES = {
+DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -177,7 +177,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     entries = {}
     for name, (start, _) in spans.items():
         shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
-        entries[name] = Tensor(path, shape, dtype, _loader(path, 8 + length + start, shape, _DTYPES[dtype]))
+        entries[name] = Tensor(path, shape, dtype, _loader(path, 8 + length + start, shape, DTYPES[dtype]))
     return entries, metadata
 
 
@@ -208,11 +208,11 @@ def _span(path: Path, name: str, entry) -> tuple[int, int]:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise broken("lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise broken(f"is of unknown dtype {dtype!r}")
     if not _whole(shape) or not _whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise broken(f"has shape {shape} and offsets {offsets}")
-    size = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
+    size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if offsets[1] - offsets[0] != size:
         raise broken(f"has offsets {offsets}, but shape {shape} of {dtype} takes {size} bytes")
     return offsets[0], offsets[1]
@@ -271,7 +271,7 @@ def _open_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     wrong = [name for name, x in content.items() if not isinstance(name, str) or not isinstance(x, torch.Tensor)]
     if wrong:
         raise WeightsError(f"{path} holds something else than tensors: {', '.join(map(repr, wrong[:3]))}")
-    codes = {getattr(torch, np.dtype(kind).name, None): code for code, kind in _DTYPES.items()}
+    codes = {getattr(torch, np.dtype(kind).name, None): code for code, kind in DTYPES.items()}
     codes |= {torch.bool: "BOOL"}
     unknown = [name for name, x in content.items() if x.dtype not in codes]
     if unknown:

@@ -1,0 +1,198 @@
+"""What comes in: a pipeline folder, a lone UNet, Stability's single file or a hub repository becomes a model folder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from sfv_jax.metrics import ByteReport
+from sfv_jax.models import tree
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.weights import hub, sgm
+from sfv_jax.weights.checkpoint import read_model, save_model
+from sfv_jax.weights.configs import COMPONENTS
+from sfv_jax.weights.diffusers import fit, lazy_params, open_component
+from sfv_jax.weights.folders import WeightsError, read_json, refuse_existing, sha256
+from sfv_jax.weights.lazy import watched
+from sfv_jax.weights.pipeline import SIGMAS, open_pipeline
+from sfv_jax.weights.single_file import is_single_file, lazy_single_file, open_single_file
+from sfv_jax.weights.sources import Tensors, open_weights
+
+DTYPES = ("source", "float32", "float16", "bfloat16")
+NEEDS_BASE = (
+    "is a UNet alone: pass --base MODEL_FOLDER, a converted model whose VAE, CLIP tower and (for a file) UNet config "
+    "it is to have"
+)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Networks on disk: parameter trees of `Lazy` leaves or stored components, configs, and the files they lie in."""
+
+    params: dict[str, tree.Params | Path]
+    configs: dict
+    scheduler: dict
+    files: dict[str, Path]  # by the name they are recorded under
+    codec: str = "svd"
+    notes: list[str] = field(default_factory=list)
+    origin: dict = field(default_factory=dict)  # more of "source" in model.json
+
+
+def import_model(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    base: str | Path | None = None,
+    variant: str | None = None,
+    dtype: str = "source",
+    num_frames: int | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    verbose: bool = False,
+) -> list[str]:
+    """Converts `src` to the model folder `dst`; holds some hundred megabytes of weights at a time.
+
+    Args:
+      src: a diffusers pipeline folder; a UNet's folder or file; a single file with Stability's names; or
+        `hub:ORG/NAME` or `hub:ORG/NAME/FILE` to download one of those first.
+      base: for a UNet alone, the model folder that gives everything else.
+      variant: "fp16" to read the half precision files of a folder.
+      dtype: what to store, one of `DTYPES`; "source" keeps each tensor's own. What comes from `base` stays as it is.
+      num_frames: of a single file's UNet, see `single_file.open_single_file`.
+      allow_pickle: read `.bin` and `.ckpt` files too, their tensors only.
+      verbose: show progress.
+    Returns:
+      Lines that say what was assumed and left out.
+    Raises:
+      WeightsError: if `src` does not hold exactly such networks, or `dst` exists and `overwrite` is not set.
+    """
+    refuse_existing(Path(dst), overwrite)
+    folder = hub.download(str(src), variant) if str(src).startswith(hub.PREFIX) else Path(src)
+    for source in filter(None, (folder, base)):
+        _refuse_replacing(Path(source), Path(dst))
+    cast = None if dtype == "source" else jnp.dtype(dtype)
+    found = _find(folder, base and Path(base), cast, variant, num_frames, allow_pickle)
+    total = sum(file.stat().st_size for file in found.files.values())
+    report = ByteReport(2 * total, active=verbose, label="convert")
+    try:
+        digests = {name: sha256(file, report.advance) for name, file in found.files.items()}
+        source = found.origin | {"folder": _name(src), "sha256": found.origin.get("sha256", {}) | digests}
+        params = {k: x if isinstance(x, Path) else watched(x, report.advance) for k, x in found.params.items()}
+        extra = {"scheduler": found.scheduler, "source": source}
+        save_model(dst, params, found.configs, codec=found.codec, extra=extra, overwrite=overwrite)
+    finally:
+        report.close()
+    return found.notes
+
+
+def _name(src: str | Path) -> str:
+    return str(src) if str(src).startswith(hub.PREFIX) else Path(src).resolve().name
+
+
+def _refuse_replacing(source: Path, dst: Path) -> None:
+    try:
+        source, dst = source.resolve(), dst.resolve()
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(f"{source} is a link that leads nowhere") from error
+    if dst == source or dst in source.parents:
+        raise WeightsError(f"{dst} is or holds what is to be read: choose another destination")
+
+
+def _find(src: Path, base: Path | None, dtype, variant, num_frames, allow_pickle: bool) -> _Found:
+    if not src.is_dir():
+        tensors = open_weights(src, allow_pickle)
+        if is_single_file(tensors):
+            _refuse_base(src, base)
+            return _single_file(tensors, num_frames, dtype)
+        return _unet_file(tensors, base, dtype)
+    if (src / "model.json").is_file():
+        raise WeightsError(f"{src} is a model folder already")
+    if not (src / "model_index.json").is_file() and (src / "config.json").is_file():
+        return _unet_folder(src, base, dtype, variant, allow_pickle)
+    _refuse_base(src, base)
+    params, configs, scheduler, files = open_pipeline(src, variant=variant, dtype=dtype, allow_pickle=allow_pickle)
+    return _Found(params, configs, scheduler, files)
+
+
+def _refuse_base(src: Path, base: Path | None) -> None:
+    if base is not None:
+        raise WeightsError(f"{src} holds every network: --base is for a UNet alone")
+
+
+def _single_file(tensors: Tensors, num_frames: int | None, dtype) -> _Found:
+    single = open_single_file(tensors, num_frames=num_frames)
+    params = {name: lazy_single_file(single, name, dtype) for name in single.configs}
+    files = {file.name: file for file in tensors.files}
+    return _Found(params, single.configs, SIGMAS | {"rho": 7.0}, files, notes=single.notes)
+
+
+def _unet_file(tensors: Tensors, base: Path | None, dtype) -> _Found:
+    """AnimateLCM's release is such a file."""
+    kind = describe(tensors)
+    if kind != "a video UNet":
+        raise WeightsError(f"{tensors.where()} holds {kind}, not SVD's UNet with diffusers' or Stability's names")
+    if base is None:
+        raise WeightsError(f"{tensors.where()} {NEEDS_BASE}")
+    config = _config_of_base(base)
+    fitted = fit(tensors, "unet", config, f"{tensors.where()} does not fit the UNet of {base}")
+    return _with_base(lazy_params(fitted, "unet", config, dtype), config, tensors.files, base)
+
+
+def _unet_folder(src: Path, base: Path | None, dtype, variant, allow_pickle: bool) -> _Found:
+    found = read_json(src / "config.json").get("_class_name")
+    if found != COMPONENTS["unet"].class_name:
+        raise WeightsError(f"{src} holds {found or 'no network of diffusers'}, not a pipeline or SVD's UNet")
+    if base is None:
+        raise WeightsError(f"{src} {NEEDS_BASE}")
+    tensors, config = open_component(src, "unet", variant=variant, allow_pickle=allow_pickle)
+    other = _config_of_base(base)
+    differ = [
+        f"{name} is {getattr(config, name)}, in {base} {getattr(other, name)}"
+        for name in ("in_channels", "out_channels", "cross_attention_dim")
+        if getattr(config, name) != getattr(other, name)
+    ]
+    if differ:
+        raise WeightsError(f"{src} does not go with the VAE and CLIP tower: {'; '.join(differ)}")
+    return _with_base(lazy_params(tensors, "unet", config, dtype), config, (*tensors.files, src / "config.json"), base)
+
+
+def _config_of_base(base: Path) -> UNetConfig:
+    configs, _ = read_model(base)
+    if "unet" not in configs:
+        raise WeightsError(f"{base} has no UNet")
+    return configs["unet"]
+
+
+def _with_base(params: tree.Params, config: UNetConfig, files: tuple[Path, ...], base: Path) -> _Found:
+    configs, meta = read_model(base)
+    stored = {name: base.absolute() / name for name in meta["components"] if name != "unet"}
+    digests = meta.get("source", {}).get("sha256", {})
+    kept = {file: digest for file, digest in digests.items() if not file.startswith("unet/")}
+    origin = {"base": base.resolve().name, "sha256": kept}
+    return _Found(
+        {"unet": params} | stored,
+        configs | {"unet": config},
+        meta["scheduler"],
+        {f"unet/{file.name}": file for file in files},
+        meta["codec"],
+        origin=origin,
+    )
+
+
+def describe(tensors: Tensors) -> str:
+    """What the names of `tensors` look like, in words for an error message; "a video UNet" for SVD's."""
+    names = tensors.names()
+
+    def some(part: str) -> bool:
+        return any(part in name for name in names)
+
+    kinds = {
+        "LoRA weights": some(".lora_") or some("lora_A") or some("lora_up"),
+        "a motion module of AnimateDiff": some("motion_modules."),
+        "a single file with the names of the original": some(sgm.UNET),
+        "a video UNet": "conv_in.weight" in names and some("temporal_transformer_blocks."),
+        "a UNet without time layers (Stable Diffusion's)": "conv_in.weight" in names and some("time_embedding."),
+        "a VAE": some("decoder.conv_in."),
+        "a CLIP tower": some("vision_model."),
+    }
+    return next((kind for kind, found in kinds.items() if found), f"unknown tensors, such as {', '.join(names[:3])}")
