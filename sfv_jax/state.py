@@ -44,15 +44,15 @@ class Networks:
 
     def generator(self, params: Params) -> Callable:
         """`(input, c_noise, context, ids) -> raw [b, t, h, w, c]`."""
-        return nnx.merge(self.graphs["generator"], params)
+        return tree.build(self.graphs["generator"], params)
 
     def encode(self, params: Params) -> Callable:
         """`(input, c_noise, context, ids) -> features`, by the discriminator's backbone."""
-        return nnx.merge(self.graphs["backbone"], params).encode
+        return tree.build(self.graphs["backbone"], params).encode
 
     def heads(self, params: Params) -> Callable:
         """`(features, image_embed, c_noise) -> logits`."""
-        return nnx.merge(self.graphs["heads"], params)
+        return tree.build(self.graphs["heads"], params)
 
     def backbone_params(self, unet_params: Params) -> Params:
         """A copy of the encoder half of UNet parameters, in the backbone's dtype: training donates the generator's."""

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from sfv_jax.models import tree
 from tests import golden
@@ -100,7 +99,7 @@ def build(params):
 
     def build(component, config=None, weights=None):
         graphdef, _ = tree.abstract(COMPONENTS[component].module, config or CONFIGS[component])
-        return nnx.merge(graphdef, weights or params[component])
+        return tree.build(graphdef, weights or params[component])
 
     return build
 

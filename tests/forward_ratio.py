@@ -11,7 +11,6 @@ import time
 import jax
 import numpy as np
 import torch
-from flax import nnx
 
 from sfv_jax.models import tree
 from sfv_jax.models.unet import UNet, UNetConfig
@@ -34,7 +33,7 @@ def main() -> None:
         model.save_pretrained(folder)
         params, _, _ = load_component(folder, "unet")
     graph, _ = tree.abstract(UNet, CONFIG)
-    ours = jax.jit(lambda params, *inputs: nnx.merge(graph, params)(*inputs))
+    ours = jax.jit(lambda params, *inputs: tree.build(graph, params)(*inputs))
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((*SHAPE, 8), np.float32)

@@ -159,7 +159,6 @@ def cast_own(module, dtype: str) -> None:
 def ours(model: Path, out: Path, part: str) -> None:
     """Runs one part of ours on `INPUTS` in fp32, jitted."""
     import jax
-    from flax import nnx
 
     from sfv_jax.models import tree
     from sfv_jax.weights.checkpoint import load_model
@@ -173,7 +172,7 @@ def ours(model: Path, out: Path, part: str) -> None:
     method = {"encoder": "encode", "decoder": "decode"}.get(part, "__call__")
 
     def run(params, *inputs):
-        return getattr(nnx.merge(graph, params), method)(*inputs)
+        return getattr(tree.build(graph, params), method)(*inputs)
 
     np.save(out, np.asarray(jax.jit(run)(params[name], *INPUTS[part])))
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from sfv_jax.models import layers, tree
 from sfv_jax.models.discriminator import DiscriminatorConfig, DiscriminatorHeads, head_names, per_head
@@ -25,7 +24,7 @@ def build(config: DiscriminatorConfig) -> DiscriminatorHeads:
     graphdef, shapes = tree.abstract(DiscriminatorHeads, config)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), shapes)
-    return nnx.merge(graphdef, params)
+    return tree.build(graphdef, params)
 
 
 @pytest.fixture(scope="module")
@@ -121,5 +120,5 @@ def test_refused_configs():
 
 def test_logits_are_fp32_whatever_the_compute_dtype():
     graphdef, shapes = tree.abstract(DiscriminatorHeads, CONFIG, dtype=jnp.bfloat16)
-    heads = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
+    heads = tree.build(graphdef, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
     assert {x.dtype for x in heads(per_head(CONFIG, FEATURES), EMBED, C_NOISE)} == {jnp.dtype("float32")}

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from sfv_jax.evaluation import fvd
 from sfv_jax.models import i3d, tree
@@ -80,7 +79,7 @@ def test_i3d(weights):
     eps = 1e-3
     frames = np.random.default_rng(1).uniform(-1, 1, (1, 14, 64, 64, 3)).astype(np.float32)
     graph, _ = tree.abstract(i3d.I3D, i3d.I3DConfig(batch_norm_eps=eps))
-    found = jax.jit(nnx.merge(graph, tree.unflatten(weights)))(frames)
+    found = jax.jit(tree.build(graph, tree.unflatten(weights)))(frames)
     expected = reference(weights, frames, eps)
     error = np.abs(found - expected).max() / np.abs(expected).max()
     assert found.shape == (1, 400) and error <= 2e-6, error  # 1.04e-6 measured: float32 against float64
@@ -92,7 +91,7 @@ def test_parameters_and_clip_length():
     statistics = sum(x.size for path, x in tree.flatten(shapes).items() if path.endswith((".mean", ".var")))
     assert tree.count(shapes) - statistics == 12_697_264
     with pytest.raises(ValueError, match="at least 9 frames, got 8"):
-        jax.eval_shape(lambda p, x: nnx.merge(graph, p)(x), shapes, jnp.zeros((1, 8, 64, 64, 3)))
+        jax.eval_shape(lambda p, x: tree.build(graph, p)(x), shapes, jnp.zeros((1, 8, 64, 64, 3)))
 
 
 @pytest.mark.parametrize("antialias", [False, True])

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from sfv_jax.models import attention, clip, tree
 from sfv_jax.models.clip import CLIPConfig
@@ -42,7 +41,7 @@ def test_unet_taps_are_the_down_blocks_outputs(build, unet_case):
 
 def test_encoder_only_unet_is_a_subtree(params, unet_case):
     graphdef, shapes = tree.abstract(UNet, CONFIGS["unet"], encoder_only=True)
-    half = nnx.merge(graphdef, tree.subtree(params["unet"], shapes))
+    half = tree.build(graphdef, tree.subtree(params["unet"], shapes))
     assert_close(half.encode(*unet_case.inputs)[-1], unet_case.taps[-1], peak=1e-5, rms=3e-6)
 
 
@@ -104,6 +103,16 @@ def test_clip_resize_matrix(side):
     identity = clip.resize_matrix(224)  # the width stays, but is blurred as little as the reference blurs it
     found = clip.resize_matrix(side) @ golden.resize_input(side) @ identity.T
     np.testing.assert_allclose(found[:, golden.COLUMNS], golden.load("preprocessing")[f"resize_{side}"], atol=1e-4)
+
+
+def test_many_layers_stay_in_order():
+    """Of more than ten, which only the full-size CLIP tower has."""
+    graphdef, shapes = tree.abstract(clip.CLIPVision, CLIPConfig.tiny(num_hidden_layers=12))
+    flat = {path: np.zeros(x.shape, np.float32) for path, x in tree.flatten(shapes).items()}
+    for n in range(12):
+        flat[f"vision_model.encoder.layers.{n}.mlp.fc1.bias"] += n
+    layers = tree.build(graphdef, tree.unflatten(flat)).vision_model.encoder.layers
+    assert [float(layer.mlp.fc1.bias[0]) for layer in layers] == list(range(12))
 
 
 # Index: value of diffusers' get_timestep_embedding, and the sum of all entries under None.

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 from sfv_jax.models import tree
 from sfv_jax.models.i3d import I3D, I3DConfig, preprocess
@@ -64,7 +63,7 @@ def load_i3d(path: str | Path | None, *, batch_norm_eps: float | None = None) ->
         return _torchscript(path), about | {"kind": "TorchScript", "resize": "its own"}
     params, config, origin = read_i3d(path, batch_norm_eps)
     graph, _ = tree.abstract(I3D, config)
-    logits = jax.jit(lambda params, frames: nnx.merge(graph, params)(preprocess(frames)))
+    logits = jax.jit(lambda params, frames: tree.build(graph, params)(preprocess(frames)))
     about |= {"kind": "state dict", "batch_norm_eps": config.batch_norm_eps, "resize": "bilinear, no antialias"}
     return lambda frames: np.asarray(logits(params, frames)), about | origin
 

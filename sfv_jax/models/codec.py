@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
-from flax import nnx
 
 from sfv_jax.models import clip, tree
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
@@ -91,18 +90,18 @@ class SVDCodec:
         tower, _ = tree.abstract(clip.CLIPVision, clip_config)
 
         def encode(params, frames, size):
-            return over_time(lambda x: nnx.merge(encoder, params).encode(to_signed(x)), frames, size)
+            return over_time(lambda x: tree.build(encoder, params).encode(to_signed(x)), frames, size)
 
         def encode_image(params, images, noise, strength):
             noisy = to_signed(images) + jnp.reshape(strength, (-1, 1, 1, 1)) * noise
-            return nnx.merge(encoder, params).encode(noisy[:, None])[:, 0]
+            return tree.build(encoder, params).encode(noisy[:, None])[:, 0]
 
         def embed(params, images):
             unit = jnp.asarray(images).astype(jnp.float32) / 255.0
-            return nnx.merge(tower, params)(clip.preprocess(unit, clip_config.image_size))
+            return tree.build(tower, params)(clip.preprocess(unit, clip_config.image_size))
 
         def decode(params, latents):
-            frames = nnx.merge(decoder, params).decode(latents / vae_config.scaling_factor)
+            frames = tree.build(decoder, params).decode(latents / vae_config.scaling_factor)
             return to_pixels(frames), finite(frames)
 
         self._encode = jax.jit(encode, static_argnames="size")

@@ -30,11 +30,24 @@ def abstract(module: type[nnx.Module], config, **kw) -> tuple[nnx.GraphDef, Para
     """Graph definition and shapes of `module(config, **kw)`; allocates nothing.
 
     Returns:
-      graphdef: what `nnx.merge(graphdef, params)` needs to make the module from a tree of arrays.
+      graphdef: what `build(graphdef, params)` needs to make the module from a tree of arrays.
       params: nested dict of `jax.ShapeDtypeStruct`.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, **kw, rngs=_Keys(0))))
     return graphdef, _plain(nnx.to_pure_dict(state))
+
+
+def build(graphdef: nnx.GraphDef, params: Params) -> nnx.Module:
+    """The module of `graphdef` with the arrays `params`.
+
+    nnx.merge takes the leaves in the order of their sorted keys. As strings "10" comes before "2": without numbers for
+    keys the layers of a list of more than ten would change places.
+    """
+    return nnx.merge(graphdef, _numbered(params))
+
+
+def _numbered(tree: Params) -> dict:
+    return {int(k) if k.isdigit() else k: _numbered(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
 def init(module: type[nnx.Module], config, seed: int = 0, **kw) -> Params:
