@@ -61,11 +61,19 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "network.json").is_file()
 
 
-def load_generator(path: str | Path, *, raw: bool = False, codec: bool = True, place: Callable | None = None) -> Base:
+def load_generator(
+    path: str | Path,
+    *,
+    raw: bool = False,
+    codec: bool = True,
+    place: Callable | None = None,
+    dtype=jax.numpy.float32,
+) -> Base:
     """The generator of a model folder, or the newest moving average (`raw`: the trained weights) of a run.
 
     Args:
       place: `abstract parameters -> shardings`, where to read them to; default: whole on the first local device.
+      dtype: of the parameters; those of a model folder are read in it, those of a run, fp32 on disk, cast afterwards.
     Raises:
       WeightsError: if `path` is neither, or if the model folder a run's codec came from is gone.
       WorkdirError: if the run has no checkpoint yet.
@@ -73,7 +81,7 @@ def load_generator(path: str | Path, *, raw: bool = False, codec: bool = True, p
     path = Path(path)
     if not is_run(path):
         shardings = place and {"unet": place(tree.abstract(UNet, read_model(path)[0]["unet"])[1])}
-        params, configs, meta = load_model(path, ("unet",), dtype=jax.numpy.float32, shardings=shardings)
+        params, configs, meta = load_model(path, ("unet",), dtype=dtype, shardings=shardings)
         patch = meta["codec"] == "patch"
         return Base(configs["unet"], params["unet"], load_codec(path) if codec else None, None if patch else path, None)
     unet, patch_codec, model = read_run(path)
@@ -83,4 +91,5 @@ def load_generator(path: str | Path, *, raw: bool = False, codec: bool = True, p
     if model and not model.is_dir():
         raise WeightsError(f"{path} was trained from {model}, which is gone: its VAE and CLIP tower are needed")
     loaded = patch_codec or (load_codec(model) if model and codec else None)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     return Base(unet, params, loaded, model, step)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -179,15 +180,15 @@ class Sampler:
         for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
             if value not in DTYPES:
                 raise ValueError(f"{name} {value!r}: choose one of {', '.join(DTYPES)}")
-        base = load_generator(path, raw=raw)
+        place = mesh and partial(param_shardings, mesh)
+        base = load_generator(path, raw=raw, place=place, dtype=DTYPES[dtype])
         codec = base.codec
         if isinstance(codec, SVDCodec):
-            weights = _place(mesh, codec.params)
+            weights = codec.params if mesh is None else jax.device_put(codec.params, place(codec.params))
             codec = SVDCodec(codec.vae_config, codec.clip_config, weights, decode_dtype=DTYPES[vae_dtype])
         elif vae_dtype != "float32":
             raise ValueError(f"vae_dtype {vae_dtype!r}: {path} has the patch codec, which has no decoder network")
-        params = _place(mesh, jax.tree.map(lambda x: jnp.asarray(x, DTYPES[dtype]), base.params))
-        sampler = cls(base.unet, params, codec, dtype, mesh=mesh, check_finite=check_finite)
+        sampler = cls(base.unet, base.params, codec, dtype, mesh=mesh, check_finite=check_finite)
         sampler.step = base.step
         return sampler
 
@@ -385,11 +386,6 @@ class Sampler:
 
     def _vae_dtype(self) -> str:
         return jnp.dtype(getattr(self.codec, "decode_dtype", jnp.float32)).name
-
-
-def _place(mesh: Mesh | None, params: tree.Params) -> tree.Params:
-    """`params` over `mesh` by the rule of training, or as they are."""
-    return params if mesh is None else jax.device_put(params, param_shardings(mesh, params))
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -101,6 +101,7 @@ def torment(
             process.wait()
             outcome.kills += 1
             outcome.inside += half_written(folder)
+            print(f"{folder.name}: kill {outcome.kills}, {outcome.inside} inside a write", flush=True)
             continue
         if process.wait():
             tail = (folder.parent / f"{folder.name}.log").read_text()[-3000:]

@@ -85,7 +85,7 @@ def test_the_commands_of_the_readme(place, pipeline_folder):
     ("module", "arguments", "message"),
     [
         ("sample", ["--checkpoint=nowhere", "--image=in.png", "--out=x.mp4"], "sample: nowhere does not exist"),
-        ("convert", ["--src=nowhere", "--dst=x"], "convert: nowhere is not a folder"),
+        ("convert", ["--src=nowhere", "--dst=x"], "convert: nowhere does not exist"),
         (
             "train",
             ["--config=configs/sfv.py", "--workdir=x", "--config.batchsize=1"],
