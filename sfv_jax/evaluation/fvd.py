@@ -20,8 +20,9 @@ import numpy as np
 
 from sfv_jax.models import tree
 from sfv_jax.models.i3d import I3D, I3DConfig, preprocess
+from sfv_jax.weights.diffusers import their_shape, to_ours, to_theirs
 from sfv_jax.weights.folders import WeightsError, sha256, shape_problems
-from sfv_jax.weights.sources import Tensors, open_weights
+from sfv_jax.weights.sources import open_weights
 from sfv_jax.weights.stream import write_safetensors
 
 Features = Callable[[np.ndarray], np.ndarray]  # uint8 [b, t, h, w, 3] -> float32 [b, d]
@@ -82,7 +83,8 @@ def read_i3d(path: Path, batch_norm_eps: float | None = None) -> tuple[tree.Para
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise WeightsError(f"{path} is not a state dict of InceptionI3d:\n  " + "\n  ".join(problems[:10]) + more)
-    return tree.unflatten({ours: _to_ours(tensors, name) for name, (ours, _) in expected.items()}), config, told
+    flat = {ours: to_ours(ours, tensors.read(name).astype(np.float32)) for name, (ours, _) in expected.items()}
+    return tree.unflatten(flat), config, told
 
 
 def convert(src: str | Path, dst: str | Path, *, batch_norm_eps: float | None = None) -> None:
@@ -99,7 +101,7 @@ def convert(src: str | Path, dst: str | Path, *, batch_norm_eps: float | None = 
     params, config, _ = read_i3d(src, batch_norm_eps)
     flat = tree.flatten(params)
     expected = _expected(config)
-    tensors = ((name, _to_theirs(ours, np.asarray(flat[ours]))) for name, (ours, _) in expected.items())
+    tensors = ((name, to_theirs(ours, np.asarray(flat[ours]))) for name, (ours, _) in expected.items())
     about = {"batch_norm_eps": config.batch_norm_eps, "source": {"file": src.name, "sha256": sha256(src)}}
     shapes = {name: shape for name, (_, shape) in expected.items()}
     write_safetensors(dst, shapes, tensors, np.dtype(np.float32), {"i3d": json.dumps(about)})
@@ -111,18 +113,8 @@ def _expected(config: I3DConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     names = {}
     for path, x in tree.flatten(shapes).items():
         module, *leaf = path.rsplit(".", 2)
-        shape = tuple(x.shape[axis] for axis in (4, 3, 0, 1, 2)) if len(x.shape) == 5 else tuple(x.shape)
-        names[f"{module}.{_LEAVES['.'.join(leaf)]}"] = path, shape
+        names[f"{module}.{_LEAVES['.'.join(leaf)]}"] = path, their_shape(path, x.shape)
     return names
-
-
-def _to_ours(tensors: Tensors, name: str) -> np.ndarray:
-    value = tensors.read(name).astype(np.float32)
-    return value.transpose(2, 3, 4, 1, 0) if value.ndim == 5 else value
-
-
-def _to_theirs(path: str, value: np.ndarray) -> np.ndarray:
-    return value.transpose(4, 3, 0, 1, 2) if value.ndim == 5 else value
 
 
 def _is_torchscript(path: Path) -> bool:
