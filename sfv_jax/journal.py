@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from sfv_jax.alarms import Alarms, TrainingStopped, not_finite
+from sfv_jax.alarms import Alarms, TrainingStopped, mean_of, not_finite
 from sfv_jax.metrics import MetricWriter, ProgressReport
 from sfv_jax.speed import Clock, peak_memory
 
@@ -100,9 +100,8 @@ def line(values: dict[str, float]) -> str:
     if "speed/mfu" in values:
         parts.append(f"mfu {values['speed/mfu']:.0%}")
     parts += [f"{k.removeprefix('loss/')} {v:.4g}" for k, v in values.items() if k.startswith("loss/")]
-    live = [v for k, v in values.items() if k.startswith("live/")]
-    if live:
-        parts.append(f"live {np.mean(live):.0%}")
+    if (live := mean_of(values, "live/")) is not None:
+        parts.append(f"live {live:.0%}")
     if "motion/ratio" in values:
         parts.append(f"motion {values['motion/ratio']:.2f}")
     return "  ".join(parts)
