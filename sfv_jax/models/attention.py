@@ -14,7 +14,7 @@ from jax import lax
 
 from sfv_jax.models.layers import AlphaBlender, GroupNorm, LayerNorm, Linear, TimestepEmbedding, remat
 from sfv_jax.models.layers import sinusoidal_embedding as sinusoid
-from sfv_jax.models.placing import per_row, rows
+from sfv_jax.models.placing import per_row, platform, rows
 
 Array = jax.Array
 QUERY_BLOCK = 1024  # queries per step of the blocked kernel: 9 steps at 9216 tokens, scores of 5x1024x9216 per frame
@@ -59,7 +59,7 @@ def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
     """
     if kernel == "auto":
         half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-        if half and jax.default_backend() == "gpu":
+        if half and platform() == "gpu":
             kernel = "cudnn"
         else:
             kernel = "blocked" if q.shape[1] > QUERY_BLOCK else "einsum"

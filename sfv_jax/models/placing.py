@@ -21,6 +21,13 @@ def axis_size(*names: str) -> int:
     return math.prod(mesh.shape.get(name, 1) for name in names)
 
 
+def platform() -> str:
+    """"cpu", "gpu" or "tpu": of the mesh in use, which may belong to another machine; else of the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def gathered(weight: Array) -> Array:
     """`weight` whole on every device, right before it is used.
 
