@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from absl import app, flags, logging
 from sfv_jax.data import latents, video
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.video import VideoError
+from sfv_jax.progress import progress
 from sfv_jax.weights.folders import WeightsError
 
 
@@ -59,7 +59,7 @@ class Settings:
     shard_size: int = _setting(1024, "clips per shard, what an interruption can lose")
     heldout_fraction: float = _setting(0.0, "part of the files that goes to the split 'heldout'")
     seed: int = _setting(0, "decides the noise on the first frames and which files are held out")
-    model: str = _setting("", "identity of the encoders' weights, \"\" if unknown")
+    model: str = _setting("", 'identity of the encoders\' weights, "" if unknown')
 
     def __post_init__(self):
         for name in ("height", "width"):
@@ -143,7 +143,7 @@ def run(
     shards = _shards(out, clips, settings.shard_size)
     manifest = _claim(out, clips, settings)
     mine = shards[worker::workers]
-    with _progress(sum(len(shard.clips) for shard in mine)) as advance:
+    with progress(sum(len(shard.clips) for shard in mine), "clips") as advance:
         for shard in mine:
             if shard.report():
                 advance(len(shard.clips))
@@ -292,30 +292,6 @@ def _finish(out: Path, shards: list[Shard], manifest: dict) -> dict | None:
     latents.write_json(out / latents.MANIFEST, manifest)
     latents.write_metadata(out, shapes, counts)
     return manifest
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts clips done: a bar on a terminal, elsewhere a line every half minute."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        columns = ("clips", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("clips", total=total)
-            yield lambda count: bar.advance(task, count)
-        return
-    done, said = 0, time.monotonic()
-
-    def advance(count: int) -> None:
-        nonlocal done, said
-        done += count
-        if done == total or time.monotonic() - said > 30:
-            said = time.monotonic()
-            print(f"{done} of {total} clips", file=sys.stderr, flush=True)
-
-    yield advance
 
 
 def make_encoder(codec, noise_aug_strength: float, seed: int) -> Encode:

@@ -1,0 +1,198 @@
+"""Scores of a folder of videos that needs nothing to compare with: each video against its own condition image."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+
+from sfv_jax.evaluation import appearance, motion
+from sfv_jax.evaluation.collection import Clip, Reading
+from sfv_jax.evaluation.report import Report, number
+from sfv_jax.progress import progress
+
+
+@dataclass(frozen=True)
+class Score:
+    """A column of the table: `title` with its unit, and `meaning`, a sentence for the footer."""
+
+    title: str
+    meaning: str
+
+
+SCORES = {
+    "motion_energy": Score("motion energy", "mean absolute difference of consecutive frames, grey levels of 0..255"),
+    "flow": Score("flow, %", "mean length of optical flow per frame, percent of the frame's short side"),
+    "warp_error": Score(
+        "warp error", "grey levels left after warping the next frame back by its flow; low also for blur"
+    ),
+    "unmatched": Score("unmatched", "share of pixels that optical flow cannot follow to the next frame"),
+    "frozen": Score(
+        "frozen",
+        f"share of videos in which less than {motion.FROZEN_SHARE:.0%} of the pixels ever differ from the first frame "
+        f"by more than {motion.CHANGE:g} grey levels",
+    ),
+    "detail_first": Score("detail, first", "sharpness of the first frame over that of the condition; 1 is all kept"),
+    "detail_last": Score("detail, last", "the same of the last frame; below 1 detail is lost, above 1 gained"),
+    "contrast_last": Score("contrast, last", "contrast of the last frame over that of the condition"),
+    "first_psnr": Score("first PSNR, dB", "first frame against the condition image"),
+    "clip_last": Score("CLIP, last", "cosine of the CLIP embeddings of the last frame and the condition"),
+    "clip_mean": Score("CLIP, mean", "the same, mean over the frames"),
+    "diversity": Score("diversity", "RMSE in grey levels between videos of one condition, mean over pairs of seeds"),
+}
+CURVES = {"detail": "sharpness / condition's", "contrast": "contrast / condition's", "clip": "CLIP cosine"}
+
+
+@dataclass
+class Results:
+    """What was found.
+
+    Attributes:
+      rows: a dict per clip: `group`, `name`, `seed`, `size` (h, w), `scores` {score: number}, `curves` {curve: [t]}.
+      diversity: `{group: [number per condition]}`, for conditions with several seeds.
+      shown: `{name: {group: frames}}`, clips to look at.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    diversity: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    shown: dict[str, dict[str, np.ndarray]] = field(default_factory=lambda: defaultdict(dict))
+
+    def groups(self) -> list[str]:
+        return sorted({row["group"] for row in self.rows})
+
+    def values(self, group: str, score: str) -> np.ndarray:
+        """A number per clip of `group` (`diversity`: per condition) that has one."""
+        if score == "diversity":
+            return np.array(self.diversity.get(group, []))
+        found = [row["scores"].get(score, np.nan) for row in self.rows if row["group"] == group]
+        return np.array([value for value in found if np.isfinite(value)])
+
+    def curve(self, group: str, name: str) -> np.ndarray | None:
+        """`[t]`, mean over the clips of `group`; None if no clip has it."""
+        found = [row["curves"][name] for row in self.rows if row["group"] == group and name in row["curves"]]
+        return np.nanmean(found, axis=0) if found else None
+
+
+def score_clip(
+    frames: np.ndarray, image: np.ndarray | None = None, *, embed: Callable | None = None, flow: bool = True
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """(scores, curves over the frames) of a video uint8 `[t, h, w, 3]`; names are those of `SCORES` and `CURVES`.
+
+    Args:
+      image: the condition, uint8 `[h', w', 3]`; without it the first frame stands for it, and there is no PSNR.
+      embed: `SVDCodec.embed`; None leaves CLIP out.
+      flow: False leaves optical flow out, which needs OpenCV.
+    """
+    condition = frames[0] if image is None else image
+    detail = appearance.against(appearance.sharpness, frames, condition)
+    curves = {"detail": detail, "contrast": appearance.against(appearance.contrast, frames, condition)}
+    scores = {"motion_energy": motion.motion_energy(frames), "frozen": float(motion.is_frozen(frames))}
+    scores |= motion.flow_scores(frames) if flow else {}
+    scores |= {"detail_last": float(detail[-1]), "contrast_last": float(curves["contrast"][-1])}
+    if image is not None:
+        scores |= {"detail_first": float(detail[0]), "first_psnr": appearance.first_frame_psnr(frames, image)}
+    if embed is not None:
+        curves["clip"] = appearance.clip_similarity(frames, condition, embed)
+        scores |= {"clip_last": float(curves["clip"][-1]), "clip_mean": float(curves["clip"].mean())}
+    return scores, {name: [float(value) for value in curve] for name, curve in curves.items()}
+
+
+def score_folder(
+    clips: list[Clip],
+    reading: Reading,
+    *,
+    images: dict[str, np.ndarray] | None = None,
+    embed: Callable | None = None,
+    flow: bool = True,
+    shown: int = 0,
+) -> Results:
+    """Scores all clips that can be read; `reading.unreadable` names the others.
+
+    Args:
+      images: condition by clip name, see `collection.condition_images`.
+      shown: of how many names the clips are kept, to be looked at.
+    """
+    results = Results()
+    kept = sorted({clip.name for clip in clips})[:shown]
+    with progress(len(clips), "clips") as advance:
+        for (group, name), some in groupby(reading.frames(clips), lambda pair: (pair[0].group, pair[0].name)):
+            seeds = []
+            for clip, frames in some:
+                scores, curves = score_clip(frames, images and images[name], embed=embed, flow=flow)
+                about = {"group": group, "name": name, "seed": clip.seed, "size": frames.shape[1:3]}
+                results.rows.append(about | {"scores": scores, "curves": curves})
+                if name in kept and group not in results.shown[name]:
+                    results.shown[name][group] = frames
+                if clip.seed is not None:
+                    seeds.append(frames)
+                advance(1)
+            if len(seeds) > 1 and len({x.shape for x in seeds}) == 1:
+                results.diversity[group].append(appearance.diversity(np.stack(seeds)))
+        if reading.unreadable:
+            advance(len(reading.unreadable))
+    return results
+
+
+def add_to(report: Report, results: Results, reading: Reading, conditions: str) -> None:
+    """Adds the tables, plots and clips of `results` to `report`, and everything to its record.
+
+    Args:
+      conditions: where the condition images come from, for the footer.
+    """
+    groups = results.groups()
+    found = [name for name in SCORES if any(len(results.values(group, name)) for group in groups)]
+    rows = []
+    for group in groups:
+        count = sum(row["group"] == group for row in results.rows)
+        rows.append([group or "all", count, *(_mean(results.values(group, name), name) for name in found)])
+    notes = [f"Mean (standard deviation) over the clips. Condition: {conditions}.", _how(results, reading)]
+    notes += [f"{SCORES[name].title}: {SCORES[name].meaning}." for name in found]
+    report.table("No-reference scores", ["", "clips", *(SCORES[name].title for name in found)], rows, notes)
+    for name, meaning in CURVES.items():
+        curves = {group or "all": results.curve(group, name) for group in groups}
+        if any(curve is not None for curve in curves.values()):
+            report.lines(meaning, {g: list(c) for g, c in curves.items() if c is not None}, "frame", "mean over clips")
+    for name in ("detail_last", "contrast_last", "flow", "unmatched", "first_psnr", "clip_last"):
+        if name in found:
+            values = {group or "all": list(results.values(group, name)) for group in groups}
+            report.dots(f"{SCORES[name].title}, clip by clip", values, SCORES[name].title)
+    if results.shown:
+        clips = {name: {group or "all": x for group, x in row.items()} for name, row in results.shown.items()}
+        report.clips("Side by side", clips, reading.fps)
+    single = [name for name in found if name != "diversity"]
+    each = [[row["group"], _name(row), *map(row["scores"].get, single)] for row in results.rows]
+    report.table("Clip by clip", ["group", "clip", *(SCORES[name].title for name in single)], each)
+    if reading.unreadable:
+        report.text(f"{len(reading.unreadable)} clips could not be read and are in no score", reading.unreadable)
+    report.record |= {
+        "reading": {"num_frames": reading.num_frames, "fps": reading.fps, "unreadable": reading.unreadable},
+        "conditions": conditions,
+        "summary": {g: {k: _summary(results.values(g, k)) for k in found} for g in groups},
+        "clips": results.rows,
+    }
+
+
+def _how(results: Results, reading: Reading) -> str:
+    sizes = Counter(f"{row['size'][1]}x{row['size'][0]}" for row in results.rows)
+    said = ", ".join(f"{count} of {size}" for size, count in sizes.items())
+    mixed = "; detail does not compare between sizes" if len(sizes) > 1 else ""
+    return f"{reading.num_frames} frames at {reading.fps:g} fps from the start; clips: {said}{mixed}."
+
+
+def _name(row: dict) -> str:
+    return row["name"] if row["seed"] is None else f"{row['name']}, seed {row['seed']}"
+
+
+def _mean(values: np.ndarray, name: str) -> str | float | None:
+    if not len(values):
+        return None
+    if name == "frozen" or len(values) == 1:
+        return float(values.mean())
+    return f"{number(float(values.mean()))} ({number(float(values.std()))})"
+
+
+def _summary(values: np.ndarray) -> dict:
+    if not len(values):
+        return {"n": 0}
+    return {"mean": values.mean(), "std": values.std(), "n": len(values)}

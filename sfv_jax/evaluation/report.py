@@ -1,0 +1,249 @@
+"""Results as files: `scores.json`, `scores.md` and `index.html`, one page that opens from disk and needs no network.
+
+report = Report("SF-V against SVD")
+report.table("Scores", ["method", "FVD"], [["SF-V", 180.9], ["SVD", 153.4]], notes=["N = 2048."])
+report.lines("Detail over time", {"SF-V": [1.0, 0.9], "SVD": [1.0, 1.0]}, "frame", "share kept")
+report.clips("Side by side", {"dog": {"SF-V": frames, "SVD": frames}}, fps=7)
+report.record = {"seed": 0}
+report.write("out")
+"""
+
+import base64
+import json
+import math
+import tempfile
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from sfv_jax.data.video import cover_resize_crop, replacing, write_video
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+CLIP_HEIGHT = 240, 96  # pixels: taller clips are shrunk, smaller ones enlarged by whole factors
+Cell = str | float | int | None
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2em auto; padding: 0 1em; max-width: 1500px }
+h1, h2 { line-height: 1.2 } table { border-collapse: collapse; margin: 1em 0 } .wide { overflow-x: auto }
+td, th { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+td:first-child, th:first-child { text-align: left } .notes { color: #555; font-size: 13px; max-width: 75em }
+.plots { display: flex; flex-wrap: wrap; gap: 1em } .clips td, .clips th { text-align: center; padding: 2px }
+.clips { table-layout: fixed; width: 100% } .clips th:first-child { width: 8em }
+.clips video { display: block; width: 100% } .small { width: auto } .small video { image-rendering: pixelated }
+button { font: inherit; padding: .3em 1em }
+"""
+_SCRIPT = """
+const all = () => document.querySelectorAll('video');
+function restart() { all().forEach(v => { v.currentTime = 0; v.play(); }) }
+function pause() { all().forEach(v => v.pause()) }
+"""
+
+
+@dataclass
+class Report:
+    """Tables, plots and clips in the order they were added.
+
+    `record` is what goes into the JSON: whatever made the numbers, and the numbers.
+    """
+
+    title: str
+    record: dict = field(default_factory=dict)
+    _html: list[str] = field(default_factory=list)
+    _markdown: list[str] = field(default_factory=list)
+
+    def text(self, title: str, lines: list[str]) -> None:
+        """A heading and a list of sentences."""
+        self._html.append(f"<h2>{escape(title)}</h2><ul>{''.join(f'<li>{escape(x)}</li>' for x in lines)}</ul>")
+        self._markdown.append(f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines))
+
+    def table(self, title: str, columns: list[str], rows: list[list[Cell]], notes: list[str] = ()) -> None:
+        """Rows of text and numbers under `columns`; None leaves a cell empty. `notes` are printed below."""
+        self._html.append(f"<h2>{escape(title)}</h2>{html_table(columns, rows)}{_notes(notes)}")
+        self._markdown.append("\n\n".join([f"## {title}", markdown_table(columns, rows), *notes]))
+
+    def lines(self, title: str, series: dict[str, list[float]], x: str, y: str) -> None:
+        """A line for each of `series`; x counts from 0. Page only."""
+        self._plot(line_plot(title, series, x, y))
+
+    def dots(self, title: str, series: dict[str, list[float]], x: str) -> None:
+        """A row of dots for each of `series` with its mean as a bar. Page only."""
+        self._plot(dot_plot(title, series, x))
+
+    def clips(self, title: str, clips: dict[str, dict[str, np.ndarray]], fps: float) -> None:
+        """Playable clips, `{row: {column: uint8 [t, h, w, 3]}}`, embedded as H.264. Page only."""
+        self._html.append(f"<h2>{escape(title)}</h2>{html_clips(clips, fps)}")
+
+    def write(self, folder: str | Path) -> None:
+        """Writes `scores.json`, `scores.md` and `index.html` in `folder`, each at once or not at all."""
+        folder = Path(folder)
+        files = {
+            "scores.json": json.dumps(_plain(self.record), indent=1, allow_nan=False) + "\n",
+            "scores.md": "\n\n".join([f"# {self.title}", *self._markdown]) + "\n",
+            "index.html": self.page(),
+        }
+        for name, content in files.items():
+            with replacing(folder / name) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+
+    def page(self) -> str:
+        """The HTML page."""
+        head = f'<meta charset="utf-8"><title>{escape(self.title)}</title><style>{_STYLE}</style>'
+        body = f"<h1>{escape(self.title)}</h1>{''.join(self._html)}<script>{_SCRIPT}</script>"
+        return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+    def _plot(self, svg: str) -> None:
+        """Plots that follow each other stand side by side."""
+        if self._html and self._html[-1].endswith("</svg></div>"):
+            self._html[-1] = self._html[-1].removesuffix("</div>") + svg + "</div>"
+        else:
+            self._html.append(f'<div class="plots">{svg}</div>')
+
+
+def number(value: Cell) -> str:
+    """A cell as text: three significant digits, nothing for None and values that are no numbers."""
+    if isinstance(value, float | np.floating):
+        if not math.isfinite(value):
+            return "inf" if value > 0 else ""
+        return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
+    return "" if value is None else str(value)
+
+
+def markdown_table(columns: list[str], rows: list[list[Cell]]) -> str:
+    """A Markdown table, all columns but the first aligned to the right."""
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(map(number, row)) + " |" for row in rows])
+
+
+def html_table(columns: list[str], rows: list[list[Cell]]) -> str:
+    """The same as HTML."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(number(x))}</td>" for x in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def html_clips(clips: dict[str, dict[str, np.ndarray]], fps: float) -> str:
+    """A table of playable clips, embedded; see `Report.clips`."""
+    columns = list(dict.fromkeys(name for row in clips.values() for name in row))
+    lines = ["<tr><th></th>" + "".join(f"<th>{escape(name)}</th>" for name in columns) + "</tr>"]
+    for name, row in clips.items():
+        cells = "".join(f"<td>{_video(row[c], fps) if c in row else ''}</td>" for c in columns)
+        lines.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+    small = any(x.shape[1] < CLIP_HEIGHT[1] for row in clips.values() for x in row.values())
+    buttons = '<button onclick="restart()">all from the start</button> <button onclick="pause()">pause</button>'
+    table = f'<table class="clips{" small" if small else ""}">{"".join(lines)}</table>'
+    return f'{buttons}<div class="wide">{table}</div>'
+
+
+def _video(frames: np.ndarray, fps: float) -> str:
+    t, h, w, _ = frames.shape
+    tall, least = CLIP_HEIGHT
+    if h > tall:
+        frames = cover_resize_crop(frames, tall, round(w * tall / h / 2) * 2)
+    elif h < least:
+        frames = frames.repeat(-(-least // h), axis=1).repeat(-(-least // h), axis=2)
+    with tempfile.TemporaryDirectory() as folder:
+        write_video(Path(folder) / "clip.mp4", frames, fps)
+        data = base64.b64encode((Path(folder) / "clip.mp4").read_bytes()).decode()
+    return f'<video src="data:video/mp4;base64,{data}" muted loop autoplay playsinline controls></video>'
+
+
+def _notes(notes: list[str]) -> str:
+    return '<p class="notes">' + "<br>".join(map(escape, notes)) + "</p>" if notes else ""
+
+
+def _plain(value):
+    """For JSON: numpy numbers as Python's; what is no number becomes null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+# ---- plots ----
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 460, 280, 60, 42, 34, 14
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers that lie in [low, high]."""
+    raw = (high - low) / count
+    size = 10 ** math.floor(math.log10(raw))
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw * 0.999)
+    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _limits(values: list[float]) -> tuple[float, float]:
+    finite = [v for v in values if math.isfinite(v)] or [0.0]
+    low, high = min(finite), max(finite)
+    room = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
+    return low - room, high + room
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle", **attributes) -> str:
+    more = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
+
+
+def _svg(title: str, content: list[str], height: float = _HEIGHT) -> str:
+    box = f'viewBox="0 0 {_WIDTH} {height:g}" width="{_WIDTH}" height="{height:g}"'
+    font = 'font-family="system-ui, sans-serif" font-size="12"'
+    heading = _text(_WIDTH / 2, 18, title, font_size=14)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box} {font} role="img">{heading}{"".join(content)}</svg>'
+
+
+def _axis(values: list[float], place, across: tuple[float, float], vertical: bool) -> list[str]:
+    """Grid lines and labels at `values`; `place(value)` is the coordinate, `across` the ends of a line."""
+    lines = []
+    for value in values:
+        at, (first, last), label = place(value), across, f"{value:g}" if abs(value) > 1e-12 else "0"
+        if vertical:
+            lines.append(f'<path d="M{first:.1f} {at:.1f}H{last:.1f}" stroke="#ddd"/>')
+            lines.append(_text(first - 6, at + 4, label, "end"))
+        else:
+            lines.append(f'<path d="M{at:.1f} {first:.1f}V{last:.1f}" stroke="#ddd"/>')
+            lines.append(_text(at, last + 16, label))
+    return lines
+
+
+def line_plot(title: str, series: dict[str, list[float]], x: str, y: str) -> str:
+    """SVG of lines over 0, 1, 2, ..., with a legend below."""
+    low, high = _limits([v for values in series.values() for v in values])
+    last = max(max(len(values) for values in series.values()) - 1, 1)
+    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    across = lambda n: _LEFT + (right - _LEFT) * n / last  # noqa: E731
+    down = lambda v: bottom - (bottom - _TOP) * (v - low) / (high - low)  # noqa: E731
+    content = _axis(ticks(low, high), down, (_LEFT, right), True)
+    content += _axis([n for n in ticks(0, last, 7) if n == int(n)], across, (_TOP, bottom), False)
+    middle = (_TOP + bottom) / 2
+    content += [_text((_LEFT + right) / 2, bottom + 34, x), _text(14, middle, y, transform=f"rotate(-90 14 {middle})")]
+    for n, (name, values) in enumerate(series.items()):
+        points = [f"{across(k):.1f} {down(v):.1f}" for k, v in enumerate(values) if math.isfinite(v)]
+        colour, line = COLOURS[n % len(COLOURS)], "M" + "L".join(points)
+        content.append(f'<path d="{line}" fill="none" stroke="{colour}" stroke-width="2"/>' if points else "")
+        content.append(f'<rect x="{_LEFT}" y="{_HEIGHT + 4 + 18 * n}" width="18" height="4" fill="{colour}"/>')
+        content.append(_text(_LEFT + 26, _HEIGHT + 10 + 18 * n, name, "start"))
+    return _svg(title, content, _HEIGHT + 18 * len(series) + 6)
+
+
+def dot_plot(title: str, series: dict[str, list[float]], x: str) -> str:
+    """SVG of one row per name: a dot per value, a bar at the mean."""
+    low, high = _limits([v for values in series.values() for v in values])
+    left, right, bottom = 150, _WIDTH - _RIGHT, _TOP + 26 * len(series)
+    across = lambda v: left + (right - left) * (v - low) / (high - low)  # noqa: E731
+    content = _axis(ticks(low, high), across, (_TOP, bottom), False)
+    content.append(_text((left + right) / 2, bottom + 34, x))
+    for n, (name, values) in enumerate(series.items()):
+        y, colour = _TOP + 26 * n + 13, COLOURS[n % len(COLOURS)]
+        finite = [v for v in values if math.isfinite(v)]
+        content.append(_text(left - 8, y + 4, name, "end"))
+        content += [f'<circle cx="{across(v):.1f}" cy="{y}" r="4" fill="{colour}" fill-opacity=".5"/>' for v in finite]
+        if finite:
+            at = across(sum(finite) / len(finite))
+            content.append(f'<path d="M{at:.1f} {y - 10}V{y + 10}" stroke="{colour}" stroke-width="3"/>')
+    return _svg(title, content, bottom + _BOTTOM)

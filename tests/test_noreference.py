@@ -1,0 +1,160 @@
+"""Scores without a reference: each sees the damage it is defined for, and the command turns folders into a page."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from sfv_jax.data.video import VideoError, write_video
+from sfv_jax.data.worlds import World
+from sfv_jax.evaluation import appearance, collection, motion, noreference
+from sfv_jax.evaluation.report import Report, line_plot, ticks
+
+
+def texture(height: int = 96, width: int = 128, seed: int = 0) -> np.ndarray:
+    """Smooth random texture with detail of many sizes: uint8 [h, w, 3]."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3))
+    for size in (4, 8, 16, 32):
+        noise = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+        total += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), float)
+    return (total / 4).astype(np.uint8)
+
+
+def sliding(step: int = 2, frames: int = 5) -> np.ndarray:
+    """A texture that moves to the left by `step` of 96 pixels a frame."""
+    wide = texture(96, 160)
+    return np.stack([wide[:, step * n : step * n + 128] for n in range(frames)])
+
+
+def blurred(frames: np.ndarray, radius: float) -> np.ndarray:
+    return np.stack([np.asarray(Image.fromarray(x).filter(ImageFilter.GaussianBlur(radius))) for x in frames])
+
+
+def test_flow_finds_a_known_shift_and_warping_removes_it():
+    pytest.importorskip("cv2")
+    scores = motion.flow_scores(sliding(2))
+    assert scores["flow"] == pytest.approx(100 * 2 / 96, rel=0.1)
+    assert scores["warp_error"] < 0.2 * motion.motion_energy(sliding(2)) and scores["unmatched"] < 0.1
+    assert motion.flow_scores(sliding(4))["flow"] == pytest.approx(2 * scores["flow"], rel=0.15)
+    unrelated = np.stack([texture(seed=n) for n in range(4)])
+    assert motion.flow_scores(unrelated)["unmatched"] > 0.5
+
+
+def test_frozen_videos_are_told_from_slow_ones():
+    still = np.repeat(texture()[None], 6, axis=0)
+    noisy = np.clip(still + np.random.default_rng(0).normal(0, 1.5, still.shape), 0, 255).astype(np.uint8)
+    assert motion.is_frozen(still) and motion.is_frozen(noisy) and not motion.is_frozen(sliding(1))
+    assert motion.motion_energy(still) == 0 and motion.changed_share(still) == 0
+    assert not motion.is_frozen(World().clip(0)[0])
+
+
+def test_detail_sees_blur_and_noise_contrast_sees_fading():
+    frames = sliding(1)
+    detail = lambda x: appearance.against(appearance.sharpness, x, frames[0])  # noqa: E731
+    soft = np.concatenate([frames[:2], blurred(frames[2:], 2)])
+    assert np.allclose(detail(frames), 1, atol=0.1) and (detail(soft)[2:] < 0.6).all()
+    noisy = np.clip(frames + np.random.default_rng(0).normal(0, 8, frames.shape), 0, 255).astype(np.uint8)
+    assert (detail(noisy) > 1.5).all()
+    faded = (frames // 2 + 64).astype(np.uint8)
+    assert appearance.against(appearance.contrast, faded, frames[0])[0] == pytest.approx(0.5, abs=0.02)
+    flat = np.zeros_like(frames)
+    assert np.isnan(appearance.against(appearance.sharpness, frames, flat[0])).all()
+
+
+def test_psnr_and_diversity_are_what_they_say():
+    frames = np.full((3, 8, 8, 3), 100, np.uint8)
+    assert appearance.first_frame_psnr(frames, frames[0] + 10) == pytest.approx(20 * np.log10(255 / 10))
+    assert appearance.first_frame_psnr(frames, frames[0]) == np.inf
+    later = frames.copy()
+    later[1:] += 12
+    assert appearance.diversity(np.stack([frames, frames])) == 0
+    assert appearance.diversity(np.stack([frames, later, later])) == pytest.approx(12 * 2 / 3)
+    with pytest.raises(ValueError, match="two videos"):
+        appearance.diversity(frames[None])
+
+
+def test_clip_similarity_is_the_cosine_with_the_condition():
+    embed = lambda x: x.mean((1, 2)).astype(np.float32)  # noqa: E731
+    frames = np.zeros((3, 4, 4, 3), np.uint8)
+    frames[0, ..., 0], frames[1, ..., 1], frames[2, ..., :2] = 50, 70, 9
+    found = appearance.clip_similarity(frames, frames[0], embed)
+    np.testing.assert_allclose(found, [1, 0, np.sqrt(0.5)], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two methods: one moves, with two seeds of one name; one blurs with time; three files are no use."""
+    folder = tmp_path_factory.mktemp("videos")
+    moving = sliding(1, 14)
+    for name, frames in {
+        "moving/a-seed0": moving,
+        "moving/a-seed1": moving[:, :, ::-1],
+        "moving/b": sliding(2, 14),
+        "fading/a": np.concatenate([blurred(moving[n : n + 1], n / 3) for n in range(14)]),
+        "fading/short": moving[:5],
+    }.items():
+        write_video(folder / f"{name}.mp4", frames)
+    (folder / "fading/broken.mp4").write_bytes(b"no video")
+    (folder / "moving/empty.mp4").write_bytes(b"")
+    return folder
+
+
+def test_the_command_scores_a_folder(folder, tmp_path):
+    pytest.importorskip("cv2")
+    command = [sys.executable, "-m", "sfv_jax.evaluate", f"--videos={folder}", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "out/scores.json").read_text())
+    unreadable = record["reading"]["unreadable"]
+    assert len(unreadable) == 3 and sum("too short: 5 of 14" in line for line in unreadable) == 1
+    summary = record["summary"]
+    assert summary["fading"]["detail_last"]["mean"] < 0.5 < 0.9 < summary["moving"]["detail_last"]["mean"]
+    assert summary["moving"]["diversity"]["n"] == 1 and summary["moving"]["diversity"]["mean"] > 5
+    assert summary["moving"]["flow"]["n"] == 3 and summary["moving"]["frozen"]["mean"] == 0
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "scores.md"))
+    assert page.count("data:video/mp4;base64,") == 3 and page.count("<svg") >= 4  # a and b; one seed of each
+    assert not re.search(r'(src|href)="(?!data:)', page) and "url(" not in page  # nothing from elsewhere
+    assert "broken.mp4" in page and "broken.mp4" in text and "| moving | 3 |" in text
+
+
+def test_conditions_by_name(folder, tmp_path):
+    clips = [clip for clip in collection.find_clips(folder) if clip.group == "fading" and clip.name == "a"]
+    write_video(tmp_path / "a.png", sliding(1, 14)[:1])
+    images = collection.condition_images(tmp_path, {"a"})
+    results = noreference.score_folder(clips, collection.Reading(), images=images, flow=False)
+    scores = results.rows[0]["scores"]
+    assert scores["first_psnr"] > 30 and scores["detail_first"] == pytest.approx(1, abs=0.25)
+    assert "flow" not in scores and scores["detail_last"] < 0.8 * scores["detail_first"]
+    with pytest.raises(VideoError, match="no condition image for 1 clips: b"):
+        collection.condition_images(tmp_path, {"a", "b"})
+
+
+def test_what_cannot_be_scored(folder, tmp_path, monkeypatch):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(VideoError, match="holds no video"):
+        collection.find_clips(tmp_path / "none")
+    write_video(tmp_path / "twice/a.mp4", sliding())
+    (tmp_path / "twice/a.avi").write_bytes(b"")
+    with pytest.raises(VideoError, match="have one name"):
+        collection.find_clips(tmp_path / "twice")
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(motion.FlowError, match=r'pip install "sfv_jax\[eval\]"'):
+        motion.flow_scores(sliding())
+
+
+def test_pages_hold_text_as_text_and_numbers_as_numbers(tmp_path):
+    report = Report("<b> & co", {"value": np.float32(2), "nothing": float("nan"), "pair": (1, 2)})
+    report.table("T", ["a", "b"], [["<i>", 1234.5], ["x", float("nan")], ["y", None], ["z", 0.00123]], ["note < 1"])
+    report.lines("L", {"one": [0.0, float("nan"), 2.0], "two": [1.0]}, "x", "y")
+    report.write(tmp_path)
+    page, text = (tmp_path / "index.html").read_text(), (tmp_path / "scores.md").read_text()
+    assert "<b>" not in page and "&lt;b&gt; &amp; co" in page and "&lt;i&gt;" in page and "nan" not in page.lower()
+    assert "| <i> | 1234 |" in text and "| x |  |" in text and "| z | 0.00123 |" in text
+    assert json.loads((tmp_path / "scores.json").read_text()) == {"value": 2.0, "nothing": None, "pair": [1, 2]}
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and ticks(-3, 12) == pytest.approx([0, 5, 10])
+    assert line_plot("flat", {"one": [3.0, 3.0]}, "x", "y").count("<path") > 2
