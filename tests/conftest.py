@@ -135,3 +135,21 @@ def error(found, expected: np.ndarray) -> tuple[float, float]:
     """(max, rms) difference in units of the expected output's standard deviation."""
     difference = np.abs(np.asarray(found, np.float64) - expected) / expected.std()
     return float(difference.max()), float(np.sqrt(np.mean(difference**2)))
+
+
+def value_and_gradients(function, *args) -> tuple:
+    """`function(*args)` and the gradients of its sum of squares; jitted."""
+
+    def loss(*args):
+        y = function(*args)
+        return jax.numpy.sum(y**2), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(args))), has_aux=True))(*args)
+    return y, *gradients
+
+
+def assert_equal(found: tuple, expected: tuple, tolerance: float) -> None:
+    """Largest differences, relative to the largest number of each array."""
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert np.max(np.abs(np.asarray(a, np.float64) - b)) <= tolerance * np.max(np.abs(b))

@@ -4,6 +4,7 @@ The heights are chosen so that rows divide over two devices and not over eight.
 """
 
 import re
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 from sfv_jax import config as configs
 from sfv_jax import optim, sharding
 from sfv_jax.methods import METHODS
-from sfv_jax.models import tree
+from sfv_jax.models import placing, tree
+from sfv_jax.models.layers import Downsample, Upsample
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.state import Networks
-from tests.conftest import noise
+from tests.conftest import assert_equal, noise, value_and_gradients
 
 UNET = UNetConfig(
     in_channels=6,
@@ -135,6 +137,22 @@ def test_adversarial_step_on_parameters_in_eighths():
     steps = Steps("sfv", 1, 8, 1, count=1)
     assert_same(steps, Steps("sfv", 1, 1, 1, count=1), rtol=2e-5, atol=1e-5)
     check_fsdp(steps)
+
+
+@pytest.mark.parametrize("layer", [Upsample, partial(Downsample, padding=1)], ids=["up", "down"])
+@pytest.mark.parametrize("size", [(6, 4), (5, 8), (3, 16)], ids=str)
+def test_resizing_where_rows_do_not_divide(layer, size):
+    """In value and gradient; some by columns, some whole. Left to XLA, kernels got gradients wrong by whole factors."""
+    graphdef, _ = tree.abstract(partial(layer, dtype=np.float32, param_dtype=np.float32), 2)
+
+    def resize(x, kernel):
+        return tree.build(graphdef, {"conv": {"kernel": kernel, "bias": np.ones(2, np.float32)}})(placing.rows(x))
+
+    args = noise(0, 1, 2, *size, 2), noise(1, 3, 3, 2, 2)
+    expected = value_and_gradients(resize, *args)
+    for spatial in (4, 8):
+        mesh = sharding.make_mesh(1, 1, spatial, devices=jax.devices()[:spatial])
+        assert_equal(sharding.on_mesh(mesh, value_and_gradients)(resize, *args), expected, 1e-5)
 
 
 # ---- the table of rules ----

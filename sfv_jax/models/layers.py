@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from sfv_jax.models.placing import gathered, promote, rows
+from sfv_jax.models.placing import gathered, platform, promote, rows
 
 Array = jax.Array
 
@@ -67,16 +67,20 @@ class Conv2d(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         frames = x.reshape(-1, *x.shape[-3:]).astype(self.dtype)
-        y = lax.conv_general_dilated(
-            frames,
-            gathered(self.kernel[...].astype(self.dtype)),
-            self.stride,
-            self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
+        kernel = gathered(self.kernel[...].astype(self.dtype))
+        y = self.biased(conv2d(frames, kernel, self.padding, strides=self.stride))
         return y.reshape(*x.shape[:-3], *y.shape[1:])
+
+    def biased(self, y: Array) -> Array:
+        """`y [..., o]` with the bias, if there is one."""
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def conv2d(x: Array, kernel: Array, padding, *, strides=(1, 1), lhs_dilation=(1, 1)) -> Array:
+    """`x [n, h, w, i]`, `kernel [k, l, i, o]` -> `[n, h', w', o]`."""
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, lhs_dilation=lhs_dilation, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 class TemporalConv(nnx.Module):
@@ -205,23 +209,61 @@ class Downsample(nnx.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding, **kw)
 
     def __call__(self, x: Array) -> Array:
-        return rows(self.conv(x))
+        size = x.shape[-3:-1]
+        half = tuple(-(-n // 2) for n in size)
+        return rows(rows(self.conv(rows(x, half)), size))
 
 
 class Upsample(nnx.Module):
-    """Nearest resize to twice the size, or to `size (h, w)`, then a 3x3 convolution (diffusers Upsample2D)."""
+    """Nearest resize to twice the size, or to `size (h, w)`, then a 3x3 convolution (diffusers Upsample2D).
+
+    Twice the size is computed from the small frame with 4/9 of the products, see `doubled`.
+    """
 
     def __init__(self, channels: int, **kw):
         self.conv = Conv2d(channels, channels, 3, padding=1, **kw)
 
     def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
         h, w = x.shape[-3:-1]
-        if size is None or size == (2 * h, 2 * w):
-            x = jnp.repeat(jnp.repeat(x, 2, axis=-3), 2, axis=-2)
+        size = size or (2 * h, 2 * w)
+        x = rows(x, size)
+        if size == (2 * h, 2 * w):
+            frames = x.reshape(-1, h, w, x.shape[-1]).astype(self.conv.dtype)
+            kernel = gathered(merged_taps(self.conv.kernel[...]).astype(self.conv.dtype))
+            y = self.conv.biased(doubled(frames, kernel))
+            y = y.reshape(*x.shape[:-3], *y.shape[1:])
         else:
             down, across = (np.arange(n) * m // n for n, m in zip(size, (h, w), strict=True))
-            x = x[..., down, :, :][..., across, :]
-        return rows(self.conv(x))
+            y = self.conv(x[..., down, :, :][..., across, :])
+        return rows(rows(y, (h, w)))
+
+
+def merged_taps(kernel: Array) -> Array:
+    """The kernel `[4, 4, i, o]` that does to spread pixels what `kernel [3, 3, i, o]` does to doubled ones.
+
+    Along an axis the three taps (a, b, c) become (a, a + b, b + c, c): two neighbours of a doubled axis are equal.
+    Summed in fp32 at least, so that rounding to the compute dtype comes once, after it.
+    """
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    for axis in (0, 1):
+        first, last = ([(0, 0)] * axis + [pad] + [(0, 0)] * (3 - axis) for pad in ((0, 1), (1, 0)))
+        kernel = jnp.pad(kernel, first) + jnp.pad(kernel, last)
+    return kernel
+
+
+def doubled(x: Array, kernel: Array) -> Array:
+    """Nearest resize of `x [n, h, w, i]` to `[n, 2h, 2w, i]` and a padded 3x3 convolution, by its `merged_taps`.
+
+    On TPU a transposed convolution, elsewhere one 2x2 convolution for each parity of row and column: GPUs run
+    dilated inputs at their full cost, and CPUs the gradient of them many times over.
+    """
+    if platform() == "tpu":
+        return conv2d(x, kernel, ((2, 2), (2, 2)), lhs_dilation=(2, 2))
+    parities = [
+        [conv2d(x, kernel[p::2, q::2], ((1 - p, p), (1 - q, q))) for q in (0, 1)] for p in (0, 1)
+    ]  # rows 2 n + p, columns 2 m + q
+    y = jnp.stack([jnp.stack(row, axis=3) for row in parities], axis=2)
+    return rearrange(y, "n h p w q o -> n (h p) (w q) o")
 
 
 def remat(fn: Callable, enabled: bool) -> Callable:

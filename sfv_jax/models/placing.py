@@ -22,7 +22,7 @@ def axis_size(*names: str) -> int:
 
 
 def platform() -> str:
-    """"cpu", "gpu" or "tpu": of the mesh in use, which may belong to another machine; else of the default backend."""
+    """ "cpu", "gpu" or "tpu": of the mesh in use, which may belong to another machine; else of the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = device.platform if device else jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
@@ -37,9 +37,18 @@ def gathered(weight: Array) -> Array:
     return lax.with_sharding_constraint(weight, P()) if axis_size("fsdp") > 1 else weight
 
 
-def rows(x: Array) -> Array:
-    """`x [b, t, h, w, c]` by samples and rows. What does not divide is padded by XLA, without changing values."""
-    return lax.with_sharding_constraint(x, P(BATCH, None, "spatial")) if axis_size(*BATCH, "spatial") > 1 else x
+def rows(x: Array, *sizes: tuple[int, int]) -> Array:
+    """`x [b, t, h, w, c]` by samples, and by rows if they divide over `spatial`, else by columns, else by neither.
+
+    What changes the size is to be computed where both sizes divide: `sizes (h, w)` are others that must, too. jaxlib
+    0.10.2 gets kernels' gradients wrong, by whole factors, where a convolution's devices hold padding only.
+    """
+    if axis_size(*BATCH, "spatial") == 1:
+        return x
+    heights, widths = zip(x.shape[2:4], *sizes, strict=True)
+    divide = [all(length % axis_size("spatial") == 0 for length in lengths) for lengths in (heights, widths)]
+    axes = ("spatial",) if divide[0] else (None, "spatial") if divide[1] else ()
+    return lax.with_sharding_constraint(x, P(BATCH, None, *axes))
 
 
 def per_row(attend: Callable, q: Array, k: Array, v: Array) -> Array:
