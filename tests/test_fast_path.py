@@ -1,13 +1,18 @@
 """The fast forms of layers equal their plain forms, in value and gradient, and are what the networks really use."""
 
+import re
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfv_jax.models import layers, tree
+from sfv_jax.models import attention, layers, tree
 from sfv_jax.models.layers import Upsample
 from sfv_jax.models.unet import UNet
+from sfv_jax.sharding import make_mesh, on_mesh
 from tests.conftest import CONFIGS, assert_equal, noise, value_and_gradients
 
 
@@ -80,3 +85,67 @@ def test_networks_upsample_in_the_small_frame(monkeypatch, platform):
     assert convolutions(loss, params, x).count(forms[platform]) == count
     odd = jnp.zeros((1, 2, 5, 8, CONFIGS["unet"].in_channels))  # three rows to five: not twice the size
     assert forms[platform] not in convolutions(loss, params, odd)
+
+
+# ---- attention ----
+
+
+def qkv(tokens: int, dtype=np.float32) -> list:
+    return [noise(n, 2, tokens, 1, 64).astype(dtype) for n in range(3)]
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_tpu_kernel_is_attention(devices):
+    """Interpreted, in blocks of 128 queries and keys; on four devices with 64 queries each, which are padded."""
+    args = qkv(256)
+    expected = value_and_gradients(attention.einsum_attention, *args)
+    splash = partial(attention.attention, kernel="splash")
+    mesh = make_mesh(1, 1, devices, devices=jax.devices()[:devices])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention.splash_attention, "__defaults__", (128,))
+        assert_equal(on_mesh(mesh, value_and_gradients)(splash, *args), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "dtype", "kernel"),
+    [
+        ("tpu", 9216, jnp.bfloat16, "splash"),
+        ("tpu", 5376, jnp.float16, "splash"),
+        ("tpu", 1344, jnp.bfloat16, "blocked"),  # 10.5 times 128
+        ("tpu", 576, jnp.bfloat16, "einsum"),
+        ("tpu", 9216, jnp.float32, "blocked"),
+        ("gpu", 9216, jnp.bfloat16, "cudnn"),
+        ("gpu", 336, jnp.bfloat16, "cudnn"),
+        ("gpu", 9216, jnp.float32, "blocked"),
+        ("cpu", 9216, jnp.bfloat16, "blocked"),
+    ],
+)
+def test_the_kernel_fits_the_platform(monkeypatch, platform, tokens, dtype, kernel):
+    monkeypatch.setattr(attention, "platform", lambda: platform)
+    assert attention.choose_kernel(jax.ShapeDtypeStruct((14, tokens, 5, 64), dtype)) == kernel
+
+
+def test_kernels_are_kept_from_where_they_fail(monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    many = jax.ShapeDtypeStruct((65536, 14, 5, 64), jnp.bfloat16)
+    assert attention.choose_kernel(many) == "einsum"
+    with pytest.raises(ValueError, match="'cudnn': a batch of 65536 exceeds 65535; choose auto"):
+        jax.eval_shape(partial(attention.attention, kernel="cudnn"), many, many, many)
+    with pytest.raises(ValueError, match="'splash': 50 tokens are not a multiple of 128; choose auto"):
+        attention.splash_attention(*qkv(50))
+
+
+def test_the_unet_attends_in_space_by_the_tpu_kernel_and_in_time_without(monkeypatch):
+    """In the jaxpr of its gradient: forward, and the two kernels of the backward pass."""
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    config = replace(CONFIGS["unet"], block_out_channels=(128,), num_attention_heads=(2,))
+    unet, params = tree.abstract(UNet, config, dtype=jnp.bfloat16)
+
+    def loss(params, x):
+        return jnp.sum(tree.build(unet, params)(x, jnp.ones(1), jnp.ones((1, 32)), jnp.ones((1, 3))))
+
+    x = jnp.zeros((1, 2, 8, 16, config.in_channels))
+    names = re.findall(r"name=(splash_mha_\w+)", str(jax.make_jaxpr(jax.grad(loss))(params, x)))
+    attentions = 1  # the last level has none, but the middle does
+    for kernel in ("fwd_residuals", "dkv_no_residuals", "dq_no_residuals"):
+        assert len([name for name in names if kernel in name]) == attentions, names

@@ -18,6 +18,11 @@ from sfv_jax.models.placing import per_row, platform, rows
 
 Array = jax.Array
 QUERY_BLOCK = 1024  # queries per step of the blocked kernel: 9 steps at 9216 tokens, scores of 5x1024x9216 per frame
+SPLASH_BLOCK = (
+    1024  # most queries and keys of one step of the TPU kernel: 1024 of 9216, 896 of 5376, 768 of 2304 tokens
+)
+LANES = 128  # of a TPU: its kernel's blocks are multiples
+CUDNN_BATCH = 2**16 - 1  # above it cuDNN and other flash kernels fail or return wrong numbers
 
 
 def einsum_attention(q: Array, k: Array, v: Array) -> Array:
@@ -39,8 +44,8 @@ def blocked_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) ->
 def reduce_attention(q: Array, k: Array, v: Array) -> Array:
     """Attention for few keys (frames) by multiply-and-reduce: no limit on the batch. `[..., t, heads, d]`.
 
-    Flash kernels refuse or corrupt batches above 65535, which pixels x videos reach; matrix units waste most of a
-    14 x 14 product. In fp32 the products fuse into the reductions.
+    Flash kernels refuse or corrupt batches above `CUDNN_BATCH`, which pixels x videos reach; matrix units waste most
+    of a 14 x 14 product. In fp32 the products fuse into the reductions.
     """
     f32 = jnp.promote_types(q.dtype, jnp.float32)
     q, k, values = (jnp.expand_dims(x.astype(f32), axis) for x, axis in ((q, -3), (k, -4), (v, -4)))
@@ -48,29 +53,75 @@ def reduce_attention(q: Array, k: Array, v: Array) -> Array:
     return jnp.sum(weights[..., None] * values, axis=-3).astype(v.dtype)
 
 
+def splash_attention(q: Array, k: Array, v: Array, block: int = SPLASH_BLOCK) -> Array:
+    """Flash attention by jax's Pallas kernel for TPU ("splash"); interpreted, slowly, on CPU. `[n, s, heads, d]`.
+
+    Blocks are the largest multiples of 128 up to `block` that divide the tokens. Keys come in multiples of 128;
+    queries, of which a device may hold few, are padded.
+
+    Raises:
+      ValueError: for a number of keys that 128 does not divide.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    (_, s, heads, d), keys = q.shape, k.shape[1]
+    if keys % LANES:
+        raise ValueError(f"attention kernel 'splash': {keys} tokens are not a multiple of {LANES}; choose auto")
+    q = jnp.pad(q / math.sqrt(d), ((0, 0), (0, -s % LANES), (0, 0), (0, 0)))
+    rows, columns = (max(b for b in range(LANES, block + 1, LANES) if n % b == 0) for n in (q.shape[1], keys))
+    sizes = splash.BlockSizes(
+        block_q=rows,
+        block_kv=columns,
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_q_dq=rows,
+        block_kv_dq=columns,
+    )
+    mask = masks.MultiHeadMask([masks.FullMask((q.shape[1], keys))] * heads)
+    kernel = splash.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=platform() == "cpu"
+    )
+    out = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)))
+    return out.swapaxes(1, 2)[:, :s].astype(v.dtype)
+
+
 def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
     """Self-attention over `[n, s, heads, d]`; "reduce" takes more leading axes.
 
     Args:
-      kernel: "einsum", "blocked", "reduce", "cudnn" (GPU, fp16/bf16) or "auto": cuDNN flash attention where it is
-        legal, blocked above `QUERY_BLOCK` tokens elsewhere, plain einsum below.
+      kernel: "einsum", "blocked", "reduce", "cudnn" (GPU, fp16/bf16), "splash" (TPU) or "auto", see `choose_kernel`.
     Raises:
-      ValueError: for an unknown kernel name.
+      ValueError: for an unknown kernel name, or where the kernel named is known to fail.
     """
-    if kernel == "auto":
-        half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-        if half and platform() == "gpu":
-            kernel = "cudnn"
-        else:
-            kernel = "blocked" if q.shape[1] > QUERY_BLOCK else "einsum"
+    kernel = choose_kernel(q) if kernel == "auto" else kernel
     if kernel == "cudnn":
+        if q.shape[0] > CUDNN_BATCH:
+            raise ValueError(f"attention kernel 'cudnn': a batch of {q.shape[0]} exceeds {CUDNN_BATCH}; choose auto")
         return per_row(partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v)
+    if kernel == "splash":
+        return per_row(splash_attention, q, k, v, partitioned=False)
     if kernel == "reduce":
         return reduce_attention(q, k, v)
     kernels = {"einsum": einsum_attention, "blocked": blocked_attention}
     if kernel not in kernels:
-        raise ValueError(f"attention kernel {kernel!r}: choose auto, cudnn, reduce or one of {sorted(kernels)}")
+        raise ValueError(f"attention kernel {kernel!r}: choose auto, cudnn, splash, reduce or one of {sorted(kernels)}")
     return per_row(kernels[kernel], q, k, v)
+
+
+def choose_kernel(q: Array) -> str:
+    """The kernel for spatial attention of `q [n, s, heads, d]`: a flash kernel where one is legal, never all scores.
+
+    fp16 and bf16 heads of 64 or so: cuDNN on GPU, on TPU splash if the tokens are a multiple of 128. Else plain einsum
+    up to `QUERY_BLOCK` tokens and blocked above.
+    """
+    n, s, _, d = q.shape
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if half and platform() == "gpu" and d <= 128 and d % 8 == 0 and n <= CUDNN_BATCH:
+        return "cudnn"
+    if half and platform() == "tpu" and d in (64, 128) and s % LANES == 0:
+        return "splash"
+    return "blocked" if s > QUERY_BLOCK else "einsum"
 
 
 class Identity(nnx.Module):

@@ -51,17 +51,21 @@ def rows(x: Array, *sizes: tuple[int, int]) -> Array:
     return lax.with_sharding_constraint(x, P(BATCH, None, *axes))
 
 
-def per_row(attend: Callable, q: Array, k: Array, v: Array) -> Array:
+def per_row(attend: Callable, q: Array, k: Array, v: Array, *, partitioned: bool = True) -> Array:
     """`attend(q, k, v)` of the queries in a device's rows with the keys of the whole frame. All `[n, s, heads, d]`.
 
-    Explicit, since flash kernels are opaque to XLA. Where samples or tokens do not divide it is left to XLA.
+    Explicit, since flash kernels are opaque to XLA. Where samples or tokens do not divide it is left to XLA; if XLA
+    cannot partition `attend` over samples either (`partitioned=False`), devices repeat each other's work there.
     """
-    if axis_size("spatial") == 1:
+    shared = axis_size("spatial") if partitioned else axis_size(*BATCH, "spatial")
+    if shared == 1:
         return attend(q, k, v)
-    if q.shape[0] % axis_size(*BATCH) or q.shape[1] % axis_size("spatial"):
+    samples, tokens = q.shape[0] % axis_size(*BATCH) == 0, q.shape[1] % axis_size("spatial") == 0
+    if partitioned and not (samples and tokens):
         k, v = (lax.with_sharding_constraint(x, P(BATCH)) for x in (k, v))
         return attend(q, k, v)
-    mine, whole = P(BATCH, "spatial"), P(BATCH)
+    whole = P(BATCH if samples else None)
+    mine = P(*whole, "spatial" if tokens else None)
     return jax.shard_map(attend, in_specs=(mine, whole, whole), out_specs=mine, check_vma=False)(q, k, v)
 
 
