@@ -55,7 +55,7 @@ def claim_workdir(workdir: Path, config: dict) -> None:
     """
     path, text = workdir / "config.json", json.dumps(config, indent=1)
     if path.exists():
-        old, new = _flat(json.loads(path.read_text())), _flat(json.loads(text))  # JSON turns tuples into lists
+        old, new = flat(json.loads(path.read_text())), flat(json.loads(text))  # JSON turns tuples into lists
         names = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE]
         if names:
             lines = [f"  {k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} now" for k in names]
@@ -69,11 +69,12 @@ def claim_workdir(workdir: Path, config: dict) -> None:
     temporary.replace(path)
 
 
-def _flat(config: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(config: dict, prefix: str = "") -> dict:
+    """{"a.b": value} of nested dicts."""
+    fields = {}
     for k, v in config.items():
-        flat |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-    return flat
+        fields |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return fields
 
 
 @jax.jit

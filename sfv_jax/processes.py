@@ -1,13 +1,12 @@
 """One run in several processes: joining them, and doing once what only one may do."""
 
+import json
 import os
 from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-MESSAGE = 2048  # bytes of an error that is told to the others
 
 
 class ProcessError(RuntimeError):
@@ -54,6 +53,35 @@ def in_cluster(environment) -> bool:
     return slurm or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
+def tell(text: str) -> str:
+    """The `text` of process 0, in all of them."""
+    content = np.array(list(text.encode()), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    if not size:
+        return ""
+    buffer = np.resize(content, size)  # the others' bytes count for nothing
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).decode()
+
+
+def agree(settings: dict) -> None:
+    """Makes sure that every process was started with the same `settings` (flat, JSON values).
+
+    Raises:
+      ProcessError: in all of them if one was not; that one names the fields.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = json.loads(json.dumps(settings))
+    theirs = json.loads(tell(json.dumps(settings)))
+    names = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
+    others = np.flatnonzero(multihost_utils.process_allgather(np.bool_(len(names) > 0)))
+    if names:
+        fields = ", ".join(f"{k}={mine.get(k)!r} here, {theirs.get(k)!r} there" for k in names)
+        raise ProcessError(f"this process was started with other settings than process 0: {fields}")
+    if len(others):
+        raise ProcessError(f"started with other settings than process 0: process {', '.join(map(str, others))}")
+
+
 def once(action: Callable[[], None]) -> None:
     """Runs `action` in process 0 while the others wait.
 
@@ -67,9 +95,7 @@ def once(action: Callable[[], None]) -> None:
         except Exception as caught:  # whatever it is, the others must not wait for ever
             error = caught
     if jax.process_count() > 1:
-        text = "" if error is None else f"{type(error).__name__}: {error}"
-        buffer = np.frombuffer(text.encode()[:MESSAGE].ljust(MESSAGE, b"\0"), np.uint8)
-        text = bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).rstrip(b"\0").decode(errors="replace")
+        text = tell("" if error is None else f"{type(error).__name__}: {error}")
         if text and error is None:
             raise ProcessError(f"process 0 stopped: {text}")
     if error is not None:

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from sfv_jax import config as configs
 from sfv_jax.alarms import TrainingStopped
-from sfv_jax.checkpoint import Checkpoints, WorkdirError, claim_workdir
+from sfv_jax.checkpoint import Checkpoints, WorkdirError, claim_workdir, flat
 from sfv_jax.config import ConfigError
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.loader import encoders_of, latent_source, make_loader, world_source
@@ -30,7 +30,7 @@ from sfv_jax.journal import Journal
 from sfv_jax.methods import METHODS
 from sfv_jax.metrics import MetricWriter, ProgressReport
 from sfv_jax.pictures import Pictures
-from sfv_jax.processes import ProcessError, join, once
+from sfv_jax.processes import ProcessError, agree, join, once
 from sfv_jax.runs import Base, describe_run, load_generator
 from sfv_jax.sharding import (
     batch_sharding,
@@ -120,6 +120,7 @@ def check_encoders(config: ConfigDict, base: Base) -> None:
 
 def train(config: ConfigDict, workdir: Path) -> dict:
     """Trains until `config.steps`; returns the final state (nested dict of arrays)."""
+    agree(flat(config.to_dict()))
     if config.method not in METHODS:
         raise ConfigError(f"config.method={config.method!r}: choose one of {', '.join(METHODS)}")
     method, chief = METHODS[config.method], jax.process_index() == 0

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -95,12 +96,14 @@ def test_two_processes_continue_as_one_on_one_device(eight, two, tmp_path):
     np.testing.assert_allclose(list(losses(workdir).values()), list(losses(eight[0]).values()), rtol=1e-5)
 
 
-def test_eight_devices_continue_as_four(eight, tmp_path):
+def test_eight_devices_continue_as_four_and_those_as_one(eight, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(eight[0], workdir)
     for step in (3, 4):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    assert_close(run(workdir, 4, 4, data=1, fsdp=2, spatial=2), eight[1])
+    assert int(run(workdir, 4, 3, data=1, fsdp=2, spatial=2)["step"]) == 3
+    assert_close(run(workdir, 1, 4), eight[1])
+    np.testing.assert_allclose(list(losses(workdir).values()), list(losses(eight[0]).values()), rtol=1e-5)
 
 
 def test_an_error_of_the_first_process_stops_both(two):
@@ -108,6 +111,27 @@ def test_an_error_of_the_first_process_stops_both(two):
     assert done.returncode == 1
     assert "train: " + str(two) + " holds a run of another config" in done.stderr
     assert "train: process 0 stopped: WorkdirError" in (two.parent / "process-1.log").read_text()
+
+
+def test_processes_of_different_settings_all_stop():
+    """Three of them, without training: the second differs."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    code = (
+        "import sys\nfrom sfv_jax.processes import ProcessError, agree, join\nnumber = int(sys.argv[1])\n"
+        f"join({address!r}, 3, number)\nagree({{'seed': 0, 'note': 'x' * 5000}})\n"
+        "try:\n  agree({'seed': 0, 'batch_size': 8 * (2 if number == 1 else 1), 'extra': (1, 2)})\n"
+        "except ProcessError as error:\n  print(error)"
+    )
+    command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    started = [
+        subprocess.Popen([*command, str(n)], env=environment, stdout=subprocess.PIPE, text=True) for n in range(3)
+    ]
+    # Gloo writes lines of its own before.
+    first, second, third = (process.communicate(timeout=120)[0].splitlines()[-1] for process in started)
+    assert first == third == "started with other settings than process 0: process 1"
+    assert second == "this process was started with other settings than process 0: batch_size=16 here, 8 there"
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def batch(step: int) -> dict:
 class Steps:
     """`count` steps of a method on a mesh: `states` and `metrics` of each, `shardings`, the `compiled` step."""
 
-    def __init__(self, method: str, *shape: int, count: int = 3):
+    def __init__(self, *shape: int, count: int = 20, method: str = "sfv"):
         config = getattr(configs, method)()
         config.update(dict(dtype="float32", accumulation_steps=1, generator_optimizer=configs.sm3(1e-3)))
         if method == "sfv":
@@ -59,7 +59,7 @@ class Steps:
         abstract = networks.abstract["generator"]
         leaves, structure = jax.tree.flatten(abstract)
         params = structure.unflatten([0.3 * noise(n, *x.shape) for n, x in enumerate(leaves)])
-        mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+        self.mesh = mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
 
         def init(params):
             return METHODS[method].init_state(networks, config, params)
@@ -87,27 +87,29 @@ class Steps:
         self.lowered = lambda: lower(state, placed)
 
 
-def assert_same(found: Steps, expected: Steps, rtol: float, atol: float) -> None:
-    for a, b in zip(found.metrics, expected.metrics, strict=True):
+def assert_same(found: Steps, expected: Steps, rtol: float, atol: float, first: int | None = None) -> None:
+    """Of the `first` steps or all: metrics, and the parameters after the last of them."""
+    for a, b in zip(found.metrics[:first], expected.metrics[:first], strict=True):
         for name in b:
             if name.startswith(("loss/", "norm/")):
                 np.testing.assert_allclose(a[name], b[name], rtol=rtol, err_msg=name)
     for name in ("generator", "ema", "heads"):
-        if name in expected.states[-1]:
-            pairs = zip(*(jax.tree.leaves(s.states[-1][name]) for s in (found, expected)), strict=True)
-            worst = max(float(np.max(np.abs(a - b))) for a, b in pairs)
-            assert worst < atol, (name, worst)
+        pairs = zip(*(jax.tree.leaves(s.states[:first][-1][name]) for s in (found, expected)), strict=True)
+        worst = max(float(np.max(np.abs(a - b))) for a, b in pairs)
+        assert worst < atol, (name, worst)
 
 
 @pytest.fixture(scope="module")
 def one_device() -> Steps:
-    return Steps("teacher", 1, 1, 1)
+    return Steps(1, 1, 1)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 def test_any_mesh_gives_the_numbers_of_one_device(one_device, shape):
-    steps = Steps("teacher", *shape)
+    """Twenty adversarial steps; after the first, parameters agree ten times better."""
+    steps = Steps(*shape)
     assert_same(steps, one_device, rtol=1e-5, atol=1e-5)
+    assert_same(steps, one_device, rtol=1e-5, atol=1e-6, first=1)
     assert steps.step._cache_size() == 1  # compiled once
     if shape == (1, 8, 1):
         check_fsdp(steps)
@@ -131,12 +133,6 @@ def check_fsdp(steps: Steps) -> None:
         for x, s in zip(*map(jax.tree.leaves, (steps.abstract[0], steps.shardings[0])), strict=True)
     )
     assert compiled.memory_analysis().alias_size_in_bytes >= local
-
-
-def test_adversarial_step_on_parameters_in_eighths():
-    steps = Steps("sfv", 1, 8, 1, count=1)
-    assert_same(steps, Steps("sfv", 1, 1, 1, count=1), rtol=2e-5, atol=1e-5)
-    check_fsdp(steps)
 
 
 @pytest.mark.parametrize("layer", [Upsample, partial(Downsample, padding=1)], ids=["up", "down"])

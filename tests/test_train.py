@@ -145,6 +145,35 @@ def test_resumed_run_is_the_uninterrupted_one(whole, killed):
     assert load_generator(killed).step == 4
 
 
+def without_optimiser(step, state, data):
+    return step, state | {"opt_g": jax.tree.map(jax.numpy.zeros_like, state["opt_g"])}, data
+
+
+def a_step_too_far(step, state, data):
+    return step + 1, state, data
+
+
+def counter_one_behind(step, state, data):
+    return step, state | {"step": state["step"] - 1}, data
+
+
+def a_batch_again(step, state, data):
+    return step, state, data | {"next_index": data["next_index"] - 1}
+
+
+@pytest.mark.parametrize("mistake", [without_optimiser, a_step_too_far, counter_one_behind, a_batch_again])
+def test_mistakes_of_resuming_show(whole, tmp_path, monkeypatch, mistake):
+    """Each would go unnoticed but for the comparison with an uninterrupted run."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    restore = Checkpoints.restore
+    monkeypatch.setattr(Checkpoints, "restore", lambda *arguments: mistake(*restore(*arguments)))
+    state = run(tiny(sample_every=0), workdir)
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(whole[1]), strict=True)
+    assert not all(np.array_equal(a, b) for a, b in pairs)
+
+
 def test_a_run_told_to_stop_saves_and_continues(whole, tmp_path, capsys):
     handler = signal.getsignal(signal.SIGTERM)
     state = run(tiny(), tmp_path / "run", stop_at=3)
