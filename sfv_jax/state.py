@@ -68,8 +68,8 @@ class Networks:
         return tree.init(DiscriminatorHeads, self.discriminator, seed, dtype=DTYPES[self.dtype])
 
 
-def accumulate(gradients: Callable, batch: dict, key: jax.Array, steps: int):
-    """Mean of `gradients(micro_batch, key) -> tree` over `steps` micro-batches, one at a time (lax.scan).
+def accumulate(gradients: Callable, params, batch: dict, key: jax.Array, steps: int):
+    """Mean of `gradients(params, micro_batch, key) -> tree` over `steps` micro-batches, one at a time (lax.scan).
 
     Every leaf of `batch` is `[steps * b, ...]`; micro-batch i takes every `steps`-th sample, so that a batch sharded
     over devices stays in place, and gets `fold_in(key, i)`.
@@ -81,14 +81,16 @@ def accumulate(gradients: Callable, batch: dict, key: jax.Array, steps: int):
     if size % steps:
         raise ValueError(f"batch of {size} does not divide into {steps} accumulation steps")
     if steps == 1:
-        return gradients(batch, jax.random.fold_in(key, 0))
+        return gradients(params, batch, jax.random.fold_in(key, 0))
     micro = jax.tree.map(lambda x: x.reshape(size // steps, steps, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(steps))
 
     def body(total, inputs):
-        return jax.tree.map(jnp.add, total, gradients(*inputs)), None
+        # Tied to the turn, or XLA casts and gathers all parameters once before the loop and keeps them through it.
+        held, inputs = jax.lax.optimization_barrier((params, inputs))
+        return jax.tree.map(jnp.add, total, gradients(held, *inputs)), None
 
-    shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micro), keys[0])
+    shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], micro), keys[0])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(body, zeros, (micro, keys))
     return jax.tree.map(lambda x: x / steps, total)

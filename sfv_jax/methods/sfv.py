@@ -186,7 +186,8 @@ def make_train_step(networks: Networks, config):
         turn = step % every == 0 if every > 1 else None
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         g_grads, d_grads, metrics = accumulate(
-            lambda micro, k: gradients(generator, heads, frozen, micro, k, turn),
+            lambda params, micro, k: gradients(*params, micro, k, turn),
+            (generator, heads, frozen),
             batch,
             key,
             config.accumulation_steps,

@@ -63,9 +63,7 @@ def make_train_step(networks: Networks, config):
         del frozen
         step, generator = state["step"], state["generator"]
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        grads, metrics = accumulate(
-            lambda micro, k: gradients(generator, micro, k), batch, key, config.accumulation_steps
-        )
+        grads, metrics = accumulate(gradients, generator, batch, key, config.accumulation_steps)
         # A constant decay would average over the initialisation for 1 / (1 - decay) steps.
         decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
         new, norms = update_generator(config, state, grads, decay)
