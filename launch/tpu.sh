@@ -14,8 +14,7 @@ if [ -n "${TPU:-}" ]; then
   remote="cd ${REPO:-sfv_jax} && PYTHON=.venv/bin/python launch/tpu.sh$(printf ' %q' "$@")"
   command=(gcloud compute tpus tpu-vm ssh "$TPU" --zone="${ZONE:?name the zone}" --worker=all "--command=$remote")
 else
-  # The TPU compiler overlaps collectives without flags. The cache saves later starts the compilation, tens of minutes.
-  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/jax}
+  # The TPU compiler overlaps collectives without flags.
   command=("${PYTHON:-python3}" -m sfv_jax.train --coordinator=auto "$@")
 fi
 if [ -n "$dry" ]; then

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from sfv_jax import compiling
 from sfv_jax.data.video import VideoError
 from sfv_jax.evaluation import noreference
 from sfv_jax.evaluation.collection import Reading, condition_images, find_clips
@@ -43,6 +44,7 @@ FLAGS = flags.FLAGS
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    compiling.set_up()
     reading = Reading(FLAGS.num_frames, FLAGS.fps)
     folders = {name: FLAGS[name].value and Path(FLAGS[name].value) for name in ("images", "svd")}
     try:
@@ -70,4 +72,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
+    compiling.define_flags()
     app.run(main)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags, logging
 
+from sfv_jax import compiling
 from sfv_jax.data import latents, video
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.video import VideoError
@@ -355,6 +356,7 @@ def main(argv: list[str]) -> None:
     """Flags in, cache out. Exits with a message, not a traceback, for what the user can put right."""
     del argv
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of a load
+    compiling.set_up()
     try:
         settings = Settings(**{field.name: _FLAGS[field.name].value for field in _settings_with_flags()})
         codec, model = load_codec(_FLAGS.svd)
@@ -372,4 +374,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
+    compiling.define_flags()
     app.run(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
+from sfv_jax import compiling
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.data.video import VideoError, read_image, replacing, write_video
 from sfv_jax.sampler import SAMPLERS, Sampler
@@ -124,6 +125,7 @@ FLAGS = flags.FLAGS
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    compiling.set_up()
     try:
         pairs = jobs(Path(FLAGS.image), Path(FLAGS.out), f".{FLAGS.format}")
         options = {name: FLAGS[name].value for name in OPTIONS}
@@ -178,4 +180,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
+    compiling.define_flags()
     app.run(main)

@@ -20,6 +20,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from sfv_jax import compiling
 from sfv_jax import config as configs
 from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoint import Checkpoints, WorkdirError, claim_workdir, flat
@@ -270,6 +271,7 @@ FLAGS = flags.FLAGS
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # orbax reports every rename
+    compiling.set_up()
     try:
         join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         train(FLAGS.config, Path(FLAGS.workdir))
@@ -298,5 +300,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_processes", None, "processes of this run, with --coordinator")
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0, with --coordinator")
     flags.mark_flags_as_required(["config", "workdir"])
+    compiling.define_flags()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     app.run(main, flags_parser=parse_flags)

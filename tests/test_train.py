@@ -267,6 +267,7 @@ def test_a_bad_number_stops_the_run_and_is_never_saved(whole, tmp_path, monkeypa
     no_cluster = dict(coordinator=None, num_processes=None, process_id=None)
     monkeypatch.setattr(train, "FLAGS", types.SimpleNamespace(config=None, workdir="w", **no_cluster))
     monkeypatch.setattr(train, "join", lambda *_: None)
+    monkeypatch.setattr(train.compiling, "set_up", lambda: None)
     monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(error.value))
     with pytest.raises(SystemExit, match="^train: stopped by step 3"):
         train.main(None)

@@ -1,0 +1,68 @@
+"""What the commands tell XLA: where compiled programs are kept for the next start, and how hard to try."""
+
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """`--compile_effort` and `--compile_memory_effort`, for `set_up`."""
+    for name, what in (
+        ("compile_effort", "fast programs"),
+        ("compile_memory_effort", "programs that need less memory"),
+    ):
+        text = f"XLA's effort for {what}, from -1 (compile soonest) to 1, where its backend heeds it; default 0"
+        flags.DEFINE_float(name, None, text, lower_bound=-1.0, upper_bound=1.0, module_name=sys.argv[0])
+
+
+def set_up() -> None:
+    """To be called by a command before it compiles: sets the effort and the cache of compiled programs.
+
+    The cache is `cache_folder()`, or what JAX_COMPILATION_CACHE_DIR names; JAX_ENABLE_COMPILATION_CACHE=false turns it
+    off. A folder that cannot be written is reported on stderr and costs nothing but the compilation.
+    """
+    for name, effort in (
+        ("jax_exec_time_optimization_effort", FLAGS.compile_effort),
+        ("jax_memory_fitting_effort", FLAGS.compile_memory_effort),
+    ):
+        if effort is not None:
+            jax.config.update(name, effort)
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if writable:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    else:
+        print(f"cannot write {folder}: compiled programs are not kept; see JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
+
+
+def cache_folder() -> Path:
+    """`sfv_jax/compiled/MACHINE` in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+
+    JAX's key knows jaxlib, accelerator and options but not the CPU: a program compiled for one may use instructions
+    that another, with the same home, has not. So each kind of CPU has its own folder.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    features = hashlib.sha256(_cpu().encode()).hexdigest()[:8]
+    return home / "sfv_jax" / "compiled" / f"{platform.machine()}-{features}"
+
+
+def _cpu() -> str:
+    """What the kernel tells of the instructions of this CPU; where it tells nothing, the CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

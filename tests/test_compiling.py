@@ -1,0 +1,81 @@
+"""The cache of compiled programs that commands use without being told."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from sfv_jax import compiling
+
+COMMAND = """
+import jax
+from absl import app, flags
+from sfv_jax import compiling
+
+def main(_):
+    compiling.set_up()
+    hits = []
+    jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("/cache_hits")))
+    jax.jit(lambda x: jax.numpy.sort(x) @ x)(jax.numpy.arange(9.0))
+    print(jax.config.jax_compilation_cache_dir, any(hits), jax.config.jax_exec_time_optimization_effort)
+
+compiling.define_flags()
+app.run(main)
+"""
+
+
+def command(home: Path, *arguments: str, **variables: str) -> list[str]:
+    """What a command with the user's cache folder `home` says: its cache, whether that had the program, its effort."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
+    env |= {"XDG_CACHE_HOME": str(home), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | variables
+    run = subprocess.run([sys.executable, "-c", COMMAND, *arguments], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def test_a_second_start_finds_its_programs(tmp_path):
+    folder, hit, effort = command(tmp_path)
+    assert Path(folder).parent == tmp_path / "sfv_jax" / "compiled" and (hit, effort) == ("False", "0.0")
+    assert command(tmp_path) == [folder, "True", "0.0"]
+    assert command(tmp_path, "--compile_effort=-1") == [folder, "False", "-1.0"]  # another program
+    assert command(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false") == ["None", "False", "0.0"]
+
+
+@pytest.fixture
+def config(monkeypatch):
+    """jax.config without a cache; what is set is forgotten."""
+
+    class Config(dict):
+        __getattr__ = dict.__getitem__
+
+    config = Config(jax_compilation_cache_dir=None, jax_enable_compilation_cache=True)
+    config.update = lambda name, value: config.__setitem__(name, value)
+    monkeypatch.setattr(jax, "config", config)
+    monkeypatch.setattr(compiling, "FLAGS", Config(compile_effort=None, compile_memory_effort=0.5))
+    return config
+
+
+def test_a_cache_that_was_named_stays(config):
+    config["jax_compilation_cache_dir"] = "mine"
+    compiling.set_up()
+    assert config.jax_compilation_cache_dir == "mine" and config.jax_memory_fitting_effort == 0.5
+    assert "jax_exec_time_optimization_effort" not in config
+
+
+def test_no_cache_where_it_cannot_be_written(config, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compiling.set_up()
+    assert config.jax_compilation_cache_dir is None
+    assert "compiled programs are not kept" in capsys.readouterr().err
+
+
+def test_each_kind_of_cpu_has_its_own_folder(monkeypatch):
+    folders = set()
+    for features in ("flags : avx2", "flags : avx2 avx512f"):
+        monkeypatch.setattr(compiling, "_cpu", lambda features=features: features)
+        folders.add(compiling.cache_folder())
+    assert len(folders) == 2
