@@ -3,6 +3,11 @@
 "paper" is SF-V (arXiv 2406.04324); "choice" marks what no source states, with the reason in docs/decisions.md.
 """
 
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from absl import app
 from ml_collections import ConfigDict
 
 from sfv_jax.data.worlds import World
@@ -186,6 +191,27 @@ class ConfigError(ValueError):
     """A config that cannot be run; the message names the field."""
 
 
+# Fields of `config.unet` that may change with `init` given: they leave the parameters as they are.
+SAME_PARAMETERS = ("remat", "temporal_conv", "attention_kernel", "num_frames")
+
+
+def same_unet(unet: UNetConfig, config: ConfigDict) -> UNetConfig:
+    """`unet`, that of `config.init`, computed as `config.unet` says.
+
+    Raises:
+      ConfigError: if `config.unet` would change its parameters.
+    """
+    wrong = sorted(set(config.unet) - set(SAME_PARAMETERS))
+    if wrong and config.data.source != "world":
+        raise ConfigError(f"config.unet.{wrong[0]} cannot change: config.init={config.init} decides it")
+    return replace(unet, **{k: config.unet[k] for k in SAME_PARAMETERS if k in config.unet})
+
+
+def plain_unet(unet: UNetConfig) -> UNetConfig:
+    """`unet` without recomputation and fused attention: its jaxpr shows the FLOPs of the model."""
+    return replace(unet, remat=False, attention_kernel="einsum")
+
+
 def world_of(config: ConfigDict) -> World:
     """The world of `config.data.world`."""
     return _build(World, config.data.world, "data.world")
@@ -207,3 +233,14 @@ def _build(kind, changes: ConfigDict, name: str):
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.{name}: {error}") from error
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, but one line instead of a traceback for a config field that does not exist."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:
+        while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its KeyError
+            error = error.args[0]
+        command = Path(argv[0]).stem
+        sys.exit(f"{command}: no such config field: " + " ".join(str(error.args[0]).split()))

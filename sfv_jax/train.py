@@ -32,15 +32,14 @@ from sfv_jax.methods import METHODS
 from sfv_jax.metrics import MetricWriter, ProgressReport
 from sfv_jax.pictures import Pictures
 from sfv_jax.processes import ProcessError, agree, join, once
+from sfv_jax.programs import jit_train_step
 from sfv_jax.runs import Base, describe_run, load_generator
 from sfv_jax.sharding import (
-    batch_sharding,
     local_rows,
     make_mesh,
     on_mesh,
     param_shardings,
     put_batch,
-    replicated_sharding,
     with_shardings,
 )
 from sfv_jax.speed import Clock, Trace, count_flops, peak_flops
@@ -48,8 +47,6 @@ from sfv_jax.state import Networks
 from sfv_jax.stopping import StopRequest
 from sfv_jax.weights.checkpoint import encoders_identity, read_model
 from sfv_jax.weights.folders import WeightsError
-
-SAME_PARAMETERS = ("remat", "temporal_conv", "attention_kernel", "num_frames")  # may change with `init` given
 
 
 def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
@@ -69,12 +66,9 @@ def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
             init = jax.jit(init, static_argnums=0, out_shardings=place)
         params = init(config.seed)
         return Base(unet, params, codec, None, None)
-    wrong = sorted(set(config.unet) - set(SAME_PARAMETERS))
-    if wrong and config.data.source != "world":
-        raise ConfigError(f"config.unet.{wrong[0]} cannot change: config.init={config.init} decides it")
     raw = config.init_weights == "generator"
     base = load_generator(config.init, raw=raw, place=lambda abstract: param_shardings(mesh, abstract))
-    return replace(base, unet=replace(base.unet, **{k: config.unet[k] for k in SAME_PARAMETERS if k in config.unet}))
+    return replace(base, unet=configs.same_unet(base.unet, config))
 
 
 def open_source(config: ConfigDict, base: Base, split: str):
@@ -173,12 +167,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
                 print(f"continuing {workdir} at step {latest}" if latest < config.steps else f"{workdir} is finished")
         del params
 
-        step_fn = jax.jit(
-            method.make_train_step(networks, config),
-            in_shardings=(*shardings, batch_sharding(mesh)),
-            out_shardings=(shardings[0], replicated_sharding(mesh)),
-            donate_argnums=0,
-        )
+        step_fn = jit_train_step(method, networks, config, mesh, shardings)
         pictures = None
         if config.sample_every and (latest or 0) < config.steps:
             held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
@@ -260,8 +249,7 @@ def count_step(config: ConfigDict, method, base: Base, abstract: tuple, example:
     """
     if jax.default_backend() == "cpu":
         return None
-    plain = replace(base.unet, remat=False, attention_kernel="einsum")
-    step = method.make_train_step(method.make_networks(plain, config), config)
+    step = method.make_train_step(method.make_networks(configs.plain_unet(base.unet), config), config)
     batch = {k: jax.ShapeDtypeStruct((config.batch_size, *v.shape), v.dtype) for k, v in example.items()}
     return count_flops(step, *abstract, batch) / jax.device_count()
 
@@ -283,16 +271,6 @@ def main(_):
         sys.exit(f"train: {error}: make room, then run the same command again to continue from the last checkpoint")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but one line instead of a traceback for a config field that does not exist."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except AttributeError as error:
-        while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its KeyError
-            error = error.args[0]
-        sys.exit("train: no such config field: " + " ".join(str(error.args[0]).split()))
-
-
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/X.py or configs/X.py:tiny", lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of the run, made if absent")
@@ -302,4 +280,4 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
     compiling.define_flags()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=configs.parse_flags)

@@ -1,0 +1,247 @@
+"""The programs that training, sampling and preparing run, and the shapes of what they work on; nothing is loaded.
+
+`train.py` takes its jitted step from here, so what `plan.py` compiles is what training runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sfv_jax import config as configs
+from sfv_jax.config import ConfigError
+from sfv_jax.methods import METHODS
+from sfv_jax.models import tree
+from sfv_jax.models.clip import CLIPConfig, CLIPVision
+from sfv_jax.models.codec import PatchCodec, SVDCodec
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.models.vae import TemporalVAE, VAEConfig
+from sfv_jax.runs import is_run, read_run
+from sfv_jax.sampler import Sampler
+from sfv_jax.sharding import batch_sharding, local_rows, param_shardings, replicated_sharding, with_shardings
+from sfv_jax.state import DTYPES, Networks
+from sfv_jax.weights.checkpoint import read_model
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function and its abstract arguments, which say where they lie.
+
+    Attributes:
+      parts: the arguments by what they are ("parameters", "optimiser", ...), for the account of memory.
+      resident: what lies in memory beside them while it runs.
+      plain: the same function for counting FLOPs on its jaxpr, without fused attention; called with `args`.
+    """
+
+    name: str
+    function: Callable
+    args: tuple
+    parts: dict[str, Any]
+    plain: Callable
+    resident: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Configs of the networks of a base model; `vae` and `clip` are None where the patch codec takes their place."""
+
+    unet: UNetConfig
+    vae: VAEConfig | None
+    clip: CLIPConfig | None
+    patch: PatchCodec | None = None
+
+    @property
+    def downscale(self) -> int:
+        return (self.vae or self.patch).downscale
+
+
+def jit_train_step(method, networks: Networks, config: ConfigDict, mesh: Mesh, shardings: tuple) -> Callable:
+    """`(state, frozen, batch) -> (state, metrics)` of `method` on `mesh`; the old state is given up for the new one.
+
+    Args:
+      shardings: of (state, frozen).
+    """
+    return jax.jit(
+        method.make_train_step(networks, config),
+        in_shardings=(*shardings, batch_sharding(mesh)),
+        out_shardings=(shardings[0], replicated_sharding(mesh)),
+        donate_argnums=0,
+    )
+
+
+def sizes_of(config: ConfigDict) -> Sizes:
+    """The networks that `config` trains, without their weights: of `config.init`, or SVD's with `config.unet`.
+
+    Raises:
+      ConfigError, WeightsError: as training would for such a base model.
+    """
+    if not config.init:
+        world = config.data.source == "world"
+        patch = configs.patch_codec_of(config) if world else None
+        return Sizes(configs.unet_of(config), *((None, None) if world else (VAEConfig.svd(), CLIPConfig.svd())), patch)
+    unet, patch, model = read_run(Path(config.init)) if is_run(config.init) else (None, None, Path(config.init))
+    found = read_model(model)[0] if model else {}
+    unet = configs.same_unet(unet or found["unet"], config)
+    patch = patch or found.get("codec")
+    return Sizes(unet, None if patch else found["vae"], None if patch else found["image_encoder"], patch)
+
+
+def shapes(mesh: Mesh, **arrays) -> dict:
+    """`{name: (shape, dtype)}` as abstract arrays of a batch on `mesh`; a batch that does not divide is everywhere."""
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    split, whole = batch_sharding(mesh), replicated_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=whole if shape[0] % shares else split)
+        for name, (shape, dtype) in arrays.items()
+    }
+
+
+def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int, int]) -> Program:
+    """The train step of `config` on videos of `size (height, width)` pixels.
+
+    Raises:
+      ConfigError: for what training would refuse before it reads data.
+    """
+    if config.method not in METHODS:
+        raise ConfigError(f"config.method={config.method!r}: choose one of {', '.join(METHODS)}")
+    method = METHODS[config.method]
+    try:
+        local_rows(mesh, config.batch_size, config.accumulation_steps)
+        networks = method.make_networks(sizes.unet, config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"config: {error}") from error
+    abstract = jax.eval_shape(
+        lambda params: method.init_state(networks, config, params), networks.abstract["generator"]
+    )
+    shardings = param_shardings(mesh, abstract)
+    state, frozen = with_shardings(abstract, shardings)
+    (h, w), n, unet = (side // sizes.downscale for side in size), config.batch_size, sizes.unet
+    batch = shapes(
+        mesh,
+        latents=((n, unet.num_frames, h, w, unet.out_channels), jnp.float32),
+        cond_latent=((n, h, w, unet.in_channels - unet.out_channels), jnp.float32),
+        image_embed=((n, unet.cross_attention_dim), jnp.float32),
+        ids=((n, 3), jnp.float32),
+    )
+    optimiser = {name: state[name] for name in state if name.startswith("opt_")}
+    parts = {"parameters": {k: v for k, v in state.items() if k != "ema" and k not in optimiser}}
+    parts |= {"optimiser": optimiser, "EMA": state["ema"], "frozen": frozen, "batch": batch}
+    plain = configs.plain_unet(unet)
+    return Program(
+        "train step",
+        jit_train_step(method, networks, config, mesh, shardings),
+        (state, frozen, batch),
+        parts,
+        method.make_train_step(method.make_networks(plain, config), config),
+    )
+
+
+def sample_programs(
+    mesh: Mesh,
+    sizes: Sizes,
+    size: tuple[int, int],
+    batch: int,
+    *,
+    steps: int = 1,
+    guidance: tuple[float, float] | None = None,
+    dtype: str = "bfloat16",
+    vae_dtype: str = "bfloat16",
+    decode_chunk_size: int | None = None,
+) -> list[Program]:
+    """What `Sampler.__call__` runs one after the other for `batch` videos: condition, denoise, decode.
+
+    The weights of all three stay in memory. Arguments as in `Sampler.load` and `Sampler.__call__`.
+    """
+    unet, frames, (height, width) = sizes.unet, sizes.unet.num_frames, size
+    weights = _sampling_weights(mesh, sizes, dtype)
+
+    def sampler(weights, unet=unet):
+        codec = sizes.patch
+        if codec is None:
+            codec = SVDCodec(sizes.vae, sizes.clip, weights, decode_dtype=DTYPES[vae_dtype])
+        return Sampler(unet, weights.get("unet"), codec, dtype)
+
+    def condition(weights, images, noise):
+        codec = sampler(weights).codec
+        return codec.embed(images), codec.encode_image(images, noise, 0.02)
+
+    def denoise(weights, noise, condition, unet=unet):
+        return sampler(weights, unet).latents(condition, noise, steps=steps, guidance=guidance)
+
+    def decode(weights, latents):
+        return sampler(weights).codec.decode_checked(latents, decode_chunk_size)
+
+    h, w = height // sizes.downscale, width // sizes.downscale
+    f32, channels = jnp.float32, unet.out_channels
+    images = shapes(mesh, images=((batch, height, width, 3), jnp.uint8), noise=((batch, height, width, 3), f32))
+    latents = shapes(mesh, latents=((batch, frames, h, w, channels), f32))["latents"]
+    given = shapes(
+        mesh,
+        cond_latent=((batch, h, w, unet.in_channels - channels), f32),
+        image_embed=((batch, unet.cross_attention_dim), f32),
+        ids=((batch, 3), f32),
+    )
+    plain = lambda weights, noise, condition: denoise(weights, noise, condition, configs.plain_unet(unet))  # noqa: E731
+    return [
+        _stage("condition", condition, weights, ("vae", "image_encoder"), tuple(images.values())),
+        _stage("denoise", denoise, weights, ("unet",), (latents, given), plain),
+        _stage("decode", decode, weights, ("vae",), (latents,)),
+    ]
+
+
+def _stage(name, function, weights, used, inputs, plain=None) -> Program:
+    mine = {k: v for k, v in weights.items() if k in used}
+    others = {"other weights": {k: v for k, v in weights.items() if k not in used}}
+    args = (mine, *inputs)
+    return Program(name, jax.jit(function), args, {"parameters": mine, "batch": inputs}, plain or function, others)
+
+
+def _sampling_weights(mesh: Mesh, sizes: Sizes, dtype: str) -> dict:
+    """Abstract weights as `Sampler.load` places them: the UNet in `dtype`, VAE and CLIP in fp32."""
+    weights = {"unet": Networks(sizes.unet).abstract["generator"]}
+    weights["unet"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), weights["unet"])
+    if sizes.patch is None:
+        weights |= _encoder_weights(sizes)
+    return with_shardings(weights, param_shardings(mesh, weights))
+
+
+def _encoder_weights(sizes: Sizes) -> dict:
+    return {
+        "vae": tree.abstract(TemporalVAE, sizes.vae)[1],
+        "image_encoder": tree.abstract(CLIPVision, sizes.clip)[1],
+    }
+
+
+def prepare_programs(mesh: Mesh, sizes: Sizes, size: tuple[int, int], batch: int) -> list[Program]:
+    """What `prepare.make_encoder` runs for `batch` clips: the condition of the first frame, then latents of all frames.
+
+    Raises:
+      ConfigError: if the base model has no VAE.
+    """
+    if sizes.patch is not None:
+        raise ConfigError("config.data.source='world' needs no preparation: there is nothing to plan")
+    weights = _encoder_weights(sizes)
+    weights = with_shardings(weights, param_shardings(mesh, weights))
+    shape = (batch, sizes.unet.num_frames, *size, 3)
+
+    def codec(weights):
+        return SVDCodec(sizes.vae, sizes.clip, weights)
+
+    def condition(weights, images, noise):
+        return codec(weights).condition(images, None, 0.02, noise)
+
+    def encode(weights, frames):
+        return codec(weights).encode(frames)
+
+    first = (batch, *size, 3)
+    inputs = shapes(mesh, images=(first, jnp.uint8), noise=(first, jnp.float32))
+    frames = shapes(mesh, frames=(shape, jnp.uint8))["frames"]
+    return [
+        _stage("condition", condition, weights, ("vae", "image_encoder"), tuple(inputs.values())),
+        _stage("encode", encode, weights, ("vae",), (frames,)),
+    ]

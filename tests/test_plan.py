@@ -1,0 +1,231 @@
+"""Plans: their memory against XLA's and against arrays on devices, the search for settings that fit, errors.
+
+Compiling for TPUs and GPUs is tested where libtpu and JAX's CUDA plugin are installed.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfv_jax import config as configs
+from sfv_jax import cost, plan, programs, report, sharding, targets
+from sfv_jax.speed import count_flops
+
+ROOT = Path(__file__).parents[1]
+SIZE = (8, 8)
+OPTIONS = dict(
+    batch_size=None,
+    memory_gib=None,
+    efficiency=0.5,
+    steps=1,
+    dtype="float32",
+    vae_dtype="float32",
+    decode_chunk_size=None,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_soon():
+    jax.config.update("jax_disable_most_optimizations", True)
+    small, sharding.SMALL = sharding.SMALL, 64  # else nothing this small is sharded
+    yield
+    sharding.SMALL = small
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def tiny(method_: str, **changes):
+    """A config of one-level networks on the procedural world, batch 4."""
+    config = configs.tiny(getattr(configs, method_)())
+    codec = dict(patch=1, embed_cell=4)
+    unet = dict(configs.tiny_unet(codec, 8), block_out_channels=(16,), num_attention_heads=(2,), norm_groups=4)
+    config.update(dict(batch_size=4, patch_codec=codec, unet=unet | dict(num_frames=2)))
+    if method_ == "sfv":
+        config.discriminator.update(temporal_kernel=3, projection_dim=8, sinusoid_dim=8)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+CASES = [
+    ("train", "cpu:2", tiny("sfv", **{"mesh.fsdp": 2})),
+    ("train", "cpu:1", tiny("teacher", accumulation_steps=2, trainable="conv_out")),
+    ("sample", "cpu:4", tiny("teacher", **{"mesh.fsdp": 2, "mesh.data": 1, "mesh.spatial": 2})),
+]
+
+
+@pytest.mark.parametrize(("what", "name", "config"), CASES, ids=["sfv fsdp", "teacher", "sample"])
+def test_memory_is_what_xla_allocates_and_the_verdict_follows_it(what, name, config):
+    target = targets.parse(name)
+    mesh, jobs = plan.build(config, target, targets.devices(target), what, SIZE, OPTIONS)
+    job = jobs[1] if what == "sample" else jobs[0]  # of sampling: denoise
+    compiled = sharding.on_mesh(mesh, lambda: job.function.lower(*job.args).compile())()
+    stats = compiled.memory_analysis()
+    found = cost.read(job, compiled, target, mesh.size, limit=1e9)
+    unused = on_device(job.args) - stats.argument_size_in_bytes  # the compiler drops them, the run keeps them
+    assert unused >= 0 and (what == "sample" or unused == 0)
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + outputs + stats.generated_code_size_in_bytes
+    assert found.needed == total + unused
+    assert cost.read(job, compiled, target, mesh.size, limit=found.needed).fits
+    assert not cost.read(job, compiled, target, mesh.size, limit=found.needed - 1).fits
+
+    # What lies on a device in a run: the arguments, and then the new state in the place of the old.
+    args = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), job.args)
+    assert sum(found.memory.get(part, 0) for part in job.parts) == on_device(args)
+    result = compiled(*args)
+    pointers = stats.output_size_in_bytes - on_device(result)
+    assert 0 <= pointers <= 16 + 8 * len(jax.tree.leaves(result))
+    if what == "train":
+        assert found.alias == on_device(result[0]) == on_device(job.args[0])
+        assert found.memory["EMA"] == on_device(result[0]["ema"])
+    assert bool(found.collectives) == (mesh.size > 1)
+    assert found.flops == pytest.approx(count_flops(job.plain, *job.args) / mesh.size, rel=0.2)
+
+
+def on_device(tree) -> float:
+    """Bytes that arrays, or shapes with shardings, have on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def test_a_plan_in_words_as_json_and_as_a_picture(tmp_path, monkeypatch):
+    memory = {"parameters": 2.0 * 2**30, "temporaries": 1.0 * 2**30}
+    collectives = {"all-gather": {"count": 3, "bytes": 2e9}}
+    known = dict(alias=2.0**30, flops=4e12, model_flops=3e12, bytes=1e9, collectives=collectives)
+    known |= dict(roofline=0.25, exchange=0.25, kernels={"__cudnn$fmhaSoftmax": 16}, flash=16)
+    monkeypatch.setattr(
+        plan, "measure", lambda job, target, mesh, limit: cost.Cost(job.name, True, 3.0 * 2**30, limit, memory, **known)
+    )
+    target = targets.parse("cpu:1")
+    options = OPTIONS | dict(memory_gib=4)
+    found = plan.plan(tiny("teacher", steps=86400), target, "train", SIZE, options, say=lambda _: None)
+    assert (found["days"], found["chip_hours"], found["per_hour"]) == (1.0, 24.0, 3600)  # 0.5 s at half speed
+    words = report.text(found)
+    assert "train step: fits: 3.00 of 4.00 GiB" in words and "all-gather 3 (2.000 GB)" in words
+    assert json.loads(json.dumps(found)) == found
+    report.picture(found, tmp_path / "plan.png")
+    with Image.open(tmp_path / "plan.png") as image:
+        counts = {color: count for count, color in image.convert("RGB").getcolors(10_000)}
+    parameters, temporaries = (tuple(bytes.fromhex(report.COLORS[name][1:])) for name in memory)
+    legend = 15 * 15
+    assert (counts[parameters] - legend) / (counts[temporaries] - legend) == pytest.approx(2, rel=0.05)
+
+
+def test_arguments_that_do_not_fit_are_not_compiled(monkeypatch):
+    config = tiny("teacher")
+    target = targets.parse("cpu:1")
+    monkeypatch.setattr(cost, "on_mesh", None)
+    found = plan.plan(config, target, "train", SIZE, OPTIONS | dict(memory_gib=1e-5), say=lambda _: None)
+    assert not found["fits"] and "the arguments alone do not fit" in report.text(found)
+
+
+def test_what_the_compiler_needs_is_read_from_its_refusal():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.58G of 15.75G hbm."
+    assert cost._needed(message) == 22.58 * 2**30
+    other = "RESOURCE_EXHAUSTED: HLO temporaries (320.00G) exceeds available HBM (15.25G)."
+    assert cost._needed(other) == 320 * 2**30
+    assert cost._needed("INTERNAL: something else") is None
+
+
+def test_settings_are_tried_in_their_order_until_one_fits(monkeypatch):
+    config, target = tiny("sfv", batch_size=8, accumulation_steps=1), targets.parse("cpu:4")
+
+    def planned(config, *args, **kw):
+        fits = config.unet.remat and config.accumulation_steps == 2 and config.mesh.fsdp == 4
+        return {"fits": fits, "programs": [{"needed": 2.0**30, "limit": 2.0**31}]}
+
+    monkeypatch.setattr(plan, "plan", planned)
+    said = []
+    found = plan.fit(config, target, "train", SIZE, OPTIONS, say=said.append)
+    final = [
+        "--config.unet.remat=True",
+        "--config.accumulation_steps=2",
+        "--config.mesh.data=-1",
+        "--config.mesh.fsdp=4",
+    ]
+    assert found["flags"] == final
+    assert [line.count("--config") for line in said] == [1, 2, 4, 4] and "does not fit" in said[2]
+    assert not config.unet.remat  # the caller's config is left alone
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v7:4x4", "unknown: choose TPU slices v4, v5e"),
+        ("v5e:4x4x4", "a v5e slice has a shape of 2 numbers"),
+        ("v5p:16x16x16", "at most 256 chips"),
+        ("h100:0", "write h100:N with N from 1 to 64"),
+        ("h200:12", "hosts of 8"),
+        ("a100", "unknown"),
+    ],
+)
+def test_targets_that_do_not_exist(name, message):
+    with pytest.raises(targets.TargetError, match=message) as error:
+        targets.parse(name)
+    assert "\n" not in str(error.value)
+
+
+def test_target_names():
+    assert targets.parse("v5e:4x8*2").count == 64 and targets.parse("v5e:4x8*2").slices == 2
+    assert targets.parse("v5e:4x8").link > targets.parse("v5e:4x8*2").link
+    assert targets.parse("h200").count == 1 and targets.parse("h200:16").link == 50e9
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "h100:1"])
+def test_a_missing_plugin_is_named_with_its_extra(name, monkeypatch):
+    monkeypatch.setattr(targets, "_installed", lambda module: False)
+    extra = {"v5e:2x2": "plan-tpu", "h100:1": "plan-gpu"}[name]
+    with pytest.raises(targets.TargetError, match=rf"pip install 'sfv_jax\[{extra}\]'"):
+        targets.prepare(targets.parse(name))
+
+
+@pytest.mark.parametrize(
+    ("what", "changes", "options", "message"),
+    [
+        ("train", {"mesh.fsdp": 3}, {}, "fsdp=3 spatial=1 does not cover 4 devices of cpu:4"),
+        ("train", {"batch_size": 6}, {}, "batch_size=6 does not divide"),
+        ("sample", {}, {"batch_size": 3}, "batch_size 3 does not divide over data x fsdp = 4"),
+        ("prepare", {}, {}, "needs no preparation"),
+        ("train", {"method": "gan"}, {}, "choose one of sfv, teacher"),
+    ],
+)
+def test_jobs_that_cannot_be(what, changes, options, message):
+    target = targets.parse("cpu:4")
+    with pytest.raises(ValueError, match=message):
+        plan.build(tiny("sfv", **changes), target, targets.devices(target), what, SIZE, OPTIONS | options)
+
+
+def test_the_command_says_in_one_line_what_is_wrong():
+    command = [sys.executable, "-m", "sfv_jax.plan", "--config", "configs/sfv.py", "--target", "v5e:4x4", "--what=fly"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (
+        done.returncode == 1
+        and done.stderr.splitlines()[-1] == "plan: --what=fly: choose one of train, sample, prepare"
+    )
+
+
+def test_planning_prepares_the_full_size_networks_of_a_config_without_a_model():
+    config = configs.sfv()
+    sizes = programs.sizes_of(config)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    job = programs.prepare_programs(mesh, sizes, (448, 768), 1)[1]
+    assert cost.shard_bytes(job.parts["parameters"]) == 4 * 97_742_847
+    assert sizes.unet.block_out_channels == (320, 640, 1280, 1280)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("v5e:2x2", "tpu"), ("h100:2", "gpu")])
+def test_real_compilers_plan_a_small_network(name, wanted, tmp_path):
+    modules, extra = targets.PLUGINS[wanted]
+    if not all(map(targets._installed, modules)):
+        pytest.skip(f"needs pip install 'sfv_jax[{extra}]'")
+    command = [sys.executable, "-m", "sfv_jax.plan", "--config", "configs/teacher.py:tiny", "--target", name]
+    command += ["--what=sample", "--height=16", "--width=16", "--json", tmp_path / "plan.json", "--config.mesh.fsdp=2"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    denoise = json.loads((tmp_path / "plan.json").read_text())["programs"][1]
+    assert denoise["fits"] and denoise["flops"] > 0.5 * denoise["model_flops"]
