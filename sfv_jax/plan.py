@@ -19,8 +19,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sfv_jax import config as configs
 from sfv_jax import compiling, programs, report, targets
+from sfv_jax import config as configs
 from sfv_jax.config import ConfigError
 from sfv_jax.cost import Cost, measure, planner_rss
 from sfv_jax.data.video import replacing
