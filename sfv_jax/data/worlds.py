@@ -116,11 +116,15 @@ class World:
 
     def coverage(self, label: Label) -> np.ndarray:
         """How much of each pixel the shape covers: float32 [t, h, w] in [0, 1]."""
-        centre = self.positions(label).astype(np.float32)
+        return self.stamp(label.shape, label.radius, self.positions(label))
+
+    def stamp(self, shape: str, radius: float, centres: np.ndarray) -> np.ndarray:
+        """Coverage of each pixel by a shape at each of `centres` [n, 2], (x, y) in pixels: float32 [n, h, w]."""
+        centres = centres.astype(np.float32)
         grid = np.arange(self.size, dtype=np.float32) + 0.5
-        x = grid[None, None, :] - centre[:, 0, None, None]
-        y = grid[None, :, None] - centre[:, 1, None, None]
-        return np.clip(_EDGE - _distance(label.shape, x, y, np.float32(label.radius)), 0, 1)
+        x = grid[None, None, :] - centres[:, 0, None, None]
+        y = grid[None, :, None] - centres[:, 1, None, None]
+        return np.clip(_EDGE - _distance(shape, x, y, np.float32(radius)), 0, 1)
 
     def render(self, label: Label) -> np.ndarray:
         """Draw a label: uint8 [t, h, w, 3] RGB."""

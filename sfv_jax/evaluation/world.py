@@ -1,8 +1,166 @@
-"""Exact scores in the procedural world, where every legal continuation of a first frame is known."""
+"""Exact scores in the procedural world, where every legal continuation of a first frame is known.
+
+    labels = [world.label(n, "heldout") for n in range(64)]
+    clips = ...  # uint8 [64, t, h, w, 3], generated from the first frames of world.render(label)
+    scores = score(world, labels, clips)
+
+One call gives all scores below, world-FVD among them; `meanings` says in words what each one is, for a table's footer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 
-from sfv_jax.data.worlds import Label, World
+from sfv_jax.data.worlds import PALETTE, Label, World
+from sfv_jax.evaluation import worldnet
+from sfv_jax.evaluation.frechet import Moments, extrapolate, frechet_distance
+
+Network = tuple[Callable[[np.ndarray], np.ndarray], dict]  # features of clips, and what made them
+LEGAL = 1.0  # pixels: a path whose RMS distance to a legal one is less follows it
+_GRID = 0.5  # pixels between the places at which the object is looked for
+SMALLEST_FVD = 20  # clips
+
+MEANINGS = {
+    "distance": "RMSE in grey levels (0..255) to the nearest legal continuation, 0 is perfect",
+    "fit": "share of what is not background that one shape of one colour explains, mean over frames; 1 is perfect",
+    "shape_kept": "share of frames in which the condition's shape fits best",
+    "colour_kept": "share of frames in which the object's colour is nearest to the condition's",
+    "path_error": "RMS distance in pixels between the object's path and the nearest legal one, mean over clips",
+    "legal": f"share of clips whose object follows a legal path, within {LEGAL:g} pixel",
+    "directions_covered": "share of the legal directions that at least one legal clip takes",
+    "busiest_direction": "share of the most frequent nearest direction, 1 after mode collapse",
+    "world_fvd": "Frechet distance to all true continuations of the same first frames, on features of a network trained"
+    " to tell the world's shapes, colours, directions and speeds apart; compares at equal numbers of clips only",
+}
+
+
+def score(
+    world: World, labels: list[Label], clips: np.ndarray, *, network: Network | Path | str | None = None, seed: int = 0
+) -> dict:
+    """All scores of generated `clips`, each made from the first frame of one of `labels`.
+
+    Args:
+      clips: uint8 `[n, t, h, w, 3]`, t and size those of the world.
+      network: what `worldnet.load` returns; or the folder of its cache (default: the user's), where the network is
+        trained if it is missing, which takes a minute or two. A process reads it once.
+      seed: of the bootstrap.
+    Returns:
+      The names of `MEANINGS` to numbers (`world_fvd` None for less than 20 clips), and beside them `clips`, their
+      number; `world_fvd_extrapolated`; `world_fvd_interval`, a pair; `network`, what made the features, with accuracy.
+    Raises:
+      ValueError: if clips and labels do not fit together or the world.
+    """
+    clips = np.asarray(clips)
+    expected = (len(labels), world.num_frames, world.size, world.size, 3)
+    if clips.dtype != np.uint8 or clips.shape != expected:
+        raise ValueError(f"{len(labels)} labels need clips uint8 {expected}; got {clips.dtype} {clips.shape}")
+    nearest = [nearest_future(world, label, clip) for label, clip in zip(labels, clips, strict=True)]
+    tracks = [track(world, label, clip) for label, clip in zip(labels, clips, strict=True)]
+    paths = [nearest_path(world, label, found.positions) for label, found in zip(labels, tracks, strict=True)]
+    legal = [label.direction for error, label in paths if error < LEGAL]
+    kept = list(zip(labels, tracks, strict=True))
+    result = {
+        "clips": len(clips),
+        "distance": float(np.mean([error for error, _ in nearest])),
+        "fit": float(np.mean([found.fit for found in tracks])),
+        "shape_kept": float(np.mean([[s == label.shape for s in found.shapes] for label, found in kept])),
+        "colour_kept": float(np.mean([[c == label.colour for c in found.colours] for label, found in kept])),
+        "path_error": float(np.mean([error for error, _ in paths])),
+        "legal": len(legal) / len(clips),
+        "directions_covered": len(set(legal)) / world.directions,
+        "busiest_direction": busiest_direction([label for _, label in nearest], world.directions),
+        "world_fvd": None,
+    }
+    return result | (world_fvd(world, labels, clips, network=network, seed=seed) if len(clips) >= SMALLEST_FVD else {})
+
+
+def world_fvd(
+    world: World, labels: list[Label], clips: np.ndarray, *, network=None, seed: int = 0, resamples: int = 100
+) -> dict:
+    """World-FVD of `clips`, its part of what `score` returns.
+
+    The true set is every legal continuation of every first frame, so it differs from the clips in nothing but what was
+    generated. The interval is over first frames drawn with replacement; the limit for infinitely many clips as in
+    `frechet.extrapolate`.
+    """
+    features, about = network if isinstance(network, tuple) else _network(world, network)
+    fake = features(clips)
+    true = features(np.stack([world.render(future) for label in labels for future in world.futures(label)]))
+    true = true.reshape(len(labels), -1, true.shape[-1])
+
+    def distance(rows) -> float:
+        return frechet_distance(Moments.of(np.concatenate(true[rows])), Moments.of(fake[rows]))
+
+    rng, n = np.random.default_rng(seed), len(clips)
+    value = distance(slice(None))
+    draws = np.array([distance(rng.integers(n, size=n)) for _ in range(resamples)])
+    low, high = np.percentile(draws - draws.mean(), [2.5, 97.5]) + value
+    return {
+        "world_fvd": value,
+        "world_fvd_extrapolated": extrapolate(n, lambda _, rows: distance(rows), rng),
+        "world_fvd_interval": (float(low), float(high)),
+        "network": about,
+    }
+
+
+_network = lru_cache(maxsize=8)(worldnet.load)
+
+
+@dataclass(frozen=True)
+class Track:
+    """What a clip shows, frame by frame.
+
+    Attributes:
+      positions: float64 `[t, 2]`, (x, y) in pixels, of the place that explains most, found to half a pixel.
+      shapes, colours: names of the shape that explains most and of the nearest colour of the world.
+      fit: `[t]`, share of the squared difference from the background that this explains; 0 for an empty frame.
+    """
+
+    positions: np.ndarray
+    shapes: list[str]
+    colours: list[str]
+    fit: np.ndarray
+
+
+def track(world: World, label: Label, frames: np.ndarray) -> Track:
+    """Finds the object in each of `frames` uint8 `[t, h, w, 3]`, knowing background and size from the condition.
+
+    Every shape of the world is tried at every place; its best colour is a least-squares fit.
+    """
+    low, high = world.bounds(label.radius)
+    line = np.linspace(low, high, int(np.ceil((high - low) / _GRID)) + 1)
+    places = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
+    stamps = np.concatenate([world.stamp(shape, label.radius, places) for shape in world.shapes])
+    stamps = stamps.reshape(len(stamps), -1)
+    background = np.asarray(world.backgrounds[label.background], np.float32)
+    rest = frames.reshape(len(frames), -1, 3).astype(np.float32) - background
+    weight = np.square(stamps).sum(1)
+    overlap = rearrange(stamps @ rearrange(rest, "t k c -> k (t c)"), "n (t c) -> t n c", c=3)
+    explained = np.square(overlap).sum(-1) / weight
+    best = explained.argmax(1)
+    rows = np.arange(len(frames))
+    energy = np.square(rest).sum((1, 2))
+    colour = background + overlap[rows, best] / weight[best, None]
+    palette = np.array([PALETTE[name] for name in world.colours], np.float32)
+    nearest = np.square(colour[:, None] - palette).sum(-1).argmin(1)
+    return Track(
+        positions=places[best % len(places)],
+        shapes=[world.shapes[n] for n in best // len(places)],
+        colours=[world.colours[n] for n in nearest],
+        fit=explained[rows, best] / np.maximum(energy, 1.0),
+    )
+
+
+def nearest_path(world: World, label: Label, positions: np.ndarray) -> tuple[float, Label]:
+    """(RMS distance in pixels, label) of the legal continuation whose path is closest to `positions [t, 2]`."""
+    futures = world.futures(label)
+    errors = [np.sqrt(np.square(world.positions(future) - positions).sum(-1).mean()) for future in futures]
+    best = int(np.argmin(errors))
+    return float(errors[best]), futures[best]
 
 
 def nearest_future(world: World, label: Label, frames: np.ndarray) -> tuple[float, Label]:

@@ -1,0 +1,119 @@
+"""Scores in the world: each damage moves the score that should see it, and perfect clips score best."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from sfv_jax.data.worlds import PALETTE, World
+from sfv_jax.evaluation import world as scores
+from sfv_jax.evaluation import worldnet
+
+WORLD = World(
+    size=16, num_frames=6, directions=4, angle_offset=45.0, speeds=(1.5,), radii=(2.5, 3.5), shapes=("disc", "square")
+)
+SMALL = worldnet.Settings(clips=2048, steps=150)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    return worldnet.load(WORLD, tmp_path_factory.mktemp("cache"), SMALL)
+
+
+def blur(frames: np.ndarray) -> np.ndarray:
+    soft = [np.asarray(Image.fromarray(x).filter(ImageFilter.GaussianBlur(2))) for x in frames[1:]]
+    return np.concatenate([frames[:1], soft])
+
+
+@pytest.fixture(scope="module")
+def found(network):
+    """{damage: scores} on 64 held-out first frames."""
+    rng = np.random.default_rng(0)
+    true, labels = WORLD.batch(range(64), "heldout")
+    names = tuple(PALETTE)
+    other = [dataclasses.replace(x, colour=names[(names.index(x.colour) + 2) % len(names)]) for x in labels]
+    one = [dataclasses.replace(x, direction=0) for x in labels]
+    flip = {"disc": "square", "square": "disc"}
+    clips = {
+        "perfect": true,
+        "blurred": np.stack([blur(x) for x in true]),
+        "frozen": np.repeat(true[:, :1], 6, axis=1),
+        "shuffled": np.stack([x[np.r_[0, 1 + rng.permutation(5)]] for x in true]),
+        "wrong colour": np.stack([np.r_[x[:1], WORLD.render(y)[1:]] for x, y in zip(true, other, strict=True)]),
+        "wrong shape": np.stack(
+            [
+                np.r_[x[:1], WORLD.render(dataclasses.replace(y, shape=flip[y.shape]))[1:]]
+                for x, y in zip(true, labels, strict=True)
+            ]
+        ),
+        "one direction": np.stack([WORLD.render(x) for x in one]),
+    }
+    return {name: scores.score(WORLD, labels, x, network=network) for name, x in clips.items()}
+
+
+def test_perfect_clips_score_perfectly(found):
+    best = found["perfect"]
+    assert best["distance"] == 0 and best["fit"] > 0.97 and best["path_error"] < 0.3
+    assert best["legal"] == best["directions_covered"] == 1 and best["busiest_direction"] < 0.4
+    assert best["shape_kept"] > 0.97 and best["colour_kept"] == 1 and best["clips"] == 64
+    low, high = best["world_fvd_interval"]
+    assert low < best["world_fvd"] < high
+    assert set(scores.MEANINGS) <= set(best)
+
+
+@pytest.mark.parametrize(
+    ("damage", "score", "least"),
+    [
+        ("blurred", "fit", 0.05),
+        ("blurred", "distance", -5),
+        ("frozen", "path_error", -2),
+        ("frozen", "legal", 0.9),
+        ("shuffled", "path_error", -1.5),
+        ("shuffled", "legal", 0.8),
+        ("wrong colour", "colour_kept", 0.8),
+        ("wrong shape", "shape_kept", 0.7),
+        ("one direction", "directions_covered", 0.7),
+        ("one direction", "busiest_direction", -0.6),
+    ],
+)
+def test_each_damage_moves_its_score(found, damage, score, least):
+    """`least` is how much worse it must get; negative where less is better."""
+    drop = found["perfect"][score] - found[damage][score]
+    assert drop / least >= 1, (found["perfect"][score], found[damage][score])
+
+
+def test_scores_do_not_see_what_is_not_theirs(found):
+    assert found["frozen"]["colour_kept"] == found["one direction"]["colour_kept"] == 1
+    assert found["one direction"]["legal"] == 1 and found["one direction"]["distance"] == 0
+    assert found["wrong colour"]["legal"] == 1 and found["shuffled"]["fit"] == pytest.approx(found["perfect"]["fit"])
+
+
+def test_world_fvd_orders_the_damages(found):
+    fvd = {name: result["world_fvd"] for name, result in found.items()}
+    for name in ("frozen", "shuffled", "wrong colour", "one direction"):
+        assert 1.5 * fvd["perfect"] < fvd[name] < fvd["blurred"], fvd
+    for name in ("blurred", "shuffled", "one direction"):  # beyond doubt with 64 clips
+        assert found[name]["world_fvd_interval"][0] > found["perfect"]["world_fvd_interval"][1], name
+
+
+def test_the_network_is_kept_and_made_again_alike(network, tmp_path):
+    _, about = network
+    assert about["accuracy"]["colour"] > 0.9 and about["accuracy"]["direction"] > 0.6
+    short = worldnet.Settings(clips=64, steps=2)
+    first, second = (worldnet.load(WORLD, tmp_path / name, short)[1] for name in "ab")
+    path = next((tmp_path / "a").iterdir())
+    before = path.stat().st_mtime_ns
+    again = worldnet.load(WORLD, tmp_path / "a", short)[1]
+    assert path.stat().st_mtime_ns == before and again["sha256"] == first["sha256"]
+    a, b = (np.load(next((tmp_path / name).iterdir())) for name in "ab")
+    assert all(np.array_equal(a[k], b[k]) for k in a.files if k != "about") and second["accuracy"] == first["accuracy"]
+    changed = [dataclasses.replace(WORLD, seed=1), dataclasses.replace(WORLD, speeds=(1.0,))]
+    assert len({worldnet.identity(w, short) for w in [WORLD, *changed]} | {worldnet.identity(WORLD, SMALL)}) == 4
+
+
+def test_refusals():
+    _, labels = WORLD.batch(range(2))
+    with pytest.raises(ValueError, match=r"2 labels need clips uint8 \(2, 6, 16, 16, 3\); got uint8 \(2, 5"):
+        scores.score(WORLD, labels, np.zeros((2, 5, 16, 16, 3), np.uint8))
+    assert scores.score(WORLD, labels, np.zeros((2, 6, 16, 16, 3), np.uint8))["world_fvd"] is None
