@@ -186,6 +186,15 @@ def fit(config: ConfigDict, target: Target, what: str, size: tuple[int, int], op
 FLAGS = flags.FLAGS
 
 
+def write(result: dict) -> None:
+    """The files that were asked for."""
+    if FLAGS.json:
+        with replacing(Path(FLAGS.json)) as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
+    if FLAGS.picture:
+        report.picture(result, Path(FLAGS.picture))
+
+
 def main(_):
     logging.set_verbosity(logging.WARNING)
     try:
@@ -205,17 +214,15 @@ def main(_):
         names = ("batch_size", "memory_gib", "efficiency", "steps", "dtype", "vae_dtype", "decode_chunk_size")
         options = {name: FLAGS[name].value for name in names}
         result = plan(FLAGS.config, target, FLAGS.what, size, options, say=lambda text: print(text, file=sys.stderr))
+        write(result)
         print(report.text(result))
         if FLAGS.fit and not result["fits"]:
             print("settings that may make it fit, each on top of those before:")
-            found = fit(FLAGS.config, target, FLAGS.what, size, options, say=lambda text: print(text, flush=True))
-            print(report.text(found) if found else "none of these settings makes it fit")
-            result = found or result
-        if FLAGS.json:
-            with replacing(Path(FLAGS.json)) as temporary:
-                temporary.write_text(json.dumps(result, indent=1))
-        if FLAGS.picture:
-            report.picture(result, Path(FLAGS.picture))
+            if found := fit(FLAGS.config, target, FLAGS.what, size, options, say=lambda text: print(text, flush=True)):
+                write(result := found)
+                print(report.text(found))
+            else:
+                print("none of these settings makes it fit")
     except (ConfigError, PlanError, TargetError, WeightsError) as error:
         sys.exit(f"plan: {error}")
     sys.exit(0 if result["fits"] else 1)

@@ -33,10 +33,8 @@ def text(plan: dict) -> str:
     effort = f", compile effort {planner['effort']:g}" if planner["effort"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in planner["versions"].items())
     lines.append(f"planned in {planner['seconds'] / 60:.1f} min, {planner['rss'] / GIB:.1f} GiB ({versions}{effort})")
-    if effort and plan["effort"] < 0:
-        lines.append(
-            "Low compile effort: memory differs by up to 15 % from a run's; --effort=0 compiles as a run does."
-        )
+    if planner["effort"] < 0:
+        lines.append("Low effort: memory differs by up to 15 % from a run's; --compile_effort=0 compiles as a run does.")
     return "\n".join(lines)
 
 

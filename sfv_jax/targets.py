@@ -147,7 +147,10 @@ def prepare(target: Target) -> None:
         raise TargetError(
             f"target {target.name!r} needs {', '.join(missing)}, not installed here: pip install 'sfv_jax[{extra}]'"
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask about chips
+    # libtpu would ask a metadata server about its machine, and complain that it is no TPU host.
+    host = dict(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-1")
+    for name, value in host.items() if target.chip.platform == "tpu" else ():
+        os.environ.setdefault(name, value)
     if target.chip.platform == "gpu":
         # Without a device there is no autotuning, and Triton's matrix products find no tiles; cuBLAS takes them.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_triton_gemm=false"

@@ -109,6 +109,8 @@ def test_a_plan_in_words_as_json_and_as_a_picture(tmp_path, monkeypatch):
     words = report.text(found)
     assert "train step: fits: 3.00 of 4.00 GiB" in words and "all-gather 3 (2.000 GB)" in words
     assert json.loads(json.dumps(found)) == found
+    found["planner"]["effort"] = plan.QUICK
+    assert "compile effort -1" in report.text(found) and "--compile_effort=0" in report.text(found)
     report.picture(found, tmp_path / "plan.png")
     with Image.open(tmp_path / "plan.png") as image:
         counts = {color: count for count, color in image.convert("RGB").getcolors(10_000)}
