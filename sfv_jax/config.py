@@ -91,34 +91,110 @@ def default() -> ConfigDict:
     )
 
 
-def sfv() -> ConfigDict:
-    """SF-V with every number of the paper."""
+def gan(**changes) -> dict:
+    """Fields of the methods with a discriminator (`methods/adversarial.py`), with SF-V's values.
+
+    Table 1 of the paper compares methods that all have SF-V's discriminator, so they share its regularisation.
+    """
+    fields = dict(
+        adv_weight=1.0,  # paper, Eq. 10
+        recon_weight=0.1,  # of the method's second loss; paper: lambda
+        gan_loss="hinge",  # paper, Eq. 11; "relativistic": pairs of real and fake (R3GAN, arXiv 2501.05441)
+        r1_weight=1e-5,  # choice: gamma of ADD (arXiv 2311.17042); for "perturbation", APT uses 100
+        r2_weight=0.0,  # the same penalty on fakes; the paper has none
+        r1_form="gradient",  # on head inputs, exact; "perturbation": of clean latents (APT, arXiv 2501.08316)
+        perturbation_std=0.1,  # APT, for video
+        shared_noise=True,  # paper writes one s' and one eps' for the pair of real and fake
+        generator_every=1,  # choice: the generator learns in each n-th step; the others skip its backward pass
+        heads_every=1,  # choice: the heads learn in each n-th step
+    )
+    return fields | changes
+
+
+def adversarial(method: str, **fields) -> ConfigDict:
+    """A method with SF-V's discriminator and optimisers; `fields` are those of its own section."""
     config = default()
     config.update(
         dict(
-            method="sfv",
+            method=method,
             accumulation_steps=4,  # paper: batch 32 by 4-step accumulation on 8 GPUs
             generator_optimizer=sm3(1e-5),  # paper
             heads_optimizer=sm3(1e-4),  # paper
             discriminator=dict(  # paper Fig. 3; kernels and widths: choice
                 spatial=True, temporal=True, spatial_kernel=3, temporal_kernel=9, projection_dim=64, sinusoid_dim=256
             ),
-            sfv=dict(
-                generator_levels=4,  # paper: Tg
-                discriminator_levels=1000,  # paper: Td
-                p_mean=-1.0,  # paper, Eq. 7
-                p_std=1.0,  # paper prints -1; only the magnitude matters
-                adv_weight=1.0,  # paper, Eq. 10
-                recon_weight=0.1,  # paper: lambda
-                recon_c=None,  # choice: 0.00054 sqrt(d), improved consistency training
-                recon_reduction="video",  # paper, Eq. 9 as printed
-                gan_loss="hinge",  # paper, Eq. 11; "relativistic": pairs of real and fake (R3GAN, arXiv 2501.05441)
-                r1_weight=1e-5,  # choice: gamma of ADD (arXiv 2311.17042); for "perturbation", APT uses 100
-                r2_weight=0.0,  # the same penalty on fakes; the paper has none
-                r1_form="gradient",  # on head inputs, exact; "perturbation": of clean latents (APT, arXiv 2501.08316)
-                perturbation_std=0.1,  # APT, for video
-                shared_noise=True,  # paper writes one s' and one eps' for the pair
-                generator_every=1,  # choice: the generator learns in each n-th step; the others skip its backward pass
+        )
+    )
+    config[method] = ConfigDict(fields)
+    return config
+
+
+def sfv() -> ConfigDict:
+    """SF-V with every number of the paper."""
+    return adversarial(
+        "sfv",
+        generator_levels=4,  # paper: Tg
+        discriminator_levels=1000,  # paper: Td
+        p_mean=-1.0,  # paper, Eq. 7
+        p_std=1.0,  # paper prints -1; only the magnitude matters
+        recon_c=None,  # choice: 0.00054 sqrt(d), improved consistency training
+        recon_reduction="video",  # paper, Eq. 9 as printed
+        **gan(),
+    )
+
+
+def ladd() -> ConfigDict:
+    """LADD (arXiv 2403.12015) as SF-V's Table 1 has it: on SVD, with SF-V's discriminator and optimisers."""
+    return adversarial(
+        "ladd",
+        # The highest levels of Eq. 5 with this many, one for each probability. LADD gives four probabilities, so with
+        # Tg = 4 the lowest level, sigma 0.002, is one of them (it teaches nothing); 5 takes four useful ones.
+        generator_levels=4,
+        probabilities=(0.1, 0.1, 0.1, 0.7),  # LADD, from the lowest level to the highest
+        warmup_steps=500,  # LADD: steps with the probabilities below
+        warmup_probabilities=(0.5, 0.5, 0.0, 0.0),  # LADD: the lower levels alike
+        discriminator_levels=1000,  # paper: Td
+        p_mean=1.0,  # LADD: logit-normal(1, 1), in sigma this lognormal
+        p_std=1.0,
+        # 0: real videos. n: the frozen base model makes the training videos anew in each step, in n guided Euler steps
+        # from the batch's conditions, as LADD trains; that costs 2n forward passes.
+        teacher_steps=0,
+        teacher_guidance=(1.0, 3.0),  # SVD's ramp, weights of the first and the last frame
+        **gan(recon_weight=0.0),
+    )
+
+
+def ufogen() -> ConfigDict:
+    """UFOGen (arXiv 2311.09257) as SF-V's Table 1 has it: on SVD, with SF-V's discriminator and optimisers."""
+    return adversarial(
+        "ufogen",
+        levels=1000,  # choice: as many as the discriminator of SF-V has; the level index is uniform
+        jump=0.25,  # UFOGen: the discriminator's level is this share of all levels below the generator's
+        **gan(
+            recon_weight=1.0,  # choice: of the denoising loss; UFOGen prints no number
+            shared_noise=False,  # UFOGen: independent noise
+            heads_every=2,  # SF-V's retraining
+        ),
+    )
+
+
+def animatelcm() -> ConfigDict:
+    """AnimateLCM (arXiv 2402.00769) as released for SVD: consistency distillation with a guided teacher."""
+    config = default()
+    config.update(
+        dict(
+            method="animatelcm",
+            accumulation_steps=4,  # as SF-V
+            ema_decay=0.95,  # of the target network
+            generator_optimizer=adamw(1e-6),
+            animatelcm=dict(
+                levels=40,  # N, Karras
+                guidance_first=(1.0, 1.25, 1.5),  # ends of the teacher's guidance ramp, drawn for each video
+                guidance_last=(2.0, 2.25, 2.5),
+                huber_c=0.001,
+                weight_power=0.1,  # w_i = (1 / (s_i - s_{i+1}))^0.1
+                sampler="animatelcm",  # of the pictures made during training
+                sample_steps=4,
             ),
         )
     )

@@ -99,3 +99,18 @@ def pseudo_huber(x: Array, target: Array, c: float | None = None, reduction: str
 def edm(raw: Array, target: Array) -> Array:
     """Denoising loss: mean squared error of the raw output against `edm.velocity_target`."""
     return jnp.mean(jnp.square(raw.astype(jnp.float32) - target))
+
+
+def denoising(x: Array, x0: Array, sigma: Array) -> Array:
+    """The loss of `edm` written on denoised latents `x [b, t, h, w, c]`: mean of (sigma^2 + 1) / sigma^2 (x - x0)^2.
+
+    `sigma [b]`.
+    """
+    sigma = jnp.reshape(sigma, (-1,) + (1,) * (x.ndim - 1))
+    return jnp.mean((sigma**2 + 1) / sigma**2 * jnp.square(x.astype(jnp.float32) - x0))
+
+
+def consistency(x: Array, target: Array, weight: Array, c: float) -> Array:
+    """AnimateLCM: mean of w (sqrt(e^2 + c^2) - c), e the difference of `x` and `target [b, t, h, w, c]`, `w [b]`."""
+    error = x.astype(jnp.float32) - target
+    return jnp.mean(jnp.reshape(weight, (-1,) + (1,) * (x.ndim - 1)) * (jnp.sqrt(jnp.square(error) + c**2) - c))

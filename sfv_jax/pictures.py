@@ -29,8 +29,11 @@ class Pictures:
         self.condition = {k: batch[k] for k in ("cond_latent", "image_embed", "ids")}
         self.sampler = Sampler(base.unet, None, base.codec)
         self.generate = on_mesh(mesh, self.sampler.latents)
-        self.noise = np.asarray(jax.random.normal(jax.random.key(config.seed), batch["latents"].shape))
-        self.steps = config.teacher.sample_steps if config.method == "teacher" else 1
+        key = jax.random.key(config.seed)
+        self.noise = np.asarray(jax.random.normal(key, batch["latents"].shape))
+        own = config[config.method]
+        self.how = dict(steps=own.get("sample_steps", 1), sampler=own.get("sampler", "euler"))
+        self.how["keys"] = jax.random.split(jax.random.fold_in(key, 1), len(examples))
         self.truth = np.asarray(base.codec.decode(batch["latents"]))
         self.folder, self.writer = workdir / "samples", writer
 
@@ -53,7 +56,7 @@ class Pictures:
 
     def _sample(self, params) -> np.ndarray:
         self.sampler.params = params
-        return whole(self.generate(self.condition, self.noise, steps=self.steps))
+        return whole(self.generate(self.condition, self.noise, **self.how))
 
 
 def enlarge(frames: np.ndarray, height: int) -> np.ndarray:

@@ -78,7 +78,9 @@ def sample(
 
 
 def guided(network: Callable, x: Array, sigma: Array, condition: dict, guidance: Array | None) -> Array:
-    """D(x; sigma) `[b, t, h, w, c]`, by `guidance [t]` beyond that of no condition: D_u + g (D_c - D_u) per frame.
+    """D(x; sigma) `[b, t, h, w, c]`, by `guidance` beyond that of no condition: D_u + g (D_c - D_u) per frame.
+
+    `guidance` is `[t]`, or `[b, t]` where videos differ.
 
     The unconditional branch has zeros for image embedding and conditioning latent, and the same ids.
     """
@@ -88,7 +90,7 @@ def guided(network: Callable, x: Array, sigma: Array, condition: dict, guidance:
     both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), nothing, condition)
     x0_u, x0_c = jnp.split(edm.denoise(network, jnp.concatenate([x, x]), jnp.tile(sigma, 2), both), 2)
     # D is affine in the raw output with the same coefficients in both branches: guiding either is the same.
-    return x0_u + guidance[:, None, None, None] * (x0_c - x0_u)
+    return x0_u + guidance[..., None, None, None] * (x0_c - x0_u)
 
 
 def step_noise(keys: Array, n: Array | int, shape: tuple[int, ...]) -> Array:

@@ -122,6 +122,11 @@ def generator_state(config, params: Params) -> Params:
     }
 
 
+def frozen_copy(config, params: Params) -> Params:
+    """The base model's parameters in the compute dtype, to be kept as they are: training donates its own copy."""
+    return jax.tree.map(lambda x: jnp.array(x, DTYPES[config.dtype]), params)
+
+
 def update_generator(config, state: Params, grads: Params, ema_decay) -> tuple[Params, dict]:
     """New `generator`, `ema` and `opt_g` from gradients of the trained part; frozen parameters are left as they are.
 

@@ -15,7 +15,7 @@ import pytest
 
 from sfv_jax import config as configs
 from sfv_jax import edm, losses, optim
-from sfv_jax.methods import sfv, teacher
+from sfv_jax.methods import adversarial, sfv, teacher
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig
 from sfv_jax.models.unet import UNet, UNetConfig
@@ -349,15 +349,15 @@ def test_a_waiting_generator_runs_nothing_backward():
     params = networks.params
     gradients = jax.jit(sfv.make_gradients(networks, config))
 
-    def run(turn):
-        found = gradients(params["generator"], params["heads"], params, make_batch(4), jax.random.key(0), turn)
+    def run(step):
+        found = gradients(params["generator"], params["heads"], params, make_batch(4), jax.random.key(0), step)
         jax.effects_barrier()
         return found
 
-    g_grads, d_grads, metrics = run(False)
+    g_grads, d_grads, metrics = run(1)
     assert not backwards and not any(np.any(x) for x in jax.tree.leaves(g_grads))
     assert np.isnan(metrics["ratio/adv_to_rec_gradient"]) and np.isfinite(metrics["loss/adversarial"])
-    learned, same_d_grads, _ = run(True)
+    learned, same_d_grads, _ = run(2)
     assert len(backwards) == 1 and all(np.any(x) for x in jax.tree.leaves(learned))
     assert_trees_close(d_grads, same_d_grads)
 
@@ -392,34 +392,38 @@ def test_trained_parts_of_svd():
 
 MUTATIONS = {  # module, what stands in it, what it becomes
     "hinge after averaging": (
-        "sfv",
+        "adversarial",
         "loss_d(real, fake_)",
         "loss_d([jnp.mean(x) for x in real], [jnp.mean(x) for x in fake_])",
     ),
     "R1 through the backbone": (
-        "sfv",
+        "adversarial",
         "losses.r1_on_features(score, features)",
         "losses.r1_on_features(lambda x: score(encode(x[0], sigma, noise)), [x])",
     ),
-    "latents scaled twice": ("sfv", 'x0 = batch["latents"]', 'x0 = batch["latents"] * 0.18215'),
-    "real made of noise": ("sfv", "encode(x0, sigma_r, noise_r)", "encode(noise_r, sigma_r, noise_r)"),
+    "latents scaled twice": ("adversarial", 'x0 = batch["latents"]', 'x0 = batch["latents"] * 0.18215'),
+    "real made of noise": ("adversarial", "encode(x0, sigma_r, noise_r)", "encode(noise_r, sigma_r, noise_r)"),
     "velocity taken for x0": (
-        "sfv",
+        "adversarial",
         "return edm.denoise(networks.generator(tree.merge(generator, part)), x_t, sigma, batch)",
         "return networks.generator(tree.merge(generator, part))(edm.model_input(x_t, batch['cond_latent'], sigma), "
         "edm.scalings(sigma)[3], batch['image_embed'], batch['ids'])",
     ),
     "one sigma' for the batch": (
         "sfv",
-        "edm.draw_levels(k[0], d_sigmas, d_probabilities, (b,))",
-        "jnp.repeat(edm.draw_levels(k[0], d_sigmas, d_probabilities, (1,)), b)",
+        "(edm.draw_levels(k[0], d_sigmas, d_probabilities, b)",
+        "(jax.numpy.repeat(edm.draw_levels(k[0], d_sigmas, d_probabilities, (1,)), b[0])",
     ),
     "EMA of the old generator": (
         "state",
         "optim.ema_update(tree.subtree(ema, grads), part,",
         "optim.ema_update(ema, generator,",
     ),
-    "frozen weights trained": ("sfv", "part = optim.trainable(generator, config.trainable)", "part = generator"),
+    "frozen weights trained": (
+        "adversarial",
+        "part = optim.trainable(generator, config.trainable)",
+        "part = generator",
+    ),
 }
 CHECKS = [test_discriminator_sees_scaled_renoised_latents, test_generator_gradient, test_heads_gradient]
 
@@ -427,18 +431,22 @@ CHECKS = [test_discriminator_sees_scaled_renoised_latents, test_generator_gradie
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutations_are_noticed(monkeypatch, mutation):
     name, old, new = MUTATIONS[mutation]
-    module = {"sfv": sfv, "state": sys.modules["sfv_jax.state"]}[name]
+    module = {"adversarial": adversarial, "sfv": sfv, "state": sys.modules["sfv_jax.state"]}[name]
     source = Path(module.__file__).read_text()
     assert old in source, f"write the mutation {mutation!r} anew: the code has changed"
     mutant = types.ModuleType(mutation)
     exec(compile(source.replace(old, new), mutation, "exec"), mutant.__dict__)  # noqa: S102
     with pytest.raises((AssertionError, ValueError, TypeError)):
         if mutation in ("EMA of the old generator", "frozen weights trained"):
-            for attribute in ("update_generator", "make_gradients"):
-                if hasattr(mutant, attribute):
-                    monkeypatch.setattr(sfv, attribute, getattr(mutant, attribute))
+            if name == "state":
+                monkeypatch.setattr(adversarial, "update_generator", mutant.update_generator)
+            else:
+                monkeypatch.setattr(sfv, "adversarial", mutant)
             test_step_counts_averages_and_draws_anew()
             test_frozen_parameters_stay_bit_for_bit(configs.sm3(1e-3))
+        elif name == "adversarial":
+            monkeypatch.setattr(sfv, "adversarial", mutant)
+            check_all(sfv)
         else:
             check_all(mutant)
 

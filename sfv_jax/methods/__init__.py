@@ -1,5 +1,5 @@
 """One module per training method; each offers `make_networks`, `init_state` and `make_train_step` alike."""
 
-from sfv_jax.methods import sfv, teacher
+from sfv_jax.methods import animatelcm, ladd, sfv, teacher, ufogen
 
-METHODS = {"sfv": sfv, "teacher": teacher}
+METHODS = {"sfv": sfv, "teacher": teacher, "animatelcm": animatelcm, "ufogen": ufogen, "ladd": ladd}

@@ -1,213 +1,54 @@
 """SF-V (arXiv 2406.04324): adversarial fine-tuning of SVD into a one-step image-to-video generator.
 
-State: `step`, `generator`, `ema`, `opt_g`, `heads`, `opt_d`. Frozen: `backbone`.
+State and frozen networks are those of `adversarial`.
 """
 
 import jax
-import jax.numpy as jnp
 
-from sfv_jax import edm, losses, optim
-from sfv_jax.models import tree
-from sfv_jax.models.discriminator import DiscriminatorConfig, head_names, per_head
-from sfv_jax.models.unet import UNetConfig
-from sfv_jax.state import (
-    Networks,
-    Params,
-    accumulate,
-    check_recipe,
-    generator_state,
-    global_norm,
-    update_generator,
-    watch,
-)
+from sfv_jax import edm, losses
+from sfv_jax.methods import adversarial
+from sfv_jax.state import Networks
 
-Array = jax.Array
-GAN_LOSSES = {  # (of the discriminator, of the generator), both of (real, fake) logits
-    "hinge": (losses.hinge_discriminator, lambda real, fake: losses.adversarial_generator(fake)),
-    "relativistic": (losses.relativistic_discriminator, losses.relativistic_generator),
-}
+make_networks = adversarial.make_networks
+init_state = adversarial.init_state
 
 
-def make_networks(unet: UNetConfig, config) -> Networks:
-    """Generator, backbone and heads of a config.
+def make_draw(method, g_sigmas, probabilities):
+    """`draw` of `adversarial.make_gradients`: few levels of the generator, many of the discriminator (Eq. 7).
 
-    Raises:
-      ValueError: for settings that do not exist or contradict each other.
+    Args:
+      method: config section, for the discriminator's levels.
+      g_sigmas: `[n]` levels of the generator, increasing.
+      probabilities: `step -> [n]`, of these levels; or None, all alike.
     """
-    method = config.sfv
-    for name, choices in (("gan_loss", GAN_LOSSES), ("r1_form", ("gradient", "perturbation"))):
-        if method[name] not in choices:
-            raise ValueError(f"sfv.{name}={method[name]!r}: choose one of {', '.join(choices)}")
-    if method.gan_loss == "relativistic" and not method.shared_noise:
-        raise ValueError("sfv.gan_loss='relativistic' compares real and fake at one noise: set sfv.shared_noise=True")
-    if method.generator_every < 1:
-        raise ValueError(f"sfv.generator_every={method.generator_every}: at least 1")
-    optim.make_optimizer(config.heads_optimizer)
-    heads = DiscriminatorConfig.for_unet(unet, **config.discriminator.to_dict())
-    return check_recipe(config, Networks(unet, heads, config.dtype))
+    d_sigmas, d_probabilities = edm.lognormal_levels(method.discriminator_levels, method.p_mean, method.p_std)
 
+    def draw(key, shape, step):
+        b = shape[:1]
+        k_level, k_noise, *k_real = jax.random.split(key, 4)
+        k_fake = k_real if method.shared_noise else jax.random.split(jax.random.fold_in(key, 1))
+        sigma = edm.draw_levels(k_level, g_sigmas, probabilities and probabilities(step), b)
+        real, fake = (
+            (edm.draw_levels(k[0], d_sigmas, d_probabilities, b), jax.random.normal(k[1], shape))
+            for k in (k_real, k_fake)
+        )
+        return adversarial.Draws((sigma, jax.random.normal(k_noise, shape)), real, fake, sigma >= g_sigmas[-1])
 
-def init_state(networks: Networks, config, generator: Params) -> tuple[Params, Params]:
-    """(state, frozen) from the base model's UNet parameters; both networks start from the same weights."""
-    heads = networks.init_heads(config.seed)
-    state = generator_state(config, generator)
-    state |= {"heads": heads, "opt_d": optim.make_optimizer(config.heads_optimizer).init(heads)}
-    return state, {"backbone": networks.backbone_params(state["generator"])}
+    return draw
 
 
 def make_gradients(networks: Networks, config):
-    """`(generator, heads, frozen, batch, key, turn) -> (generator gradients, head gradients, metrics)`.
+    """As `adversarial.make_gradients`: uniform levels of the generator (section 3.2), pseudo-Huber loss (Eq. 9)."""
+    method = config.sfv
 
-    For one micro-batch. Both gradients are taken at the same parameters with the same fake, so the generator and the
-    backbone run forward once per sample. Generator gradients are those of its trained part. `turn`, a bool array, says
-    whether the generator learns in this step; when not, its gradients are zero, nothing runs backward for them, and
-    what is measured on the way is NaN. None: it learns in every step.
-    """
-    method, discriminator = config.sfv, networks.discriminator
-    g_sigmas = edm.generator_sigmas(method.generator_levels)
-    d_sigmas, d_probabilities = edm.lognormal_levels(method.discriminator_levels, method.p_mean, method.p_std)
-    loss_d, loss_g = GAN_LOSSES[method.gan_loss]
+    def reconstruction(x, x0, sigma):
+        del sigma
+        return losses.pseudo_huber(x, x0, method.recon_c, method.recon_reduction)
 
-    def gradients(generator, heads, frozen, batch, key, turn=None):
-        x0 = batch["latents"]
-        b = len(x0)
-        k_level, k_noise, *k_real = jax.random.split(key, 4)
-        k_fake = k_real if method.shared_noise else jax.random.split(jax.random.fold_in(key, 1))
-        sigma = edm.draw_levels(k_level, g_sigmas, None, (b,))
-        x_t = edm.add_noise(x0, jax.random.normal(k_noise, x0.shape), sigma)
-        (sigma_r, noise_r), (sigma_f, noise_f) = (
-            (edm.draw_levels(k[0], d_sigmas, d_probabilities, (b,)), jax.random.normal(k[1], x0.shape))
-            for k in (k_real, k_fake)
-        )
-
-        def logits(heads, features, sigma):
-            return networks.heads(heads)(features, batch["image_embed"], edm.scalings(sigma)[3])
-
-        def encode(x, sigma, noise):
-            noised = edm.model_input(edm.add_noise(x, noise, sigma), batch["cond_latent"], sigma)
-            condition = edm.scalings(sigma)[3], batch["image_embed"], batch["ids"]
-            return per_head(discriminator, networks.encode(frozen["backbone"])(noised, *condition))
-
-        def denoise(part):  # Eq. 6
-            return edm.denoise(networks.generator(tree.merge(generator, part)), x_t, sigma, batch)
-
-        def adversarial(x):  # Eq. 8
-            features = encode(x, sigma_f, noise_f)
-            real = logits(heads, real_features, sigma_r)
-            return loss_g(real, logits(heads, features, sigma_f)), features
-
-        def reconstruction(x):  # Eq. 9
-            return losses.pseudo_huber(x, x0, method.recon_c, method.recon_reduction)
-
-        part = optim.trainable(generator, config.trainable)
-        fake, to_generator = jax.vjp(denoise, part)
-        real_features = encode(x0, sigma_r, noise_r)
-        adv, to_fake, fake_features = jax.vjp(adversarial, fake, has_aux=True)
-        rec = reconstruction(fake)
-
-        def backward():  # Eq. 10
-            adv_grad = method.adv_weight * to_fake(jnp.ones_like(adv))[0]
-            rec_grad = method.recon_weight * jax.grad(reconstruction)(fake)
-            return to_generator(adv_grad + rec_grad)[0], global_norm(adv_grad) / (global_norm(rec_grad) + 1e-12)
-
-        def nothing():
-            return jax.tree.map(jnp.zeros_like, part), jnp.full((), jnp.nan)
-
-        g_grads, ratio = backward() if turn is None else jax.lax.cond(turn, backward, nothing)
-
-        def penalty(heads, x, features, sigma, noise):
-            score = lambda features: logits(heads, features, sigma)  # noqa: E731
-            if method.r1_form == "gradient":
-                return losses.r1_on_features(score, features)
-            step = method.perturbation_std * jax.random.normal(jax.random.fold_in(key, 2), x.shape)
-            return losses.perturbation_penalty(score(features), score(encode(x + step, sigma, noise)))
-
-        def discriminator_loss(heads):  # Eq. 11
-            real, fake_ = logits(heads, real_features, sigma_r), logits(heads, fake_features, sigma_f)
-            parts = {f"loss/{method.gan_loss}": loss_d(real, fake_), "loss/r1": jnp.zeros(())}
-            total = parts[f"loss/{method.gan_loss}"]
-            if method.r1_weight:
-                parts["loss/r1"] = penalty(heads, x0, real_features, sigma_r, noise_r)
-                total += method.r1_weight * parts["loss/r1"]
-            if method.r2_weight:
-                parts["loss/r2"] = penalty(heads, jax.lax.stop_gradient(fake), fake_features, sigma_f, noise_f)
-                total += method.r2_weight * parts["loss/r2"]
-            return total, (parts, real, fake_)
-
-        d_grads, (parts, real, fake_logits) = jax.grad(discriminator_loss, has_aux=True)(heads)
-        metrics = {"loss/adversarial": adv, "loss/reconstruction": rec, **parts, "ratio/adv_to_rec_gradient": ratio}
-        metrics |= motion(fake, x0, sigma >= g_sigmas[-1])
-        metrics |= head_metrics(head_names(discriminator), real, fake_logits, method.gan_loss)
-        return g_grads, d_grads, metrics
-
-    return gradients
-
-
-def head_metrics(names: list[str], real: list[Array], fake: list[Array], kind: str) -> dict[str, Array]:
-    """Of every head: mean logits, their gap (fake less real), its loss, and the share of the slope left in it."""
-    metrics = {}
-    for name, r, f in zip(names, real, fake, strict=True):
-        means = jnp.mean(r), jnp.mean(f)
-        metrics |= {
-            f"logits_real/{name}": means[0],
-            f"logits_fake/{name}": means[1],
-            f"gap/{name}": means[1] - means[0],
-        }
-        metrics[f"head_loss/{name}"] = GAN_LOSSES[kind][0]([r], [f])
-        metrics[f"live/{name}"] = losses.live_share(r, f, kind)
-    return metrics
-
-
-def motion(fake: Array, real: Array, chosen: Array) -> dict[str, Array]:
-    """Energy of motion, mean squared difference of neighbouring frames, summed over `chosen [b]` samples / b.
-
-    Chosen are those denoised in one step from the highest level: from lower ones even a frozen generator copies motion.
-    The ratio of both numbers is taken where they are logged, over a whole interval.
-    """
-
-    def energy(x):
-        return jnp.mean(jnp.mean(jnp.square(jnp.diff(x, axis=1)), axis=(1, 2, 3, 4)) * chosen)
-
-    return {"motion/fake": energy(fake), "motion/real": energy(real)}
+    draw = make_draw(method, edm.generator_sigmas(method.generator_levels), None)
+    return adversarial.make_gradients(networks, config, draw, reconstruction)
 
 
 def make_train_step(networks: Networks, config):
-    """`(state, frozen, batch) -> (state, metrics)`, pure; randomness is fold_in(seed, step).
-
-    `batch`: `latents [n, t, h, w, c]` (scaled), `cond_latent [n, h, w, c]`, `image_embed [n, d]`, `ids [n, 3]`; n is
-    the number of samples of all `accumulation_steps` micro-batches together.
-    """
-    gradients = make_gradients(networks, config)
-    d_optimizer = optim.make_optimizer(config.heads_optimizer)
-    every = config.sfv.generator_every
-
-    def train_step(state, frozen, batch):
-        step, generator, heads = state["step"], state["generator"], state["heads"]
-        turn = step % every == 0 if every > 1 else None
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        g_grads, d_grads, metrics = accumulate(
-            lambda params, micro, k: gradients(*params, micro, k, turn),
-            (generator, heads, frozen),
-            batch,
-            key,
-            config.accumulation_steps,
-        )
-        heads, opt_d, moved = optim.apply(d_optimizer, d_grads, state["opt_d"], heads)
-        old = {k: state[k] for k in ("generator", "ema", "opt_g")}
-        update = lambda old, grads: update_generator(config, old, grads, config.ema_decay)  # noqa: E731
-        if turn is None:
-            new, norms = update(old, g_grads)
-        else:
-            unmeasured = dict.fromkeys(("norm/generator_update", "norm/ema_distance"), jnp.full((), jnp.nan))
-            new, norms = jax.lax.cond(turn, update, lambda old, _: (old, unmeasured), old, g_grads)
-        metrics |= norms | {"norm/heads_update": moved}
-        metrics |= watch(
-            batch=batch,
-            generator_gradient=g_grads,
-            heads_gradient=d_grads,
-            generator=new["generator"],
-            heads=heads,
-        )
-        return {"step": step + 1, "heads": heads, "opt_d": opt_d, **new}, metrics
-
-    return train_step
+    """As `adversarial.make_train_step`."""
+    return adversarial.make_train_step(config, make_gradients(networks, config))

@@ -1,0 +1,244 @@
+"""The adversarial step that SF-V, UFOGen and LADD share: SF-V's discriminator, and how both players learn.
+
+A method says at which noise levels its networks work (`Draws`), and adds a second loss of its own.
+
+State: `step`, `generator`, `ema`, `opt_g`, `heads`, `opt_d`. Frozen: `backbone`. The config section that is named like
+the method holds, among its own, the fields of `config.gan`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sfv_jax import edm, losses, optim
+from sfv_jax.models import tree
+from sfv_jax.models.discriminator import DiscriminatorConfig, head_names, per_head
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.state import (
+    Networks,
+    Params,
+    accumulate,
+    check_recipe,
+    generator_state,
+    global_norm,
+    update_generator,
+    watch,
+)
+
+Array = jax.Array
+GAN_LOSSES = {  # (of the discriminator, of the generator), both of (real, fake) logits
+    "hinge": (losses.hinge_discriminator, lambda real, fake: losses.adversarial_generator(fake)),
+    "relativistic": (losses.relativistic_discriminator, losses.relativistic_generator),
+}
+
+
+class Draws(NamedTuple):
+    """The random numbers of a micro-batch: noise levels `[b]`, and standard normal noise shaped like the latents.
+
+    `generator` is added to the clean latents the generator denoises; `real` to clean latents and `fake` to the
+    generator's, before the discriminator sees them. `one_step [b]` bool marks the highest levels of the generator.
+    """
+
+    generator: tuple[Array, Array]
+    real: tuple[Array, Array]
+    fake: tuple[Array, Array]
+    one_step: Array
+
+
+def make_networks(unet: UNetConfig, config) -> Networks:
+    """Generator, backbone and heads of a config.
+
+    Raises:
+      ValueError: for settings that do not exist or contradict each other.
+    """
+    name, method = config.method, config[config.method]
+    for field, choices in (("gan_loss", GAN_LOSSES), ("r1_form", ("gradient", "perturbation"))):
+        if method[field] not in choices:
+            raise ValueError(f"{name}.{field}={method[field]!r}: choose one of {', '.join(choices)}")
+    if method.gan_loss == "relativistic" and not method.shared_noise:
+        raise ValueError(
+            f"{name}.gan_loss='relativistic' compares real and fake at one noise: set {name}.shared_noise=True"
+        )
+    for field in ("generator_every", "heads_every"):
+        if method[field] < 1:
+            raise ValueError(f"{name}.{field}={method[field]}: at least 1")
+    optim.make_optimizer(config.heads_optimizer)
+    heads = DiscriminatorConfig.for_unet(unet, **config.discriminator.to_dict())
+    return check_recipe(config, Networks(unet, heads, config.dtype))
+
+
+def init_state(networks: Networks, config, generator: Params) -> tuple[Params, Params]:
+    """(state, frozen) from the base model's UNet parameters; both networks start from the same weights."""
+    heads = networks.init_heads(config.seed)
+    state = generator_state(config, generator)
+    state |= {"heads": heads, "opt_d": optim.make_optimizer(config.heads_optimizer).init(heads)}
+    return state, {"backbone": networks.backbone_params(state["generator"])}
+
+
+def make_gradients(networks: Networks, config, draw: Callable, second_loss: Callable):
+    """`(generator, heads, frozen, batch, key, step) -> (generator gradients, head gradients, metrics)`.
+
+    For one micro-batch. Both gradients are taken at the same parameters with the same fake, so the generator and the
+    backbone run forward once per sample. Generator gradients are those of its trained part. With `generator_every` n
+    the generator learns in each n-th step; in the others its gradients are zero, nothing runs backward for them, and
+    what is measured on the way is NaN.
+
+    Args:
+      draw: `(key, shape of the latents, step) -> Draws`.
+      second_loss: `(predicted x0, x0, sigma) -> scalar`, weighted with `recon_weight`.
+    """
+    method, discriminator = config[config.method], networks.discriminator
+    loss_d, loss_g = GAN_LOSSES[method.gan_loss]
+
+    def gradients(generator, heads, frozen, batch, key, step=0):
+        x0 = batch["latents"]
+        (sigma, noise), (sigma_r, noise_r), (sigma_f, noise_f), one_step = draw(key, x0.shape, step)
+        x_t = edm.add_noise(x0, noise, sigma)
+
+        def logits(heads, features, sigma):
+            return networks.heads(heads)(features, batch["image_embed"], edm.scalings(sigma)[3])
+
+        def encode(x, sigma, noise):
+            noised = edm.model_input(edm.add_noise(x, noise, sigma), batch["cond_latent"], sigma)
+            condition = edm.scalings(sigma)[3], batch["image_embed"], batch["ids"]
+            return per_head(discriminator, networks.encode(frozen["backbone"])(noised, *condition))
+
+        def denoise(part):  # Eq. 6
+            return edm.denoise(networks.generator(tree.merge(generator, part)), x_t, sigma, batch)
+
+        def adversarial(x):  # Eq. 8
+            features = encode(x, sigma_f, noise_f)
+            real = logits(heads, real_features, sigma_r)
+            return loss_g(real, logits(heads, features, sigma_f)), features
+
+        def reconstruction(x):
+            return second_loss(x, x0, sigma)
+
+        part = optim.trainable(generator, config.trainable)
+        fake, to_generator = jax.vjp(denoise, part)
+        real_features = encode(x0, sigma_r, noise_r)
+        adv, to_fake, fake_features = jax.vjp(adversarial, fake, has_aux=True)
+        rec = reconstruction(fake)
+
+        def backward():  # Eq. 10
+            adv_grad = method.adv_weight * to_fake(jnp.ones_like(adv))[0]
+            rec_grad = method.recon_weight * jax.grad(reconstruction)(fake)
+            return to_generator(adv_grad + rec_grad)[0], global_norm(adv_grad) / (global_norm(rec_grad) + 1e-12)
+
+        def nothing():
+            return jax.tree.map(jnp.zeros_like, part), jnp.full((), jnp.nan)
+
+        turn = turn_of(step, method.generator_every)
+        g_grads, ratio = backward() if turn is None else jax.lax.cond(turn, backward, nothing)
+
+        def penalty(heads, x, features, sigma, noise):
+            score = lambda features: logits(heads, features, sigma)  # noqa: E731
+            if method.r1_form == "gradient":
+                return losses.r1_on_features(score, features)
+            step = method.perturbation_std * jax.random.normal(jax.random.fold_in(key, 2), x.shape)
+            return losses.perturbation_penalty(score(features), score(encode(x + step, sigma, noise)))
+
+        def discriminator_loss(heads):  # Eq. 11
+            real, fake_ = logits(heads, real_features, sigma_r), logits(heads, fake_features, sigma_f)
+            parts = {f"loss/{method.gan_loss}": loss_d(real, fake_), "loss/r1": jnp.zeros(())}
+            total = parts[f"loss/{method.gan_loss}"]
+            if method.r1_weight:
+                parts["loss/r1"] = penalty(heads, x0, real_features, sigma_r, noise_r)
+                total += method.r1_weight * parts["loss/r1"]
+            if method.r2_weight:
+                parts["loss/r2"] = penalty(heads, jax.lax.stop_gradient(fake), fake_features, sigma_f, noise_f)
+                total += method.r2_weight * parts["loss/r2"]
+            return total, (parts, real, fake_)
+
+        d_grads, (parts, real, fake_logits) = jax.grad(discriminator_loss, has_aux=True)(heads)
+        metrics = {"loss/adversarial": adv, "loss/reconstruction": rec, **parts, "ratio/adv_to_rec_gradient": ratio}
+        metrics |= motion(fake, x0, one_step)
+        metrics |= head_metrics(head_names(discriminator), real, fake_logits, method.gan_loss)
+        return g_grads, d_grads, metrics
+
+    return gradients
+
+
+def turn_of(step: Array | int, every: int) -> Array | None:
+    """Whether one that learns in each `every`-th step does so in this one; None: always."""
+    return jnp.asarray(step) % every == 0 if every > 1 else None
+
+
+def head_metrics(names: list[str], real: list[Array], fake: list[Array], kind: str) -> dict[str, Array]:
+    """Of every head: mean logits, their gap (fake less real), its loss, and the share of the slope left in it."""
+    metrics = {}
+    for name, r, f in zip(names, real, fake, strict=True):
+        means = jnp.mean(r), jnp.mean(f)
+        metrics |= {
+            f"logits_real/{name}": means[0],
+            f"logits_fake/{name}": means[1],
+            f"gap/{name}": means[1] - means[0],
+        }
+        metrics[f"head_loss/{name}"] = GAN_LOSSES[kind][0]([r], [f])
+        metrics[f"live/{name}"] = losses.live_share(r, f, kind)
+    return metrics
+
+
+def motion(fake: Array, real: Array, chosen: Array) -> dict[str, Array]:
+    """Energy of motion, mean squared difference of neighbouring frames, summed over `chosen [b]` samples / b.
+
+    Chosen are those denoised in one step from the highest level: from lower ones even a frozen generator copies motion.
+    The ratio of both numbers is taken where they are logged, over a whole interval.
+    """
+
+    def energy(x):
+        return jnp.mean(jnp.mean(jnp.square(jnp.diff(x, axis=1)), axis=(1, 2, 3, 4)) * chosen)
+
+    return {"motion/fake": energy(fake), "motion/real": energy(real)}
+
+
+def make_train_step(config, gradients: Callable):
+    """`(state, frozen, batch) -> (state, metrics)`, pure; randomness is fold_in(seed, step).
+
+    `batch`: `latents [n, t, h, w, c]` (scaled), `cond_latent [n, h, w, c]`, `image_embed [n, d]`, `ids [n, 3]`; n is
+    the number of samples of all `accumulation_steps` micro-batches together. `gradients` as `make_gradients` returns.
+    """
+    d_optimizer = optim.make_optimizer(config.heads_optimizer)
+    method = config[config.method]
+
+    def update_heads(old, grads):
+        heads, opt_d, moved = optim.apply(d_optimizer, grads, old["opt_d"], old["heads"])
+        return {"heads": heads, "opt_d": opt_d}, {"norm/heads_update": moved}
+
+    def train_step(state, frozen, batch):
+        step, generator, heads = state["step"], state["generator"], state["heads"]
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        g_grads, d_grads, metrics = accumulate(
+            lambda params, micro, k: gradients(*params, micro, k, step),
+            (generator, heads, frozen),
+            batch,
+            key,
+            config.accumulation_steps,
+        )
+        new_d, norms = in_turn(turn_of(step, method.heads_every), update_heads, state, ("heads", "opt_d"), d_grads)
+        metrics |= norms
+        update = lambda old, grads: update_generator(config, old, grads, config.ema_decay)  # noqa: E731
+        names = ("generator", "ema", "opt_g")
+        new_g, norms = in_turn(turn_of(step, method.generator_every), update, state, names, g_grads)
+        metrics |= norms | watch(
+            batch=batch,
+            generator_gradient=g_grads,
+            heads_gradient=d_grads,
+            generator=new_g["generator"],
+            heads=new_d["heads"],
+        )
+        return {"step": step + 1, **new_d, **new_g}, metrics
+
+    return train_step
+
+
+def in_turn(turn: Array | None, update: Callable, state: Params, names: tuple[str, ...], grads: Params):
+    """`update(part of the state, grads) -> (new part, norms)` if it is the `turn`; else the part as it is, and NaN."""
+    old = {name: state[name] for name in names}
+    if turn is None:
+        return update(old, grads)
+    shapes = jax.eval_shape(update, old, grads)[1]
+    unmeasured = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+    return jax.lax.cond(turn, update, lambda old, _: (old, unmeasured), old, grads)

@@ -1,0 +1,103 @@
+"""AnimateLCM (arXiv 2402.00769) on SVD: consistency distillation with a guided teacher and an averaged target.
+
+Here, and here only, levels are counted DOWNWARDS: i = 0 is sigma 700, i = N - 1 is 0.002, so i + 1 has less noise. The
+student predicts x0 at level i. The frozen base model makes one guided Euler step from there to level i + 1, where the
+moving average of the student predicts the same x0, without gradient. At 0.002 the preconditioning is the identity, so
+no boundary condition has to be forced.
+
+State: `step`, `generator`, `ema` (the target network), `opt_g`. Frozen: `teacher`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sfv_jax import edm, losses, optim
+from sfv_jax.models import tree
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.sampler import guided
+from sfv_jax.state import (
+    Networks,
+    Params,
+    accumulate,
+    check_recipe,
+    frozen_copy,
+    generator_state,
+    update_generator,
+    watch,
+)
+
+Array = jax.Array
+
+
+def make_networks(unet: UNetConfig, config) -> Networks:
+    """The UNet alone: student, target and teacher have one shape.
+
+    Raises:
+      ValueError: for fewer than two levels.
+    """
+    edm.karras_sigmas(config.animatelcm.levels)
+    return check_recipe(config, Networks(unet, None, config.dtype))
+
+
+def init_state(networks: Networks, config, generator: Params) -> tuple[Params, Params]:
+    """(state, frozen) from the base model's UNet parameters: all three networks start with them."""
+    del networks
+    return generator_state(config, generator), {"teacher": frozen_copy(config, generator)}
+
+
+def draw_ramps(key: Array, first, last, shape: tuple[int, int]) -> Array:
+    """Guidance weights `shape = (b, t)`: per video a straight line between ends drawn from `first` and from `last`."""
+    k_first, k_last = jax.random.split(key)
+    a = jax.random.choice(k_first, jnp.asarray(first), shape[:1])[:, None]
+    b = jax.random.choice(k_last, jnp.asarray(last), shape[:1])[:, None]
+    return a + jnp.linspace(0, 1, shape[1]) * (b - a)
+
+
+def make_gradients(networks: Networks, config):
+    """`(generator, target, frozen, batch, key) -> (gradients of the trained part, metrics)` of one micro-batch."""
+    method = config.animatelcm
+    sigmas = jnp.asarray(np.ascontiguousarray(edm.karras_sigmas(method.levels)[::-1]))
+
+    def gradients(generator, target, frozen, batch, key):
+        x0 = batch["latents"]
+        k_level, k_noise, k_ramp = jax.random.split(key, 3)
+        i = jax.random.randint(k_level, x0.shape[:1], 0, method.levels - 1)
+        high, low = sigmas[i], sigmas[i + 1]
+        x = edm.add_noise(x0, jax.random.normal(k_noise, x0.shape), high)
+        ramps = draw_ramps(k_ramp, method.guidance_first, method.guidance_last, x0.shape[:2])
+        condition = {k: batch[k] for k in ("cond_latent", "image_embed", "ids")}
+        guess = guided(networks.generator(frozen["teacher"]), x, high, condition, ramps)
+        lower = x + edm.expand(low - high, x) * (x - guess) / edm.expand(high, x)  # Eq. 4 of SF-V
+        goal = edm.denoise(networks.generator(target), lower, low, batch)
+        weight = (1 / (high - low)) ** method.weight_power
+
+        def loss(part):
+            found = edm.denoise(networks.generator(tree.merge(generator, part)), x, high, batch)
+            return losses.consistency(found, goal, weight, method.huber_c)
+
+        value, grads = jax.value_and_grad(loss)(optim.trainable(generator, config.trainable))
+        return grads, {"loss/consistency": value}
+
+    return gradients
+
+
+def make_train_step(networks: Networks, config):
+    """`(state, frozen, batch) -> (state, metrics)`, pure; `batch` as in `adversarial.make_train_step`."""
+    gradients = make_gradients(networks, config)
+
+    def train_step(state, frozen, batch):
+        step, generator, target = state["step"], state["generator"], state["ema"]
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        grads, metrics = accumulate(
+            lambda params, micro, k: gradients(*params, micro, k),
+            (generator, target, frozen),
+            batch,
+            key,
+            config.accumulation_steps,
+        )
+        new, norms = update_generator(config, state, grads, config.ema_decay)
+        metrics |= norms | watch(batch=batch, generator_gradient=grads, generator=new["generator"])
+        return {"step": step + 1, **new}, metrics
+
+    return train_step
