@@ -126,7 +126,8 @@ def test_conditions_by_name(folder, tmp_path):
     clips = [clip for clip in collection.find_clips(folder) if clip.group == "fading" and clip.name == "a"]
     write_video(tmp_path / "a.png", sliding(1, 14)[:1])
     images = collection.condition_images(tmp_path, {"a"})
-    results = noreference.score_folder(clips, collection.Reading(), images=images, flow=False)
+    pairs = collection.Reading().frames(clips)
+    results = noreference.score_clips(pairs, images=images.__getitem__, flow=False)
     scores = results.rows[0]["scores"]
     assert scores["first_psnr"] > 30 and scores["detail_first"] == pytest.approx(1, abs=0.25)
     assert "flow" not in scores and scores["detail_last"] < 0.8 * scores["detail_first"]

@@ -1,7 +1,7 @@
 """Scores of a folder of videos that needs nothing to compare with: each video against its own condition image."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -98,39 +98,39 @@ def score_clip(
     return scores, {name: [float(value) for value in curve] for name, curve in curves.items()}
 
 
-def score_folder(
-    clips: list[Clip],
-    reading: Reading,
+def score_clips(
+    clips: Iterable[tuple[Clip, np.ndarray]],
     *,
-    images: dict[str, np.ndarray] | None = None,
+    images: Callable[[str], np.ndarray] | None = None,
     embed: Callable | None = None,
     flow: bool = True,
-    shown: int = 0,
+    shown: list[str] = (),
+    total: int = 0,
 ) -> Results:
-    """Scores all clips that can be read; `reading.unreadable` names the others.
+    """Scores clips, sorted by group and name.
 
     Args:
-      images: condition by clip name, see `collection.condition_images`.
-      shown: of how many names the clips are kept, to be looked at.
+      clips: and their frames, uint8 `[t, h, w, 3]`, as `collection.Reading.frames` yields them.
+      images: the condition by the name of a clip.
+      embed, flow: as in `score_clip`.
+      shown: names of which a clip per group is kept, to be looked at.
+      total: number of clips, for the progress bar.
     """
     results = Results()
-    kept = sorted({clip.name for clip in clips})[:shown]
-    with progress(len(clips), "clips") as advance:
-        for (group, name), some in groupby(reading.frames(clips), lambda pair: (pair[0].group, pair[0].name)):
+    with progress(total, "clips scored") as advance:
+        for (group, name), some in groupby(clips, lambda pair: (pair[0].group, pair[0].name)):
             seeds = []
             for clip, frames in some:
-                scores, curves = score_clip(frames, images and images[name], embed=embed, flow=flow)
+                scores, curves = score_clip(frames, images and images(name), embed=embed, flow=flow)
                 about = {"group": group, "name": name, "seed": clip.seed, "size": frames.shape[1:3]}
                 results.rows.append(about | {"scores": scores, "curves": curves})
-                if name in kept and group not in results.shown[name]:
+                if name in shown and group not in results.shown[name]:
                     results.shown[name][group] = frames
                 if clip.seed is not None:
                     seeds.append(frames)
                 advance(1)
             if len(seeds) > 1 and len({x.shape for x in seeds}) == 1:
                 results.diversity[group].append(appearance.diversity(np.stack(seeds)))
-        if reading.unreadable:
-            advance(len(reading.unreadable))
     return results
 
 

@@ -1,0 +1,223 @@
+"""The three ways to score: a folder by itself, a folder against a folder, a checkpoint against real first frames."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sfv_jax.data.video import VideoError, read_clip
+from sfv_jax.data.worlds import World
+from sfv_jax.evaluation import noreference
+from sfv_jax.evaluation import world as exact
+from sfv_jax.evaluation.collection import Clip, Reading, condition_images, find_clips
+from sfv_jax.evaluation.features import Set, compute, features_of, label
+from sfv_jax.evaluation.frechet import measure
+from sfv_jax.evaluation.generation import generate, read_strip
+from sfv_jax.evaluation.protocol import Protocol
+from sfv_jax.evaluation.report import Report
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is optional: `embed` for CLIP similarity (None: none), `flow`, and the number of clips `shown`."""
+
+    embed: Callable | None = None
+    flow: bool = True
+    shown: int = 9
+
+
+def folder_alone(videos: Path, reading: Reading, images: Path | None, extras: Extras) -> Report:
+    """Scores of each clip under `videos` by itself; `images` holds the conditions, None stands for first frames.
+
+    Raises:
+      VideoError: if no clip can be read, or a condition is missing.
+    """
+    clips = find_clips(videos)
+    names = sorted({clip.name for clip in clips})
+    found = condition_images(images, set(names)) if images else None
+    results = noreference.score_clips(
+        reading.frames(clips),
+        images=found and found.__getitem__,
+        embed=extras.embed,
+        flow=extras.flow,
+        shown=names[: extras.shown],
+        total=len(clips),
+    )
+    if not results.rows:
+        reasons = "".join(f"\n  {line}" for line in reading.unreadable[:10])
+        raise VideoError(f"none of the {len(clips)} clips in {videos} can be read:{reasons}")
+    report = Report(f"Scores of {videos.name}")
+    source = f"images of the same names in {images.name}" if images else "the first frame of each clip"
+    noreference.add_to(report, results, reading, source)
+    return report
+
+
+def folder_against_folder(
+    videos: Path,
+    reference: Path,
+    protocol: Protocol,
+    features: Callable,
+    about: dict,
+    *,
+    kept: Path | None = None,
+    shown: int = 9,
+) -> Report:
+    """Frechet distance of each group under `videos` to all clips under `reference`.
+
+    All sets are cut to one size: `protocol.n`, or, if that is 0, the smallest set's.
+
+    Raises:
+      VideoError: if a set has fewer usable clips than asked; ValueError: than 20.
+    """
+    clips = find_clips(videos)
+    groups = sorted({clip.group for clip in clips})
+    real = features_of(find_clips(reference), protocol, features, about, kept=kept)
+    as_they_are = dict(prepare=protocol.score)  # cropping is for real clips; generated ones have their shape already
+    sets = {
+        group or "all": features_of([c for c in clips if c.group == group], protocol, features, about, **as_they_are)
+        for group in groups
+    }
+    n = min(len(found.names) for found in [real, *sets.values()])
+    report = Report(f"{videos.name} against {reference.name}")
+    add_distances(report, sets, real, replace(protocol, n=n), about)
+    wanted = sorted({clip.name for clip in clips})[:shown]
+    pictures = {name: {} for name in wanted}
+    for clip, frames in Reading(protocol.num_frames, protocol.fps).frames([c for c in clips if c.name in wanted]):
+        pictures[clip.name].setdefault(clip.group or "all", protocol.score(frames))
+    if wanted:
+        report.clips("Some of the clips, as scored", pictures, protocol.fps)
+    return report
+
+
+def checkpoint_on_videos(
+    sampler: Callable,
+    clips: list[Clip],
+    out: Path,
+    protocol: Protocol,
+    features: Callable,
+    about: dict,
+    *,
+    dataset: str,
+    options: dict,
+    origin: dict,
+    kept: Path | None = None,
+    batch_size: int = 1,
+    extras: Extras,
+) -> Report:
+    """Generates from the first frames of real clips and measures the Frechet distance to those clips.
+
+    Args:
+      dataset: what the clips are, for the report: name and split.
+      options, origin: of `generation.generate`. Clips are kept in `out / "generated"`.
+    """
+    real = features_of(clips, protocol, features, about, kept=kept)
+    protocol = replace(protocol, n=len(real.names))
+    paths = {label(clip): clip.path for clip in clips}
+
+    def first(n: int) -> np.ndarray:
+        return read_clip(paths[real.names[n]], num_frames=1)[0]
+
+    folder = out / "generated"
+    how = dict(options=options, origin=origin | {"dataset": dataset}, batch_size=batch_size)
+    files = generate(sampler, real.names, first, folder, protocol, **how)
+    strips = (read_strip(file, protocol.num_frames) for file in files)
+    fake = Set(compute(features, strips), real.names, [])
+    report = Report(f"{origin['checkpoint']} on {dataset}")
+    add_distances(report, {"generated": fake}, real, protocol, about)
+    order = sorted(range(len(files)), key=lambda k: real.names[k])
+    place = {real.names[k]: k for k in order}
+    shown = [real.names[k] for k in order[: extras.shown]]
+
+    def generated():
+        for k in order:
+            yield Clip(files[k], "generated", real.names[k], None), read_strip(files[k], protocol.num_frames)
+
+    results = noreference.score_clips(
+        generated(),
+        images=lambda name: protocol.real(first(place[name])[None])[0],
+        embed=extras.embed,
+        flow=extras.flow,
+        shown=shown,
+        total=len(files),
+    )
+    for name in shown:
+        frames = read_clip(paths[name], protocol.num_frames, protocol.fps)
+        results.shown[name] = {"real": protocol.real(frames)} | results.shown[name]
+    noreference.add_to(report, results, Reading(protocol.num_frames, protocol.fps), "the first frame of the real clip")
+    report.record |= {"dataset": dataset, "options": options, "origin": origin}
+    return report
+
+
+def add_distances(report: Report, sets: dict[str, Set], real: Set, protocol: Protocol, about: dict) -> None:
+    """Measures `sets` against `real` at n = `protocol.n` and adds the table and all that made it to `report`."""
+    n = protocol.n
+    found = {
+        name: measure(real.features[:n], some.features[:n], ddof=protocol.ddof, seed=protocol.seed)
+        for name, some in sets.items()
+    }
+    rows = [[name, x.value, x.extrapolated, "{:.4g} to {:.4g}".format(*x.interval), x.n] for name, x in found.items()]
+    kind = "Frechet distance" if about["kind"] == "function" else "FVD"
+    columns = ["", kind, "N to infinity", "95 % interval", "N"]
+    report.table("Distance to the reference", columns, rows, footer(protocol, about, sets, real))
+    dropped = {name: some.dropped for name, some in {"reference": real, **sets}.items() if some.dropped}
+    for name, lines in dropped.items():
+        report.text(f"{name}: {len(lines)} clips were dropped", lines)
+    report.record |= {
+        "protocol": asdict(protocol),
+        "features": about,
+        "distances": {name: asdict(x) for name, x in found.items()},
+        "clips_used": {name: some.names[:n] for name, some in {"reference": real, **sets}.items()},
+        "dropped": dropped,
+    }
+
+
+def footer(protocol: Protocol, about: dict, sets: dict[str, Set], real: Set) -> list[str]:
+    """What made a distance, in words: every field of the protocol, the features, what was left out."""
+    fields = ", ".join(f"{name} {value}" for name, value in asdict(protocol).items())
+    made = ", ".join(f"{name} {value}" for name, value in about.items())
+    all_sets = {"reference": real, **sets}
+    counts = ", ".join(f"{name} {len(x.names)} (and {len(x.dropped)} dropped)" for name, x in all_sets.items())
+    return [
+        f"Protocol: {fields}.",
+        f"Features: {made}.",
+        f"Usable clips: {counts}; {protocol.n} of each used.",
+        "Distances compare at equal N and equal features only. The interval is a bootstrap over clips.",
+    ]
+
+
+def checkpoint_on_world(
+    sampler: Callable,
+    world: World,
+    out: Path,
+    *,
+    n: int,
+    seed: int = 0,
+    network: Path | None = None,
+    options: dict,
+    origin: dict,
+    batch_size: int = 16,
+    shown: int = 9,
+) -> Report:
+    """Generates from `n` held-out first frames of the world and scores them exactly; see `evaluation.world`."""
+    true, labels = world.batch(range(n), "heldout")
+    size = {name: world.size for name in ("height", "width", "score_height", "score_width")}
+    protocol = Protocol(n=n, seed=seed, num_frames=world.num_frames, **size)
+    names = [f"{k:05d}" for k in range(n)]
+    how = dict(options=options, origin=origin | {"world": asdict(world)}, batch_size=batch_size)
+    files = generate(sampler, names, lambda k: true[k, 0], out / "generated", protocol, **how)
+    clips = np.stack([read_strip(file, world.num_frames) for file in files])
+    still = np.repeat(true[:, :1], world.num_frames, axis=1)
+    sets = {"generated": clips, "truth": true, "still image": still}
+    found = {name: exact.score(world, labels, x, network=network, seed=seed) for name, x in sets.items()}
+    report = Report(f"{origin['checkpoint']} on its world")
+    rows = [[name, *(scores[key] for key in exact.MEANINGS)] for name, scores in found.items()]
+    notes = [f"{n} held-out first frames, seeds from {seed}.", *(f"{k}: {v}." for k, v in exact.MEANINGS.items())]
+    if "network" in found["truth"]:
+        about = found["truth"]["network"]
+        accuracy = ", ".join(f"{k} {v:.3f}" for k, v in about["accuracy"].items())
+        notes.append(f"Network of world_fvd: accuracy {accuracy}; SHA-256 {about['sha256']}.")
+    report.table("Exact scores", ["", *(name.replace("_", " ") for name in exact.MEANINGS)], rows, notes)
+    report.clips("Side by side", {names[k]: {g: x[k] for g, x in sets.items()} for k in range(min(shown, n))}, 4)
+    report.record |= {"scores": found, "options": options, "origin": origin, "protocol": asdict(protocol)}
+    return report

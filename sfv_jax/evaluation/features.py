@@ -1,0 +1,152 @@
+"""Features of clips for Frechet distances: from I3D or any function, computed once and kept."""
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from sfv_jax.data.video import VideoError, replacing
+from sfv_jax.evaluation.collection import Clip, Reading
+from sfv_jax.evaluation.fvd import Features, load_i3d
+from sfv_jax.evaluation.protocol import Protocol, digest
+from sfv_jax.progress import progress
+from sfv_jax.weights.folders import WeightsError, sha256
+
+
+class StatisticsError(ValueError):
+    """Kept statistics that do not belong to what is asked; the message says what differs."""
+
+
+@dataclass(frozen=True)
+class Set:
+    """Features of a set of clips.
+
+    Attributes:
+      features: float32 `[n, d]`.
+      names: of the clips, in that order.
+      dropped: a line for each clip that was tried and could not be used.
+    """
+
+    features: np.ndarray
+    names: list[str]
+    dropped: list[str]
+
+
+def load_features(
+    i3d: str | Path | None, function: str | None = None, *, batch_norm_eps: float | None = None
+) -> tuple[Features, dict]:
+    """(features, description): those of the I3D file, or of a function of the user's.
+
+    Args:
+      function: "module:name" of a function from uint8 `[b, t, h, w, 3]` to `[b, d]`, found as Python finds modules.
+    Raises:
+      WeightsError: if there is no such file or function.
+    """
+    if not function:
+        return load_i3d(i3d, batch_norm_eps=batch_norm_eps)
+    module, _, name = function.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise WeightsError(f"--features={function}: give module:function: {error}") from error
+    source = inspect.getsourcefile(inspect.unwrap(found)) if callable(found) else None
+    if source is None:
+        raise WeightsError(f"--features={function} is not a Python function")
+    return found, {"kind": "function", "function": function, "file": Path(source).name, "sha256": sha256(Path(source))}
+
+
+def compute(features: Callable, clips: Iterable[np.ndarray], batch_size: int = 8) -> np.ndarray:
+    """float32 `[n, d]` of `clips`, uint8 `[t, h, w, 3]` of one shape; always `batch_size` at a time.
+
+    Raises:
+      ValueError: if the features are not finite vectors.
+    """
+    parts, clips = [], iter(clips)
+    while batch := list(islice(clips, batch_size)):
+        full = np.stack(batch + batch[-1:] * (batch_size - len(batch)))  # one shape, compiled once
+        found = np.asarray(features(full), np.float32)
+        if found.ndim != 2 or len(found) != batch_size or not np.isfinite(found).all():
+            raise ValueError(f"features of {full.shape} must be finite [{batch_size}, d], got {found.shape}")
+        parts.append(found[: len(batch)])
+    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
+def features_of(
+    clips: list[Clip],
+    protocol: Protocol,
+    features: Callable,
+    about: dict,
+    *,
+    prepare: Callable | None = None,
+    kept: Path | None = None,
+    batch_size: int = 8,
+) -> Set:
+    """Features of `protocol.n` of `clips` (0: of all usable ones), drawn in the protocol's order.
+
+    Clips that cannot be read or are too short are dropped and others take their place.
+
+    Args:
+      about: what made the features, from `load_features`.
+      prepare: how frames become what is scored; default `protocol.real`.
+      kept: file (.npz) to keep the result in, or to take it from if it was made from the same.
+    Raises:
+      VideoError: if there are fewer usable clips than `protocol.n`.
+      StatisticsError: if `kept` holds features of other clips or settings.
+    """
+    names = [label(clip) for clip in clips]
+    manifest = {
+        "clips": digest(names),
+        "n": protocol.n,
+        "seed": protocol.seed,
+        "reading": protocol.reading(),
+        "features": about,
+    }
+    if kept and kept.is_file():
+        return _read(kept, manifest)
+    reading = Reading(protocol.num_frames, protocol.fps)
+    used: list[str] = []
+
+    def frames() -> Iterator[np.ndarray]:
+        wanted = protocol.n or len(clips)
+        with progress(wanted, "clips for features") as advance:
+            for clip, x in reading.frames([clips[n] for n in protocol.order(names)]):
+                used.append(label(clip))
+                advance(1)
+                yield (prepare or protocol.real)(x)
+                if len(used) == wanted:
+                    return
+
+    values = compute(features, frames(), batch_size)
+    if len(used) < max(protocol.n, 1):
+        reasons = "".join(f"\n  {line}" for line in reading.unreadable[:5])
+        raise VideoError(f"{len(used)} of {len(clips)} clips are usable, fewer than n = {protocol.n}{reasons}")
+    found = Set(values, used, reading.unreadable)
+    if kept:
+        told = manifest | {"names": used, "dropped": reading.unreadable}
+        with replacing(kept) as temporary, temporary.open("wb") as file:
+            np.savez(file, features=values, manifest=json.dumps(told))
+    return found
+
+
+def label(clip: Clip) -> str:
+    """The name by which a clip is listed: group/name, and the seed if it has one."""
+    seed = "" if clip.seed is None else f"-seed{clip.seed}"
+    return f"{clip.group}/{clip.name}{seed}" if clip.group else f"{clip.name}{seed}"
+
+
+def _read(path: Path, manifest: dict) -> Set:
+    try:
+        with np.load(path) as file:
+            features, told = file["features"], json.loads(str(file["manifest"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise StatisticsError(f"{path} is no file of reference statistics: {error}; remove it") from error
+    now = manifest.items()
+    changed = [f"{name} (there {told.get(name)}, asked {value})" for name, value in now if told.get(name) != value]
+    if changed:
+        raise StatisticsError(f"{path} was made differently: {'; '.join(changed)}. Name another file or remove it")
+    return Set(features, told["names"], told["dropped"])

@@ -1,0 +1,266 @@
+"""Scores against real videos: a fake UCF-101, the protocol, kept statistics and clips, and every kind of bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from einops import rearrange
+
+from sfv_jax import evaluate
+from sfv_jax.data import ucf101
+from sfv_jax.data.video import VideoError, read_clip, write_video
+from sfv_jax.data.worlds import World
+from sfv_jax.evaluation import compare, features
+from sfv_jax.evaluation.collection import find_clips
+from sfv_jax.evaluation.generation import generate, read_strip
+from sfv_jax.evaluation.protocol import Protocol
+from sfv_jax.weights.folders import WeightsError
+
+USABLE, SHORT = 22, 2
+SMALL = dict(height=64, width=96, score_height=24, score_width=32)
+FUNCTION = """
+import numpy as np
+def mean_and_motion(x):
+    x = x.astype(np.float32)
+    return np.concatenate([x.mean((1, 2, 3)), np.abs(np.diff(x, axis=1)).mean((1, 2, 3))], -1)
+"""
+ABOUT = {"kind": "function", "function": "test"}
+
+
+def colours(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float32)
+    return np.concatenate([x.mean((1, 2, 3)), np.abs(np.diff(x, axis=1)).mean((1, 2, 3))], -1)
+
+
+def write_avi(path: Path, frames: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25, options={"qscale": "2"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def ucf(tmp_path_factory) -> Path:
+    """Videos of 64x48 at 25 fps in class folders; the test list names 22 of 2 s and 2 of 1 s, the train list one."""
+    root, world, listed = tmp_path_factory.mktemp("ucf"), World(size=48, num_frames=50, radii=(4.0, 8.0)), []
+    for n in range(USABLE + SHORT + 1):
+        kind = ("Archery", "Bowling")[n % 2]
+        name = f"{kind}/v_{kind}_g{n:02d}_c01.avi"
+        square = world.clip(n)[0][: 25 if n in (3, 8) else 50]
+        write_avi(root / "UCF-101" / name, np.pad(square, ((0, 0), (0, 0), (8, 8), (0, 0)), mode="edge"))
+        listed.append(name)
+    lists = root / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "testlist01.txt").write_text("\n".join(listed[:-1]) + "\n")
+    (lists / "trainlist01.txt").write_text(f"{listed[-1]} 1\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def clips(ucf):
+    return [c for c in find_clips(ucf / "UCF-101") if "g24" not in c.name]
+
+
+def test_ucf101_lists_and_what_is_missing(ucf, tmp_path):
+    assert [path.stem for path in ucf101.videos(ucf, "testlist01")][:2] == ["v_Archery_g00_c01", "v_Bowling_g01_c01"]
+    assert [path.stem for path in ucf101.videos(ucf, "trainlist01")] == ["v_Archery_g24_c01"]
+    assert len(ucf101.videos(ucf, "all")) == USABLE + SHORT + 1
+    (tmp_path / "lists").mkdir()
+    for folder, split, message in (
+        (ucf, "testlist02", "holds no testlist02.txt; both are on"),
+        (ucf, "test", "split 'test': choose one of trainlist01"),
+        (tmp_path, "all", "holds no UCF-101 video"),
+        (tmp_path / "no", "all", "not a directory"),
+    ):
+        with pytest.raises(VideoError, match=message):
+            ucf101.videos(folder, split)
+    (tmp_path / "lists/testlist01.txt").write_text("Archery/v_Archery_g77_c01.avi\n")
+    write_avi(tmp_path / "v_Archery_g01_c01.avi", np.zeros((2, 16, 16, 3), np.uint8))
+    with pytest.raises(VideoError, match="1 of 1 videos of .*testlist01.txt are not in"):
+        ucf101.videos(tmp_path)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(VideoError, match="prepared by tensorflow-datasets.*Name the folder of AVI files"):
+        ucf101.videos(tmp_path)
+
+
+def test_the_protocol_cuts_and_resizes():
+    wide = np.zeros((2, 90, 320, 3), np.uint8)
+    wide[:, :, 80:240] = 200  # the middle 16:9
+    assert (Protocol(crop="centre").real(wide) == 200).all() and Protocol(crop="centre").real(wide).shape[1:3] == (
+        240,
+        320,
+    )
+    stretched = Protocol().real(wide)
+    assert stretched.shape == (2, 240, 320, 3) and 0.45 < (stretched > 100).mean() < 0.55
+    noise = np.random.default_rng(0).integers(0, 256, (1, 480, 640, 3), dtype=np.uint8)
+    box = Protocol(filter="box").score(noise)[0].astype(float)
+    np.testing.assert_allclose(
+        box, rearrange(noise[0].astype(float), "(h p) (w q) c -> h w p q c", p=2, q=2).mean((2, 3)), atol=1
+    )
+    assert not np.array_equal(box, Protocol(filter="lanczos").score(noise)[0])
+    for changes, message in (
+        (dict(crop="left"), "crop 'left'"),
+        (dict(filter="nearest"), "filter 'nearest'"),
+        (dict(n=7), "at least 20"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Protocol(**changes)
+
+
+def test_features_of_real_clips_are_kept_and_belong_to_their_settings(clips, tmp_path):
+    protocol, kept = Protocol(n=20, **SMALL), tmp_path / "statistics.npz"
+    found = features.features_of(clips, protocol, colours, ABOUT, kept=kept)
+    assert found.features.shape == (20, 6) and len(set(found.names)) == 20
+    assert all("too short" in line for line in found.dropped)
+    # The features are those of the clip that is named, resampled to 7 fps.
+    path = next(clip.path for clip in clips if features.label(clip) == found.names[5])
+    direct = colours(protocol.real(read_clip(path, 14, 7.0))[None])[0]
+    np.testing.assert_allclose(found.features[5], direct, rtol=1e-5)
+
+    def unused(x):
+        raise AssertionError("kept features are computed again")
+
+    again = features.features_of(clips, protocol, unused, ABOUT, kept=kept)
+    assert np.array_equal(again.features, found.features) and again.names == found.names
+    for changes, what in ((dict(fps=8.0), "reading"), (dict(seed=1), "seed"), (dict(filter="box"), "reading")):
+        with pytest.raises(features.StatisticsError, match=f"made differently: {what} .*remove it"):
+            features.features_of(clips, Protocol(n=20, **SMALL | changes), unused, ABOUT, kept=kept)
+    with pytest.raises(features.StatisticsError, match="features"):
+        features.features_of(clips, protocol, unused, ABOUT | {"sha256": "other"}, kept=kept)
+    with pytest.raises(features.StatisticsError, match="clips"):
+        features.features_of(clips[1:], protocol, unused, ABOUT, kept=kept)
+    kept.write_bytes(b"no file of numpy")
+    with pytest.raises(features.StatisticsError, match="no file of reference statistics"):
+        features.features_of(clips, protocol, unused, ABOUT, kept=kept)
+    everything = features.features_of(clips, Protocol(n=0, **SMALL), colours, ABOUT)
+    assert len(everything.names) == USABLE and len(everything.dropped) == SHORT
+    with pytest.raises(VideoError, match="22 of 24 clips are usable, fewer than n = 23\n.*too short"):
+        features.features_of(clips, Protocol(n=23, **SMALL), colours, ABOUT)
+
+
+def echo(images, *, seed, num_frames, height, width, fps, shift=0, calls=None):
+    """A sampler that repeats its images, brighter by `shift`."""
+    if calls is not None:
+        calls.append(list(seed))
+    picture = [np.asarray(Protocol(score_height=height, score_width=width).score(image[None])) for image in images]
+    return np.concatenate([np.repeat(x, num_frames, 0)[None] for x in picture]) + np.uint8(shift)
+
+
+def test_generated_clips_are_lossless_and_resumed(tmp_path):
+    images = np.random.default_rng(0).integers(0, 200, (25, 24, 32, 3), dtype=np.uint8)
+    protocol, names, calls = (
+        Protocol(n=25, seed=3, **SMALL | dict(height=24, width=32)),
+        [f"a/{n}" for n in range(25)],
+        [],
+    )
+    how = dict(options={"shift": 5}, origin={"checkpoint": "x"}, batch_size=4)
+    sampler = lambda *a, **k: echo(*a, calls=calls, **k)  # noqa: E731
+    files = generate(sampler, names, lambda n: images[n], tmp_path, protocol, **how)
+    assert calls[0] == [3, 4, 5, 6] and calls[-1] == [27] * 4 and len(calls) == 7
+    assert (read_strip(files[7], 14) == images[7] + 5).all()
+    files[7].unlink()
+    generate(sampler, names, lambda n: images[n], tmp_path, protocol, **how)
+    assert calls[7:] == [[10] * 4] and (read_strip(files[7], 14) == images[7] + 5).all()
+    with pytest.raises(VideoError, match="made with other origin: use another --out"):
+        generate(sampler, names, lambda n: images[n], tmp_path, protocol, **how | {"origin": {"checkpoint": "y"}})
+
+
+def test_a_checkpoint_is_measured_against_the_clips_it_started_from(clips, tmp_path):
+    how = dict(dataset="fake", origin={"checkpoint": "echo"}, batch_size=8, extras=compare.Extras(flow=False, shown=2))
+    protocol, found = Protocol(n=20, **SMALL), {}
+    for name, shift in (("still", 0), ("bright", 40)):
+        out = tmp_path / name
+        args = (echo, clips, out, protocol, colours, ABOUT)
+        report = compare.checkpoint_on_videos(*args, options={"shift": shift}, **how)
+        report.write(out)
+        found[name] = json.loads((out / "scores.json").read_text())
+    distances = {name: record["distances"]["generated"] for name, record in found.items()}
+    assert 0 < distances["still"]["value"] < 0.1 * distances["bright"]["value"] and distances["still"]["n"] == 20
+    record = found["still"]
+    assert record["summary"]["generated"]["frozen"]["mean"] == 1 and record["summary"]["generated"]["detail_last"][
+        "mean"
+    ] == pytest.approx(1, abs=0.2)
+    assert (
+        record["clips_used"]["generated"] == record["clips_used"]["reference"]
+        and len(record["clips_used"]["reference"]) == 20
+    )
+    text, page = ((tmp_path / "still" / name).read_text() for name in ("scores.md", "index.html"))
+    assert "filter bilinear" in text and "crop none" in text and "ddof 0" in text and "| generated |" in text
+    assert page.count("data:video/mp4") == 4  # two clips, real and generated
+
+
+def test_folders_of_different_sizes_are_compared_at_equal_n(clips, ucf, tmp_path):
+    for n in range(30):
+        for group, count in (("moving", 30), ("frozen", 21)):
+            frames = World(size=32, num_frames=14).clip(n)[0]
+            if n < count:
+                write_video(
+                    tmp_path / f"v/{group}/{n}.mp4", frames if group == "moving" else np.repeat(frames[:1], 14, 0)
+                )
+    (tmp_path / "v/moving/0.mp4").write_bytes(b"")
+    args = (tmp_path / "v", tmp_path / "v" / "moving")
+    report = compare.folder_against_folder(*args, Protocol(n=0, **SMALL), colours, ABOUT, shown=1)
+    distances = report.record["distances"]
+    assert [distances[name]["n"] for name in ("moving", "frozen")] == [21, 21]
+    assert distances["moving"]["value"] < 1e-6 < distances["frozen"]["value"]
+    assert len(report.record["dropped"]["moving"]) == 1 and "0.mp4" in report.record["dropped"]["moving"][0]
+    with pytest.raises(VideoError, match="21 of 21 clips are usable, fewer than n = 25"):
+        compare.folder_against_folder(*args, Protocol(n=25, **SMALL), colours, ABOUT)
+
+
+def test_features_that_are_none():
+    for name, message in (
+        ("numpy", "give module:function"),
+        ("no_such_module:f", "No module"),
+        ("math:pi", "not a Python"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            features.load_features(None, name)
+    with pytest.raises(WeightsError, match="name a file with --i3d"):
+        features.load_features(None)
+    for bad in (lambda x: x, lambda x: np.full((len(x), 2), np.nan)):
+        with pytest.raises(ValueError, match="must be finite"):
+            features.compute(bad, [np.zeros((2, 4, 4, 3), np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "either --videos"),
+        ({"videos": "a", "checkpoint": "b"}, "either --videos"),
+        ({"checkpoint": "b"}, "needs --dataset"),
+        ({"checkpoint": "b", "dataset": "folder"}, "needs --data"),
+    ],
+)
+def test_modes_that_mean_nothing(flags, message):
+    nothing = dict.fromkeys(("videos", "reference", "checkpoint", "dataset", "data"))
+    with pytest.raises(evaluate.EvaluateError, match=message):
+        evaluate.mode(nothing | flags)
+
+
+def test_the_command_by_the_protocol_on_ucf101(ucf, model_folder, tmp_path):
+    """The whole of mode (a) with a tiny SVD, on a mesh of two devices."""
+    (tmp_path / "mine.py").write_text(FUNCTION)
+    command = [sys.executable, "-m", "sfv_jax.evaluate", f"--checkpoint={model_folder}", "--dataset=ucf101"]
+    command += [f"--data={ucf}", f"--out={tmp_path / 'out'}", "--features=mine:mean_and_motion", "--n=20", "--shown=2"]
+    command += [f"--{name}={value}" for name, value in (SMALL | {"height": 64, "width": 64}).items()]
+    command += ["--num_frames=3", "--noflow", "--batch_size=10", "--mesh=2,1", f"--statistics={tmp_path / 's.npz'}"]
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    fast = {"JAX_NUM_CPU_DEVICES": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=os.environ | fast, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "out/scores.json").read_text())
+    assert record["distances"]["generated"]["n"] == 20 and record["dataset"] == "UCF-101 testlist01"
+    assert record["features"]["function"] == "mine:mean_and_motion" and len(record["features"]["sha256"]) == 64
+    assert "clip_mean" in record["summary"]["generated"] and record["origin"]["step"] is None
+    manifest = json.loads((tmp_path / "out/generated/manifest.json").read_text())
+    assert manifest["seeds"] == list(range(20)) and len(manifest["clips"]) == 20
+    assert (tmp_path / "s.npz").is_file() and len(list((tmp_path / "out/generated").glob("*.png"))) == 20
