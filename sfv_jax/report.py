@@ -34,7 +34,7 @@ def text(plan: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in planner["versions"].items())
     lines.append(f"planned in {planner['seconds'] / 60:.1f} min, {planner['rss'] / GIB:.1f} GiB ({versions}{effort})")
     if planner["effort"] < 0:
-        lines.append("Low effort: memory differs by up to 15 % from a run's; --compile_effort=0 compiles as a run does.")
+        lines.append("Low effort: memory may differ by 15 % from a run's; --compile_effort=0 compiles as a run does.")
     return "\n".join(lines)
 
 
