@@ -16,6 +16,8 @@ FREE = {
     *("while", "conditional", "call", "async-start", "async-update", "async-done", "copy-done", "opt-barrier"),
     *("add-dependency", "domain", "get-dimension-size", "iota"),
 }
+SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products per score in jax's flash attention for TPU
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -283,8 +285,9 @@ def _flops(program: Program, op: Op, ops: dict[str, Op]) -> float:
     if "fmha" in op.attributes:  # q, k as [n, s, heads, d]; forward two products, backward five
         (n, s, heads, d), keys = shapes[0], shapes[1][1]
         return (10.0 if "Backward" in op.attributes else 4.0) * n * s * keys * heads * d
-    if found := re.search(r'cost_estimate":\{"flops":"?(\d+)', op.attributes):
-        return float(found[1])
+    if "tpu_custom_call" in op.attributes and (found := _SPLASH.search(op.name)):
+        q, k = [shape for shape in shapes if len(shape) > 2 and shape[-1] == shapes[-1][-1]][:2]  # [.., s, d]
+        return 2.0 * SPLASH_PRODUCTS[found[1]] * math.prod(q) * k[-2]
     return 0.0
 
 

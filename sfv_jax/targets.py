@@ -147,8 +147,9 @@ def prepare(target: Target) -> None:
         raise TargetError(
             f"target {target.name!r} needs {', '.join(missing)}, not installed here: pip install 'sfv_jax[{extra}]'"
         )
-    # libtpu would ask a metadata server about its machine, and complain that it is no TPU host.
+    # libtpu would ask a metadata server about its machine, complain that it is no TPU host, refuse a second process.
     host = dict(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-1")
+    host["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for name, value in host.items() if target.chip.platform == "tpu" else ():
         os.environ.setdefault(name, value)
     if target.chip.platform == "gpu":
