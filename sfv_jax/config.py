@@ -8,7 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from absl import app
-from ml_collections import ConfigDict
+
+try:
+    from ml_collections import ConfigDict
+except ImportError:
+    from sfv_jax.plain_config import ConfigDict
 
 from sfv_jax.data.worlds import World
 from sfv_jax.models.codec import PatchCodec

@@ -11,10 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
-from sfv_jax.config import ConfigError
+from sfv_jax.config import ConfigDict, ConfigError
 from sfv_jax.methods import METHODS
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig, CLIPVision
@@ -153,7 +152,7 @@ def sample_programs(
     vae_dtype: str = "bfloat16",
     decode_chunk_size: int | None = None,
 ) -> list[Program]:
-    """What `Sampler.__call__` runs one after the other for `batch` videos: condition, denoise, decode.
+    """What `Sampler.__call__` runs one after the other for `batch` videos: clip, encode, denoise, decode.
 
     The weights of all three stay in memory. Arguments as in `Sampler.load` and `Sampler.__call__`.
     """
@@ -166,9 +165,11 @@ def sample_programs(
             codec = SVDCodec(sizes.vae, sizes.clip, weights, decode_dtype=DTYPES[vae_dtype])
         return Sampler(unet, weights.get("unet"), codec, dtype)
 
-    def condition(weights, images, noise):
-        codec = sampler(weights).codec
-        return codec.embed(images), codec.encode_image(images, noise, 0.02)
+    def embed(weights, images):
+        return sampler(weights).codec.embed(images)
+
+    def encode(weights, images, noise):
+        return sampler(weights).codec.encode_image(images, noise, 0.02)
 
     def denoise(weights, noise, condition, unet=unet):
         return sampler(weights, unet).latents(condition, noise, steps=steps, guidance=guidance)
@@ -188,7 +189,8 @@ def sample_programs(
     )
     plain = lambda weights, noise, condition: denoise(weights, noise, condition, configs.plain_unet(unet))  # noqa: E731
     return [
-        _stage("condition", condition, weights, ("vae", "image_encoder"), tuple(images.values())),
+        _stage("clip", embed, weights, ("image_encoder",), (images["images"],)),
+        _stage("encode", encode, weights, ("vae",), tuple(images.values())),
         _stage("denoise", denoise, weights, ("unet",), (latents, given), plain),
         _stage("decode", decode, weights, ("vae",), (latents,)),
     ]

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from sfv_jax import edm
 from sfv_jax.models import tree
@@ -396,4 +395,6 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"an image must be uint8 [h, w, 3], got {image.dtype} {image.shape}")
     if image.shape[:2] == size:
         return image
+    from PIL import Image  # not on bare accelerator images, where the benchmark runs
+
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))

@@ -64,7 +64,7 @@ CASES = [
 def test_memory_is_what_xla_allocates_and_the_verdict_follows_it(what, name, config):
     target = targets.parse(name)
     mesh, jobs = plan.build(config, target, targets.devices(target), what, SIZE, OPTIONS)
-    job = jobs[1] if what == "sample" else jobs[0]  # of sampling: denoise
+    job = next(job for job in jobs if job.name in ("train step", "denoise"))
     compiled = sharding.on_mesh(mesh, lambda: job.function.lower(*job.args).compile())()
     stats = compiled.memory_analysis()
     found = cost.read(job, compiled, target, mesh.size, limit=1e9)

@@ -1,0 +1,102 @@
+"""Timing of compiled programs: warm, apart from compilation, beside what the same device reaches on matrix products."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the calls of a compiled program, none of which compiled anything."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def __str__(self) -> str:
+        low, middle, high = (1000 * f(self.seconds) for f in (min, statistics.median, max))
+        return f"{middle:.1f} ms ({low:.1f} to {high:.1f})"
+
+
+def warm(call: Callable[[], object], repeats: int) -> Timing:
+    """Times `repeats` calls after one that does not count; each is waited for."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - began)
+    return Timing(tuple(seconds))
+
+
+def alternate(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+    """`warm` of several calls in turns, so that a machine's slow moments fall on all alike."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    seconds = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - began)
+    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+
+
+def matmul_limit(dtype: str, size: int | None = None, repeats: int = 5) -> float:
+    """FLOP/s of a chain of square matrix products in `dtype` on one device: what it reaches at best, measured now.
+
+    Args:
+      size: side of the matrices; 8192, or 1024 on CPU.
+    """
+    size = size or (1024 if jax.default_backend() == "cpu" else 8192)
+    chain = 8
+
+    @jax.jit
+    def products(x):
+        return jax.lax.fori_loop(0, chain, lambda _, y: (y @ x) * jnp.asarray(size**-0.5, x.dtype), x)
+
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    return 2 * size**3 * chain / min(warm(lambda: products(x), repeats).seconds)
+
+
+def random_arrays(abstract, seed: int = 0):
+    """Arrays for a tree of shapes that say where they lie: weights of a fresh network, zeros elsewhere, normal inputs.
+
+    What an array is follows from its path: kernels and tables are scaled by their fan-in, norm scales are 1, biases,
+    counters and optimiser state 0; integers are drawn from 0..255; all else is standard normal.
+    """
+
+    def array(number: int, path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        leaf = name.rsplit(".", 1)[-1]
+        if "opt_" in name or leaf in ("bias", "step", "count"):
+            scale = 0.0
+        elif leaf == "scale":
+            return _filler(x.shape, x.dtype, x.sharding, None)()
+        else:
+            scale = float(np.prod(x.shape[:-1])) ** -0.5 if leaf in ("kernel", "embedding") else 1.0
+        return _filler(x.shape, x.dtype, x.sharding, scale)(jax.random.fold_in(jax.random.key(seed), number))
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    return structure.unflatten([array(number, *leaf) for number, leaf in enumerate(leaves)])
+
+
+@cache
+def _filler(shape, dtype, sharding, scale: float | None) -> Callable:
+    if scale is None:
+        return jax.jit(lambda: jnp.ones(shape, dtype), out_shardings=sharding)
+    if not scale:
+        return jax.jit(lambda key: jnp.zeros(shape, dtype), out_shardings=sharding)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jax.jit(
+            lambda key: jax.random.randint(key, shape, 0, 256, jnp.int32).astype(dtype), out_shardings=sharding
+        )
+    return jax.jit(lambda key: (scale * jax.random.normal(key, shape)).astype(dtype), out_shardings=sharding)
