@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 
@@ -76,10 +77,11 @@ def shard_bytes(abstract) -> float:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
 
 
-def measure(program: Program, target: Target, mesh: jax.sharding.Mesh, limit: float) -> Cost:
+def measure(program: Program, target: Target, mesh: jax.sharding.Mesh, limit: float, keep: Path | None = None) -> Cost:
     """Compiles `program` for `target` on `mesh` and reads what it costs.
 
-    A program whose arguments alone exceed `limit` bytes is not compiled.
+    A program whose arguments alone exceed `limit` bytes is not compiled. The text of a compiled one is written into the
+    folder `keep`.
     """
     memory = argument_memory(program)
     if (state := sum(memory.values())) > limit:
@@ -96,6 +98,9 @@ def measure(program: Program, target: Target, mesh: jax.sharding.Mesh, limit: fl
         cost.compile_seconds = time.monotonic() - began
         return cost
     seconds = time.monotonic() - began
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        (keep / f"{program.name.replace(' ', '_')}.hlo").write_text(compiled.as_text())
     cost = read(program, compiled, target, mesh.size, limit)
     cost.compile_seconds, cost.model_flops = seconds, count_flops(program.plain, *program.args) / mesh.size
     return cost

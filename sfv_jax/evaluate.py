@@ -18,6 +18,7 @@ Generated clips are kept in `OUT/generated` and reused. docs/evaluation.md defin
 """
 
 import dataclasses
+import math
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +38,7 @@ from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models.codec import SVDCodec
 from sfv_jax.runs import is_run
-from sfv_jax.sample import pair
+from sfv_jax.sample import numbers
 from sfv_jax.sampler import SAMPLERS, Sampler
 from sfv_jax.sharding import make_mesh
 from sfv_jax.state import DTYPES
@@ -80,12 +81,12 @@ def protocol_of(values: dict) -> Protocol:
 
 def load_sampler(values: dict) -> tuple[Sampler, dict, dict]:
     """(sampler, options of every call, what they are, for the record)."""
-    mesh = pair("mesh", values["mesh"], int)
-    mesh = mesh and make_mesh(*mesh, devices=jax.devices()[: mesh[0] * mesh[1]])
+    mesh = numbers("mesh", values["mesh"], int)
+    mesh = mesh and make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)])
     load = {name: values[name] for name in LOAD}
     sampler = Sampler.load(values["checkpoint"], mesh=mesh, **load)
     options = {name: values[name] for name in OPTIONS}
-    options["guidance"] = pair("guidance", values["guidance"], float)
+    options["guidance"] = numbers("guidance", values["guidance"], float)
     origin = {"checkpoint": str(values["checkpoint"]), "step": sampler.step, **load}
     if not is_run(values["checkpoint"]):
         origin["source"] = read_model(values["checkpoint"])[1].get("source")
@@ -191,7 +192,7 @@ def _define_sampler_flags() -> None:
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "compute and parameter dtype of the UNet")
     flags.DEFINE_enum("vae_dtype", "float32", list(DTYPES), "compute dtype of the VAE's decoder")
     flags.DEFINE_bool("raw", False, "the trained weights instead of their moving average (workdirs only)")
-    flags.DEFINE_list("mesh", None, "data,fsdp: devices that share batch and parameters; default: one")
+    flags.DEFINE_list("mesh", None, "data,fsdp[,spatial]: devices that share batch, parameters, rows; default: one")
     flags.DEFINE_integer("batch_size", 1, "clips generated at a time", lower_bound=1)
 
 

@@ -67,7 +67,8 @@ def plan(config: ConfigDict, target: Target, what: str, size: tuple[int, int], o
     """Compiles all programs of a job; what they cost, as `report.text` takes it.
 
     Args:
-      options: "batch_size", "memory_gib" (a smaller chip), "efficiency", and of sampling; None where not given.
+      options: "batch_size", "memory_gib" (a smaller chip), "efficiency", "hlo" (a folder for the text of the compiled
+        programs), and of sampling; None where not given.
       say: told what is being compiled.
     """
     began = time.monotonic()
@@ -76,7 +77,7 @@ def plan(config: ConfigDict, target: Target, what: str, size: tuple[int, int], o
     costs = []
     for job in jobs:
         say(f"compiling {job.name} for {target.name} ...")
-        costs.append(measure(job, target, mesh, limit))
+        costs.append(measure(job, target, mesh, limit, options["hlo"]))
     videos = config.batch_size if what == "train" else options["batch_size"] or 1
     if what == "sample" and not options["batch_size"]:
         videos = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -212,7 +213,7 @@ def main(_):
             jax.config.update("jax_exec_time_optimization_effort", QUICK)
         size = (FLAGS.height or WHAT[FLAGS.what][0], FLAGS.width or WHAT[FLAGS.what][1])
         names = ("batch_size", "memory_gib", "efficiency", "steps", "dtype", "vae_dtype", "decode_chunk_size")
-        options = {name: FLAGS[name].value for name in names}
+        options = {name: FLAGS[name].value for name in names} | {"hlo": Path(FLAGS.hlo) if FLAGS.hlo else None}
         result = plan(FLAGS.config, target, FLAGS.what, size, options, say=lambda text: print(text, file=sys.stderr))
         write(result)
         print(report.text(result))
@@ -235,6 +236,7 @@ def _define_flags() -> None:
     flags.DEFINE_bool("fit", False, "when it does not fit, try settings that may make it fit")
     flags.DEFINE_string("json", None, "file for the plan as JSON")
     flags.DEFINE_string("picture", None, "file for a picture of the memory (.png)")
+    flags.DEFINE_string("hlo", None, "folder for the text of the compiled programs")
     flags.DEFINE_integer("height", None, "pixels; default 448 (train, prepare), 576 (sample)", lower_bound=1)
     flags.DEFINE_integer("width", None, "pixels; default 768 (train, prepare), 1024 (sample)", lower_bound=1)
     flags.DEFINE_integer("batch_size", None, "sample, prepare: videos at a time; default one per chip", lower_bound=1)

@@ -9,6 +9,7 @@ a video in the folder `--out`, `--batch_size` images of a size at a time. The su
 
 import hashlib
 import json
+import math
 import sys
 import time
 from importlib.metadata import version
@@ -38,7 +39,7 @@ OPTIONS = (
     "noise_aug_strength",
     "decode_chunk_size",
 )
-PAIRS = {"guidance": "1.0,3.0", "mesh": "4,2"}
+NUMBERS = {"guidance": ((2,), "two numbers, e.g. 1.0,3.0"), "mesh": ((2, 3), "two or three numbers, e.g. 4,2 or 1,1,8")}
 
 
 class SampleError(ValueError):
@@ -67,19 +68,22 @@ def record(path: Path, settings: dict) -> None:
         temporary.write_text(json.dumps(settings, indent=1))
 
 
-def pair(name: str, values: list[str] | None, kind: type) -> tuple | None:
-    """Two numbers of the flag `name`; None if it was not given.
+def numbers(name: str, values: list[str] | None, kind: type) -> tuple | None:
+    """The numbers of the flag `name`; None if it was not given.
 
     Raises:
-      SampleError: if they are not two, or not numbers.
+      SampleError: if they are not as many as `NUMBERS` says, or not numbers.
     """
     if not values:
         return None
+    counts, wanted = NUMBERS[name]
     try:
-        first, second = (kind(value) for value in values)
+        found = tuple(kind(value) for value in values)
     except ValueError:
-        raise SampleError(f"--{name}={','.join(values)}: give two numbers, e.g. {PAIRS[name]}") from None
-    return first, second
+        found = ()
+    if len(found) not in counts:
+        raise SampleError(f"--{name}={','.join(values)}: give {wanted}")
+    return found
 
 
 def batches(sampler: Sampler, pairs: list[tuple[Path, Path]], options: dict, size: int):
@@ -129,11 +133,11 @@ def main(_):
     try:
         pairs = jobs(Path(FLAGS.image), Path(FLAGS.out), f".{FLAGS.format}")
         options = {name: FLAGS[name].value for name in OPTIONS}
-        options["guidance"] = pair("guidance", FLAGS.guidance, float)
-        mesh = pair("mesh", FLAGS.mesh, int)
+        options["guidance"] = numbers("guidance", FLAGS.guidance, float)
+        mesh = numbers("mesh", FLAGS.mesh, int)
         load = {name: FLAGS[name].value for name in ("dtype", "vae_dtype", "raw", "check_finite")}
         if mesh:
-            mesh = make_mesh(*mesh, devices=jax.devices()[: mesh[0] * mesh[1]])
+            mesh = make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)])
         sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
         origin = {"checkpoint": str(FLAGS.checkpoint), "step": sampler.step, "mesh": FLAGS.mesh} | load
         for batch, size in batches(sampler, pairs, options, FLAGS.batch_size):
@@ -172,7 +176,7 @@ def _define_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_integer("batch_size", 1, "images of a folder sampled at a time", lower_bound=1)
-    flags.DEFINE_list("mesh", None, "data,fsdp: devices that share the batch, and batch and parameters; default: one")
+    flags.DEFINE_list("mesh", None, "data,fsdp[,spatial]: devices that share the batch, batch and parameters, rows")
     flags.DEFINE_bool("times", False, "print and record the seconds of each stage (the first call compiles)")
     flags.DEFINE_bool("check_finite", True, "stop at NaN or infinity and name the stage that made it")
     flags.DEFINE_bool("raw", False, "the trained weights instead of their moving average (workdirs only)")

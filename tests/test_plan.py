@@ -29,6 +29,7 @@ OPTIONS = dict(
     dtype="float32",
     vae_dtype="float32",
     decode_chunk_size=None,
+    hlo=None,
 )
 
 
@@ -100,7 +101,9 @@ def test_a_plan_in_words_as_json_and_as_a_picture(tmp_path, monkeypatch):
     known = dict(alias=2.0**30, flops=4e12, model_flops=3e12, bytes=1e9, collectives=collectives)
     known |= dict(roofline=0.25, exchange=0.25, kernels={"__cudnn$fmhaSoftmax": 16}, flash=16)
     monkeypatch.setattr(
-        plan, "measure", lambda job, target, mesh, limit: cost.Cost(job.name, True, 3.0 * 2**30, limit, memory, **known)
+        plan,
+        "measure",
+        lambda job, target, mesh, limit, keep: cost.Cost(job.name, True, 3.0 * 2**30, limit, memory, **known),
     )
     target = targets.parse("cpu:1")
     options = OPTIONS | dict(memory_gib=4)

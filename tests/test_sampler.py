@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sfv_jax import edm
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.sample import SampleError, numbers
 from sfv_jax.sampler import NonFiniteError, Sampler, guidance_ramp, sample, step_noise
 from sfv_jax.sharding import make_mesh, param_shardings
 from sfv_jax.state import Networks
@@ -240,3 +241,11 @@ def test_images_must_be_pixels(sampler):
 def test_unknown_dtype(tmp_path):
     with pytest.raises(ValueError, match="float32, bfloat16, float16"):
         Sampler.load(tmp_path, dtype="int8")
+
+
+def test_numbers_of_a_flag():
+    assert numbers("mesh", ["1", "1", "8"], int) == (1, 1, 8) and numbers("mesh", ["4", "2"], int) == (4, 2)
+    assert numbers("guidance", [], float) is None
+    for name, values in (("guidance", ["1", "2", "3"]), ("mesh", ["1"]), ("mesh", ["a", "b"])):
+        with pytest.raises(SampleError, match=f"--{name}={','.join(values)}: give two"):
+            numbers(name, values, float)
