@@ -258,6 +258,15 @@ def test_r2_is_r1_on_fakes():
     assert_trees_close(trace.g_grads, without.g_grads)
 
 
+def test_r2_by_perturbation_moves_clean_fakes():
+    trace = Trace(r1_weight=0.0, r2_weight=0.3, r1_form="perturbation", perturbation_std=0.1)
+    (sigma, one), (_, other) = trace.perturbed[0], trace.fake
+    np.testing.assert_allclose(np.std(one - other), 0.1, rtol=0.05)
+    pairs = zip(*(trace.logits(trace.heads, trace.features(sigma, x), sigma) for x in (one, other)), strict=True)
+    expected = sum(jnp.mean((a - b) ** 2) for a, b in pairs) / 2
+    np.testing.assert_allclose(trace.metrics["loss/r2"], expected, rtol=1e-3)
+
+
 def test_motion_is_that_of_one_step_samples(trace):
     """Sums over samples from the highest level, so that a still generator shows although lower levels copy motion."""
     top = trace.sigma > 100
