@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
@@ -31,7 +32,7 @@ from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError
-from sfv_jax.evaluation import compare
+from sfv_jax.evaluation import compare, latency
 from sfv_jax.evaluation.collection import Clip, Reading, find_clips
 from sfv_jax.evaluation.features import load_features
 from sfv_jax.evaluation.protocol import Protocol
@@ -129,7 +130,20 @@ def run(values: dict) -> Report:
     embed = sampler.codec.embed if isinstance(sampler.codec, SVDCodec) else None
     how = dict(dataset=name, options=options, origin=origin, kept=kept, batch_size=values["batch_size"])
     extras = compare.Extras(embed, values["flow"], values["shown"])
-    return compare.checkpoint_on_videos(sampler, clips, out, protocol, features, about, extras=extras, **how)
+    report = compare.checkpoint_on_videos(sampler, clips, out, protocol, features, about, extras=extras, **how)
+    if values["latency"]:
+        add_latency(report, sampler, options, protocol)
+    return report
+
+
+def add_latency(report: Report, sampler: Sampler, options: dict, protocol: Protocol) -> None:
+    """Times the stages at the size the clips were generated at."""
+    size = {name: getattr(protocol, name) for name in ("height", "width", "num_frames")}
+    chosen = {name: options[name] for name in ("steps", "guidance", "decode_chunk_size")}
+    image = np.zeros((protocol.height, protocol.width, 3), np.uint8)
+    timings = latency.measure(sampler, image, schedule=options["sampler"], **chosen, **size)
+    report.table("Latency", *latency.table(timings))
+    report.record["latency"] = latency.record(timings)
 
 
 FLAGS = flags.FLAGS
@@ -193,6 +207,7 @@ def _define_sampler_flags() -> None:
     flags.DEFINE_enum("vae_dtype", "float32", list(DTYPES), "compute dtype of the VAE's decoder")
     flags.DEFINE_bool("raw", False, "the trained weights instead of their moving average (workdirs only)")
     flags.DEFINE_list("mesh", None, "data,fsdp[,spatial]: devices that share batch, parameters, rows; default: one")
+    flags.DEFINE_bool("latency", False, "time the stages of one video, after scoring")
     flags.DEFINE_integer("batch_size", 1, "clips generated at a time", lower_bound=1)
 
 

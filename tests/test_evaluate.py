@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import av
+import jax
 import numpy as np
 import pytest
 from einops import rearrange
@@ -15,10 +16,11 @@ from sfv_jax import evaluate
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
-from sfv_jax.evaluation import compare, features
+from sfv_jax.evaluation import compare, features, latency
 from sfv_jax.evaluation.collection import find_clips
 from sfv_jax.evaluation.generation import generate, read_strip
 from sfv_jax.evaluation.protocol import Protocol
+from sfv_jax.sampler import Sampler
 from sfv_jax.weights.folders import WeightsError
 
 USABLE, SHORT = 22, 2
@@ -246,13 +248,45 @@ def test_modes_that_mean_nothing(flags, message):
         evaluate.mode(nothing | flags)
 
 
+def test_flops_and_timings_are_what_they_say(model_folder):
+    sampler, key = Sampler.load(model_folder), jax.random.split(jax.random.key(0), 1)
+    noise = np.zeros((1, *sampler.latent_shape((64, 64), 2)), np.float32)
+    width = sampler.unet.cross_attention_dim
+    condition = {"cond_latent": noise[:, 0], "image_embed": np.zeros((1, width), np.float32), "ids": np.zeros((1, 3))}
+
+    def counted(**options) -> float:
+        return latency.count_denoising(sampler, condition, noise, key, {"steps": 1, "sampler": "euler"} | options)
+
+    assert counted(steps=3, sampler="sfv") == 3 * counted()
+    assert counted(guidance=(1.0, 3.0)) == pytest.approx(2 * counted(), rel=0.01)  # the frame embedding is shared
+    timing = latency.Timing("x", 3.0, (1.0, 2.0, 1.5), flops=3e12, peak=4e12)
+    assert (timing.seconds, timing.compilation, timing.tflops, timing.mfu) == (1.5, 1.5, 2.0, 0.5)
+    columns, rows, _ = latency.table([timing])
+    assert rows == [["x", 1500.0, 1000.0, 1.5, 3.0, 2.0, 0.5]] and len(columns) == 7
+
+
+def test_latency_needs_the_array_libraries_only():
+    code = "import sys, sfv_jax.evaluation.latency; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {
+        name for name in ("PIL", "av", "orbax", "optax", "ml_collections", "absl", "torch") if f"'{name}'" in loaded
+    }
+
+
 def test_the_command_by_the_protocol_on_ucf101(ucf, model_folder, tmp_path):
     """The whole of mode (a) with a tiny SVD, on a mesh of two devices."""
     (tmp_path / "mine.py").write_text(FUNCTION)
     command = [sys.executable, "-m", "sfv_jax.evaluate", f"--checkpoint={model_folder}", "--dataset=ucf101"]
     command += [f"--data={ucf}", f"--out={tmp_path / 'out'}", "--features=mine:mean_and_motion", "--n=20", "--shown=2"]
     command += [f"--{name}={value}" for name, value in (SMALL | {"height": 64, "width": 64}).items()]
-    command += ["--num_frames=3", "--noflow", "--batch_size=10", "--mesh=2,1", f"--statistics={tmp_path / 's.npz'}"]
+    command += [
+        "--num_frames=3",
+        "--noflow",
+        "--latency",
+        "--batch_size=10",
+        "--mesh=2,1",
+        f"--statistics={tmp_path / 's.npz'}",
+    ]
     paths = os.pathsep.join([str(tmp_path), *sys.path])
     fast = {"JAX_NUM_CPU_DEVICES": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, env=os.environ | fast, capture_output=True, text=True)
@@ -261,6 +295,10 @@ def test_the_command_by_the_protocol_on_ucf101(ucf, model_folder, tmp_path):
     assert record["distances"]["generated"]["n"] == 20 and record["dataset"] == "UCF-101 testlist01"
     assert record["features"]["function"] == "mine:mean_and_motion" and len(record["features"]["sha256"]) == 64
     assert "clip_mean" in record["summary"]["generated"] and record["origin"]["step"] is None
+    timed = record["latency"]
+    assert set(timed) >= set(latency.STAGES) and all(timed[name]["seconds"] > 0 for name in latency.STAGES)
+    assert timed["end to end"]["flops"] == sum(timed[name]["flops"] for name in latency.STAGES if name != "end to end")
+    assert "| unet |" in (tmp_path / "out/scores.md").read_text()
     manifest = json.loads((tmp_path / "out/generated/manifest.json").read_text())
     assert manifest["seeds"] == list(range(20)) and len(manifest["clips"]) == 20
     assert (tmp_path / "s.npz").is_file() and len(list((tmp_path / "out/generated").glob("*.png"))) == 20
