@@ -27,7 +27,7 @@ from sfv_jax.evaluation.world import busiest_direction, nearest_future
 from sfv_jax.sampler import Sampler
 from sfv_jax.train import train
 
-CLIPS, SHOWN, SCALE = 64, 4, 4  # held-out clips scored, clips in the picture, pixels per pixel
+CLIPS, SHOWN, HEIGHT = 64, 4, 64  # held-out clips scored, clips in the picture, their least height in it
 
 
 def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray, float]:
@@ -97,18 +97,19 @@ def picture(clips: dict[str, np.ndarray], path: Path) -> None:
     """Writes `path` (.png): for each of the first clips, a row per method with its frames side by side; and a .gif."""
     names = [name for name in clips if name != "still image"]
     rows = [(name, clips[name][n]) for n in range(SHOWN) for name in names]
-    h, label, gap = clips["truth"].shape[2] * SCALE, 140, 6
-    width = label + clips["truth"].shape[1] * (h + 2)
-    canvas = Image.new("RGB", (width, len(rows) * (h + 2) + gap * SHOWN), "white")
+    t, h, w = clips["truth"].shape[1:4]
+    scale, gap, label = max(HEIGHT // h, 1), 6, max(140, 7 * max(map(len, names)))
+    h, w = scale * h, scale * w
+    canvas = Image.new("RGB", (label + t * (w + 2), len(rows) * (h + 2) + gap * SHOWN), "white")
     draw = ImageDraw.Draw(canvas)
     for n, (name, frames) in enumerate(rows):
         y = n * (h + 2) + gap * (n // len(names))
         draw.text((4, y + h // 2 - 6), name, fill="black")
-        for t, frame in enumerate(frames):
-            canvas.paste(Image.fromarray(frame).resize((h, h), Image.Resampling.NEAREST), (label + t * (h + 2), y))
+        for k, frame in enumerate(frames):
+            canvas.paste(Image.fromarray(frame).resize((w, h), Image.Resampling.NEAREST), (label + k * (w + 2), y))
     write_video(path, np.asarray(canvas)[None])
     grid = np.stack([clips[name][:SHOWN] for name in names])
-    movie = rearrange(grid, "m n t h w c -> t (n h) (m w) c").repeat(SCALE, axis=1).repeat(SCALE, axis=2)
+    movie = rearrange(grid, "m n t h w c -> t (n h) (m w) c").repeat(scale, axis=1).repeat(scale, axis=2)
     write_video(path.with_suffix(".gif"), movie, fps=4)
 
 

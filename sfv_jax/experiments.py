@@ -1,0 +1,192 @@
+"""What the paper's Tables 1 to 3 consist of: which models are trained, with what changes, and how each row is sampled.
+
+`RUNS` is the one list of methods and ablations. A run is an ordinary training config; the same list serves both scales:
+"svd", the published configuration on given weights and data, and "world", tiny networks on the procedural world.
+"""
+
+from dataclasses import dataclass
+
+from ml_collections import ConfigDict
+
+from sfv_jax import config as configs
+
+# Name of a run -> (method, changes by dotted field). All but the base model start from the base model.
+RUNS = {
+    "animatelcm": ("animatelcm", {}),
+    "ufogen": ("ufogen", {}),
+    "ladd": ("ladd", {}),
+    "sfv": ("sfv", {}),
+    "spatial heads": ("sfv", {"discriminator.temporal": False}),
+    "temporal heads": ("sfv", {"discriminator.spatial": False}),
+    "P_mean -2": ("sfv", {"sfv.p_mean": -2.0}),
+    "P_mean 0": ("sfv", {"sfv.p_mean": 0.0}),
+    "P_mean 1": ("sfv", {"sfv.p_mean": 1.0}),
+    "no reconstruction": ("sfv", {"sfv.recon_weight": 0.0}),
+    "no R1": ("sfv", {"sfv.r1_weight": 0.0}),
+}
+BASE = "teacher"  # SVD itself, or the world's own
+RAMP = (1.0, 3.0)  # SVD's guidance, first and last frame
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: `run` sampled in `steps` by `sampler`.
+
+    `published` is the paper's FVD (UCF-101 first frames) and `seconds` its UNet time for a video on one A100.
+    """
+
+    label: str
+    run: str
+    steps: int = 1
+    sampler: str = "euler"
+    guidance: tuple[float, float] | None = None
+    published: float | None = None
+    seconds: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of its files, the same for rows of two tables that are one model sampled in one way."""
+        guided = "-guided" if self.guidance else ""
+        return f"{self.run}-{self.steps}{guided}".replace(" ", "_")
+
+
+def _svd(steps: int, published: float, seconds: float) -> Row:
+    return Row(f"SVD, {steps} steps", BASE, steps, guidance=RAMP, published=published, seconds=seconds)
+
+
+def _lcm(steps: int, published: float | None, seconds: float | None) -> Row:
+    return Row(f"AnimateLCM, {steps} steps", "animatelcm", steps, "animatelcm", None, published, seconds)
+
+
+def _sfv(label: str, run: str, published: float | None) -> Row:
+    return Row(label, run, published=published)
+
+
+TABLES = {
+    "table1": (
+        "Table 1: methods",
+        [
+            _svd(25, 153.4, 10.79),
+            _svd(16, 194.4, 6.89),
+            _svd(8, 488.6, 3.44),
+            _svd(4, 1687.0, 1.72),
+            Row("SVD without guidance, 25 steps", BASE, 25),
+            Row("SVD without guidance, 1 step", BASE, 1),
+            _lcm(8, 281.0, 1.85),
+            _lcm(4, 801.4, 0.92),
+            _lcm(2, 1158.4, 0.46),
+            _lcm(1, None, None),
+            Row("UFOGen, 1 step", "ufogen", published=1917.2, seconds=0.30),
+            Row("LADD, 1 step", "ladd", published=1893.8, seconds=0.30),
+            Row("SF-V, 1 step", "sfv", published=180.9, seconds=0.30),
+        ],
+    ),
+    "table2": (
+        "Table 2: discriminator heads",
+        [
+            _sfv("spatial and temporal", "sfv", 180.9),
+            _sfv("spatial only", "spatial heads", 514.7),
+            _sfv("temporal only", "temporal heads", 539.2),
+        ],
+    ),
+    "table3": (
+        "Table 3: noise of the discriminator, ln s' ~ N(P_mean, 1)",
+        [
+            _sfv("P_mean -2", "P_mean -2", 3370.4),
+            _sfv("P_mean -1", "sfv", 180.9),
+            _sfv("P_mean 0", "P_mean 0", 416.7),
+            _sfv("P_mean 1", "P_mean 1", 632.9),
+        ],
+    ),
+    "losses": (
+        "Losses (not in the paper)",
+        [
+            _sfv("SF-V", "sfv", None),
+            _sfv("without reconstruction", "no reconstruction", None),
+            _sfv("without R1", "no R1", None),
+        ],
+    ),
+}
+
+
+def runs_of(tables: list[str]) -> list[str]:
+    """The runs that some tables need, in the order of `RUNS`; without the base model."""
+    needed = {row.run for name in tables for row in TABLES[name][1]}
+    return [name for name in RUNS if name in needed]
+
+
+def svd_config(run: str, model: str, cache: str, seed: int) -> ConfigDict:
+    """A run at full size, with the published numbers."""
+    method, changes = RUNS[run]
+    config = getattr(configs, method)()
+    config.update_from_flattened_dict(changes)
+    config.update(dict(init=model, seed=seed))
+    config.data.path = cache
+    return config.lock()
+
+
+# ---- the world ----
+
+WORLD = dict(
+    size=8,
+    num_frames=4,
+    shapes=("disc", "square"),
+    colours=("red", "green", "blue"),
+    backgrounds=((22, 24, 34),),
+    directions=4,
+    angle_offset=45.0,
+    speeds=(1.0,),
+    radii=(1.5, 2.0),
+)
+CODEC = dict(patch=1, embed_cell=4)  # a pixel is a latent cell: what the tiny network learns soonest
+WIDTH = (24, 48)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Optimiser steps in the world: the same for every method. `batch` samples per step, twice as many for the base."""
+
+    base_steps: int
+    steps: int
+    batch: int
+    conditions: int
+
+
+FAST = Budget(base_steps=1400, steps=240, batch=8, conditions=128)
+FULL = Budget(base_steps=8000, steps=3000, batch=8, conditions=512)
+
+
+def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigDict:
+    """A run in the world; `base` is the workdir of the base model.
+
+    The generator's published learning rates are multiplied so that each keeps its ratio to the base model's, except
+    SM3's, whose steps are of another kind: SF-V, UFOGen and LADD share the quickstart's.
+    """
+    method, changes = RUNS.get(run, (run, {}))
+    config = configs.tiny(getattr(configs, method)())
+    config.data.world = ConfigDict(WORLD)
+    config.patch_codec.update(CODEC)
+    cells = (WORLD["size"] // CODEC["embed_cell"]) ** 2
+    config.unet.update(
+        in_channels=6, out_channels=3, block_out_channels=WIDTH, num_frames=4, cross_attention_dim=3 * cells
+    )
+    config.update(dict(seed=seed, init=base, batch_size=budget.batch, ema_decay=0.98, keep_checkpoints=1))
+    steps = budget.steps
+    if run == BASE:
+        steps = budget.base_steps
+        config.update(dict(batch_size=2 * budget.batch, ema_decay=0.995))
+        # The world is learned at lower noise than SVD's videos (P_mean 1, P_std 1.6), and from 700 downwards.
+        config.teacher.update(p_mean=0.3, p_std=1.8)
+        config.generator_optimizer.update(
+            lr=3e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=steps - 100
+        )
+    elif method == "animatelcm":
+        config.generator_optimizer.update(lr=1e-4, warmup_steps=20)  # 3e-3 * 1e-6 / 3e-5
+    else:
+        config.generator_optimizer.update(lr=4e-4, warmup_steps=20)
+        config.heads_optimizer.update(lr=6e-3, warmup_steps=20)
+    if method == "ladd":
+        config.ladd.warmup_steps = steps // 10
+    config.update_from_flattened_dict(changes)
+    config.update(dict(steps=steps, log_every=max(steps // 50, 1), checkpoint_every=max(steps // 4, 1), sample_every=0))
+    return config.lock()

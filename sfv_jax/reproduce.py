@@ -1,0 +1,454 @@
+"""Tables 1, 2 and 3 of the paper: trains what is missing, samples, scores, prints.
+
+    python -m sfv_jax.reproduce --fast --workdir runs/reproduce
+    python -m sfv_jax.reproduce --seeds 0,1,2 --workdir runs/reproduce
+    python -m sfv_jax.reproduce --scale svd --svd models/svd --data data/latents --real ucf101/ --i3d i3d.pt --dry_run
+
+`--scale world`, the default, has tiny networks and the procedural world; `--fast` less training. `--scale svd` is the
+published configuration on a model folder, a latent cache and, to score with FVD, a folder of real videos whose first
+frames are the conditions. What a run will cost is printed first; `--dry_run` stops there. Every stage is kept: trained
+models are ordinary workdirs, samples and scores files, so the same command continues after an interruption, and
+changes nothing when all is there. `index.html` in the workdir shows tables, clips side by side and training curves.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from sfv_jax import compiling, experiments
+from sfv_jax import config as configs
+from sfv_jax.alarms import TrainingStopped
+from sfv_jax.checkpoint import WorkdirError, claim_workdir
+from sfv_jax.config import ConfigError, world_of
+from sfv_jax.data.latents import LatentError
+from sfv_jax.data.video import VideoError, cover_resize_crop, replacing
+from sfv_jax.evaluation import fvd, world
+from sfv_jax.evaluation.collection import Reading, find_clips
+from sfv_jax.evaluation.frechet import measure
+from sfv_jax.evaluation.report import Report
+from sfv_jax.experiments import BASE, TABLES, Row
+from sfv_jax.methods import METHODS
+from sfv_jax.quickstart import picture
+from sfv_jax.runs import read_run
+from sfv_jax.sampler import Sampler
+from sfv_jax.sharding import make_mesh
+from sfv_jax.speed import count_flops
+from sfv_jax.train import train
+from sfv_jax.weights.checkpoint import read_model
+from sfv_jax.weights.folders import WeightsError, write_json
+
+SHOWN = 4  # conditions in strips and on the page
+CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, from docs/reproduction.md
+CHIP_RATE = 0.4 * 989e12  # of an H100 in bf16, at 40 % of its peak: an assumption
+
+
+class ReproduceError(ValueError):
+    """The command line asks for something impossible; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the tables are made.
+
+    Attributes:
+      folder: of all that is kept.
+      config: `(run, seed) -> ` training config.
+      base: what the methods start from and SVD's rows are sampled from: a workdir or a model folder.
+      trains_base: whether it has to be trained, too.
+      truth: real clips uint8 `[n, t, h, w, 3]` at the size they are scored at; their first frames are the conditions.
+      images: the conditions at full size.
+      score: clips like `truth` -> `fvd`, `interval` and what else `columns` (title: name) shows.
+      options: of every call of the sampler.
+      load: of `Sampler.load`.
+      batch: videos sampled at a time.
+    """
+
+    folder: Path
+    config: Callable[[str, int], ConfigDict]
+    base: Path
+    trains_base: bool
+    truth: np.ndarray
+    images: list[np.ndarray]
+    score: Callable[[np.ndarray], dict]
+    columns: dict[str, str]
+    notes: list[str]
+    options: dict
+    load: dict
+    batch: int
+
+    def workdir(self, run: str, seed: int) -> Path:
+        """Of a trained model."""
+        return self.base if run == BASE else self.folder / f"seed{seed}" / run.replace(" ", "_")
+
+
+# ---- the two scales ----
+
+
+def world_bench(workdir: Path, fast: bool) -> Bench:
+    """The procedural world."""
+    budget = experiments.FAST if fast else experiments.FULL
+    folder = workdir / ("fast" if fast else "full")
+    base = folder / BASE
+    rules = world_of(experiments.world_config(BASE, budget, 0))
+    truth, labels = rules.batch(range(budget.conditions), "heldout")
+
+    def config(run, seed):
+        return experiments.world_config(run, budget, seed, "" if run == BASE else str(base))
+
+    def score(clips):
+        found = world.score(rules, labels, clips, network=workdir / "worldnet")
+        return found | {"fvd": found["world_fvd"], "interval": found["world_fvd_interval"]}
+
+    columns = {"distance": "distance", "fit": "fit", "legal": "legal", "busiest": "busiest_direction"}
+    notes = [f"{title}: {world.MEANINGS[name]}." for title, name in columns.items()]
+    notes.append(f"FVD: {world.MEANINGS['world_fvd']}.")
+    options = dict(noise_aug_strength=0.0)
+    return Bench(folder, config, base, True, truth, list(truth[:, 0]), score, columns, notes, options, {}, 64)
+
+
+def svd_bench(workdir: Path, svd: str, data: str, real: str, i3d: str, batch: int) -> Bench:
+    """SVD on real videos; scored at 320 x 240 as in the paper."""
+    for name, value in (("svd", svd), ("data", data), ("real", real), ("i3d", i3d)):
+        if not value:
+            raise ReproduceError(f"--scale svd needs --{name} (only --dry_run does without --real and --i3d)")
+    features, about = fvd.load_i3d(i3d)
+    frames = read_model(svd)[0]["unet"].num_frames
+    reading = Reading(frames, 7.0)
+    large = (cover_resize_crop(clip, 576, 1024) for _, clip in reading.frames(find_clips(real)))
+    images, truth = [], []
+    for clip in large:  # all of them at full size would not fit into memory
+        images.append(clip[0].copy())
+        truth.append(scored_size(clip[None])[0])
+    if len(truth) < 20:
+        raise ReproduceError(f"--real={real}: {len(truth)} clips of {frames} frames can be read, FVD needs 20 or more")
+    truth = np.stack(truth)
+    known = embed(features, truth)
+
+    def score(clips):
+        found = measure(known, embed(features, clips))
+        return {"fvd": found.value, "interval": found.interval, "extrapolated": found.extrapolated}
+
+    mesh = make_mesh() if jax.device_count() > 1 else None
+    return Bench(
+        folder=workdir / "svd",
+        config=lambda run, seed: experiments.svd_config(run, svd, data, seed),
+        base=Path(svd),
+        trains_base=False,
+        truth=truth,
+        images=images,
+        score=score,
+        columns={"extrapolated": "extrapolated"},
+        notes=[f"FVD at 320 x 240 with {about['file']} (SHA-256 {about['sha256'][:12]}).", *reading.unreadable],
+        options=dict(height=576, width=1024),
+        load=dict(dtype="bfloat16", mesh=mesh),
+        batch=batch,
+    )
+
+
+def scored_size(clips: np.ndarray) -> np.ndarray:
+    """Clips larger than 320 x 240 brought to it, aspect ratio not kept, uint8."""
+    if clips.shape[2] <= 240:
+        return clips
+    shape = (*clips.shape[:2], 240, 320, 3)
+    small = jax.image.resize(np.asarray(clips, np.float32), shape, "bilinear")
+    return np.asarray(jax.numpy.round(small).astype(np.uint8))
+
+
+def embed(features: Callable, clips: np.ndarray) -> np.ndarray:
+    """`features` of clips, a few at a time."""
+    return np.concatenate([features(clips[n : n + 8]) for n in range(0, len(clips), 8)])
+
+
+# ---- stages ----
+
+
+def ensure_trained(bench: Bench, run: str, seed: int) -> None:
+    """Trains a run, or what is left of it.
+
+    Raises:
+      WorkdirError: if its workdir holds another one.
+    """
+    path, config = bench.workdir(run, seed), bench.config(run, seed)
+    if (path / "checkpoints" / str(config.steps)).is_dir():
+        claim_workdir(path, config.to_dict())
+        return
+    print(f"training {path}: {config.method}, {config.steps} steps of {config.batch_size}", flush=True)
+    train(config, path)
+    if not (path / "checkpoints" / str(config.steps)).is_dir():
+        raise TrainingStopped(f"{path} was asked to stop; run the same command again to continue")
+    jax.clear_caches()
+
+
+def ensure_row(bench: Bench, row: Row, seed: int, samplers: dict) -> tuple[dict, np.ndarray]:
+    """(record, clips) of a row: as kept, or made now. `samplers` holds the last one loaded."""
+    folder = bench.folder / f"seed{seed}" / "rows" / row.key
+    path = bench.workdir(row.run, seed)
+    trained = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else None
+    origin = [str(path), trained, row.run, row.steps, row.sampler, row.guidance, seed, bench.options]
+    digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode() + bench.truth.tobytes()).hexdigest()
+    kept = folder / "row.json"
+    if kept.is_file() and (record := json.loads(kept.read_text()))["digest"] == digest:
+        return record, read_clips(folder, bench)
+    if path not in samplers:
+        samplers.clear()
+        samplers[path] = Sampler.load(path, **bench.load)
+    clips = sample_clips(bench, samplers[path], row, seed, folder, digest)
+    record = {"digest": digest} | bench.score(clips) | latency(bench, samplers[path], row)
+    write_json(kept, record)
+    return record, clips
+
+
+def how(row: Row) -> dict:
+    """Options of the sampler for a row."""
+    return dict(steps=row.steps, sampler=row.sampler, guidance=row.guidance)
+
+
+def sample_clips(bench: Bench, sampler: Sampler, row: Row, seed: int, folder: Path, digest: str) -> np.ndarray:
+    """A clip for every condition, a batch per file; video n has seed 1000000 `seed` + n in every row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, len(bench.images), bench.batch):
+        file = folder / f"{first:06d}.npz"
+        if file.is_file():
+            with np.load(file) as known:
+                if str(known["digest"]) == digest:
+                    continue
+        images = bench.images[first : first + bench.batch]
+        seeds = [1_000_000 * seed + first + n for n in range(len(images))]
+        clips = scored_size(sampler(images, seed=seeds, **how(row), **bench.options))
+        with replacing(file) as temporary, temporary.open("wb") as out:
+            np.savez_compressed(out, clips=clips, digest=digest)
+    return read_clips(folder, bench)
+
+
+def read_clips(folder: Path, bench: Bench) -> np.ndarray:
+    """What `sample_clips` keeps."""
+    clips = []
+    for first in range(0, len(bench.images), bench.batch):
+        with np.load(folder / f"{first:06d}.npz") as file:
+            clips.append(file["clips"])
+    return np.concatenate(clips)
+
+
+def latency(bench: Bench, sampler: Sampler, row: Row, repeats: int = 5) -> dict:
+    """Milliseconds of one video, the best of some after one that compiled: per UNet call, and from image to frames."""
+    calls, wholes = [], []
+    for _ in range(repeats + 1):
+        times, began = {}, time.perf_counter()
+        sampler(bench.images[:1], times=times, **how(row), **bench.options)
+        wholes.append(time.perf_counter() - began)
+        calls.append(times["denoise"] / row.steps)
+    return {"ms_call": 1000 * min(calls[1:]), "ms_whole": 1000 * min(wholes[1:])}
+
+
+# ---- tables ----
+
+
+def summarise(records: list[dict]) -> dict:
+    """One seed: its record. Several: means, and the lowest and highest FVD in place of its bootstrap interval."""
+    if len(records) == 1:
+        return records[0]
+    names = [k for k, v in records[0].items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    values = [record["fvd"] for record in records]
+    return {k: float(np.mean([r[k] for r in records])) for k in names} | {"interval": (min(values), max(values))}
+
+
+def cells(bench: Bench, row: Row, record: dict) -> list:
+    """A row of a table."""
+    low, high = record["interval"]
+    shown = [record[name] for name in bench.columns.values()]
+    interval = f"{low:.1f} to {high:.1f}"
+    published, seconds = (None if x is None else f"{x:g}" for x in (row.published, row.seconds))  # as printed
+    times = [record["ms_call"], record["ms_whole"], seconds]
+    return [row.label, published, record["fvd"], len(bench.images), interval, *shown, *times]
+
+
+def orders(rows: list[Row], found: list[dict]) -> list[str]:
+    """The published and the measured order, best first."""
+    both = [(row, record["fvd"]) for row, record in zip(rows, found, strict=True) if row.published is not None]
+    if len(both) < 2:
+        return []
+    published = [row.label for row, _ in sorted(both, key=lambda pair: pair[0].published)]
+    measured = [row.label for row, _ in sorted(both, key=lambda pair: pair[1])]
+    same = "the same order" if published == measured else "the order differs"
+    return [f"Best first, published: {' < '.join(published)}.", f"Measured: {' < '.join(measured)}: {same}."]
+
+
+def curves(bench: Bench, runs: list[str], seed: int) -> dict[str, dict[str, list[float]]]:
+    """`{loss: {run: values}}` over log intervals."""
+    plots = {}
+    for run in runs:
+        file = bench.workdir(run, seed) / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        for name in ("loss/denoising", "loss/consistency", "loss/adversarial", "loss/reconstruction", "loss/hinge"):
+            if values := [line[name] for line in lines if line.get(name) is not None]:
+                plots.setdefault(name.removeprefix("loss/"), {})[run] = values
+    return plots
+
+
+def make_report(bench: Bench, tables: list[str], seeds: list[int], records: dict, clips: dict) -> Report:
+    """Everything that was found; `records` and `clips` by row key, lists over seeds and of the first seed."""
+    report = Report("Tables of SF-V, reproduced")
+    several = f"means of seeds {', '.join(map(str, seeds))}; interval: lowest and highest seed"
+    notes = [*bench.notes, "N: conditions, held out."]
+    notes.append(f"Interval: {several}." if len(seeds) > 1 else f"Seed {seeds[0]}; interval: bootstrap, 95 %.")
+    notes.append("ms: one video on this machine, warm: per UNet call (two networks where guided), and image to frames.")
+    columns = ["", "published FVD", "FVD", "N", "interval", *bench.columns, "ms per call", "ms in all", "A100 s"]
+    for name in tables:
+        title, rows = TABLES[name]
+        found = [summarise(records[row.key]) for row in rows]
+        lines = [cells(bench, row, record) for row, record in zip(rows, found, strict=True)]
+        report.table(title, columns, lines, orders(rows, found) + (notes if name == tables[-1] else []))
+    names = dict.fromkeys(row.label for name in tables for row in TABLES[name][1] if row.key in clips)
+    keys = {row.label: row.key for name in tables for row in TABLES[name][1]}
+    shown = {"truth": bench.truth} | {label: clips[keys[label]] for label in names}
+    grid = {f"condition {n}": {label: x[n] for label, x in shown.items()} for n in range(min(SHOWN, len(bench.images)))}
+    report.clips("Side by side", grid, fps=4)
+    runs = [BASE, *experiments.runs_of(tables)]
+    for loss, series in curves(bench, runs, seeds[0]).items():
+        report.lines(f"Training: {loss}", series, "log interval", loss)
+    report.record = {"tables": tables, "seeds": seeds, "rows": records}
+    picture(shown, bench.folder / "strips.png")
+    return report
+
+
+# ---- cost ----
+
+
+def step_flops(config: ConfigDict, base: Path | None) -> float:
+    """FLOPs of a train step: matrix products and convolutions, from its jaxpr; nothing is allocated."""
+    size, codec = (448, 768), None
+    if config.data.source == "world":
+        unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
+        size = (world_of(config).size,) * 2
+    else:
+        unet = read_run(base)[0] if (base / "network.json").is_file() else read_model(base)[0]["unet"]
+    down = codec.downscale if codec else 8
+    method = METHODS[config.method]
+    networks = method.make_networks(dataclasses.replace(unet, attention_kernel="einsum", remat=False), config)
+    state = jax.eval_shape(lambda p: method.init_state(networks, config, p), networks.abstract["generator"])
+    n, t, c = config.batch_size, unet.num_frames, unet.out_channels
+    h, w = (side // down for side in size)
+    shapes = dict(latents=(n, t, h, w, c), cond_latent=(n, h, w, c), image_embed=(n, unet.cross_attention_dim))
+    batch = {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in (shapes | {"ids": (n, 3)}).items()}
+    return count_flops(method.make_train_step(networks, config), *state, batch)
+
+
+def plan(config: Callable, base: Path | None, tables: list[str], seeds: list[int], scale: str) -> list[str]:
+    """What the command will do and what training costs, in lines of text."""
+    runs = experiments.runs_of(tables)
+    rows = {row.key for name in tables for row in TABLES[name][1]}
+    todo = ([(BASE, 0)] if scale == "world" else []) + [(run, seed) for seed in seeds for run in runs]
+    lines, total, counted = [], 0.0, {}
+    for run, seed in todo:
+        settings = config(run, seed)
+        key = (settings.method, settings.discriminator.to_json() if "discriminator" in settings else "")
+        if key not in counted:
+            counted[key] = step_flops(settings, base)
+        flops = settings.steps * counted[key]
+        total += flops
+        if seed == seeds[0] or run == BASE:
+            lines.append(f"  {run}: {settings.steps} steps of {settings.batch_size}, {counted[key]:.3g} FLOPs each")
+    lines.append(f"{len(todo)} training runs ({len(seeds)} seeds), {len(rows) * len(seeds)} rows to sample and score.")
+    if scale == "world":
+        minutes = total / CPU_RATE / 60 + 0.5 * len(todo) + 0.2 * len(rows) * len(seeds)
+        lines.append(f"Training {total:.3g} FLOPs; about {minutes:.0f} minutes in all on two idle x86-64 cores.")
+    else:
+        hours = total / CHIP_RATE / 3600
+        lines.append(
+            f"Training {total:.3g} FLOPs: about {hours:.0f} hours of one H100 at 40 % of its peak (an assumption; "
+            "python -m sfv_jax.plan knows more), one process. Sampling and scoring come on top."
+        )
+    return ["Training:", *lines]
+
+
+# ---- the command ----
+
+
+def reproduce(bench: Bench, tables: list[str], seeds: list[int]) -> Report:
+    """All stages that are missing, and the report."""
+    records, clips, samplers = {}, {}, {}
+    if bench.trains_base:
+        ensure_trained(bench, BASE, 0)
+    for seed in seeds:
+        for run in [BASE, *experiments.runs_of(tables)]:
+            if run != BASE:
+                ensure_trained(bench, run, seed)
+            for row in {row.key: row for name in tables for row in TABLES[name][1] if row.run == run}.values():
+                record, made = ensure_row(bench, row, seed, samplers)
+                records.setdefault(row.key, []).append(record)
+                clips.setdefault(row.key, made[:SHOWN])
+    report = make_report(bench, tables, seeds, records, clips)
+    report.write(bench.folder)
+    return report
+
+
+FLAGS = flags.FLAGS
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    compiling.set_up()
+    tables, began, workdir = FLAGS.only, time.monotonic(), Path(FLAGS.workdir)
+    try:
+        unknown = [name for name in tables if name not in TABLES]
+        if unknown or not FLAGS.seeds:
+            raise ReproduceError(f"--only={','.join(unknown)}: choose from {', '.join(TABLES)}; --seeds: one or more")
+        seeds = [int(seed) for seed in FLAGS.seeds]
+        if FLAGS.scale == "world":
+            bench = world_bench(workdir, FLAGS.fast)
+            lines = plan(bench.config, None, tables, seeds, "world")
+        else:
+            if not (FLAGS.svd and FLAGS.data):
+                raise ReproduceError("--scale svd needs --svd MODEL and --data CACHE")
+            settings = lambda run, seed: experiments.svd_config(run, FLAGS.svd, FLAGS.data, seed)  # noqa: E731
+            lines = plan(settings, Path(FLAGS.svd), tables, seeds, "svd")
+        print("\n".join(lines), flush=True)
+        if FLAGS.dry_run:
+            return
+        if FLAGS.scale == "svd":
+            bench = svd_bench(workdir, FLAGS.svd, FLAGS.data, FLAGS.real, FLAGS.i3d, FLAGS.batch_size)
+        reproduce(bench, tables, seeds)
+    except (
+        ConfigError,
+        LatentError,
+        ReproduceError,
+        TrainingStopped,
+        VideoError,
+        WeightsError,
+        WorkdirError,
+        ValueError,
+    ) as error:
+        sys.exit(f"reproduce: {error}")
+    print("\n" + (bench.folder / "scores.md").read_text())
+    minutes = (time.monotonic() - began) / 60
+    print(f"Look at {bench.folder / 'index.html'} and strips.png. {minutes:.1f} minutes this time.")
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("workdir", "runs/reproduce", "folder for everything that is made")
+    flags.DEFINE_enum("scale", "world", ["world", "svd"], "tiny networks in the procedural world, or SVD itself")
+    flags.DEFINE_bool("fast", False, "world: a rougher table in twenty minutes")
+    flags.DEFINE_list("only", ["table1", "table2", "table3"], f"which tables: {', '.join(TABLES)}")
+    flags.DEFINE_list("seeds", ["0"], "of training (the base model has one) and of the samples")
+    flags.DEFINE_bool("dry_run", False, "print the plan and its cost, and stop")
+    flags.DEFINE_string("svd", None, "svd: model folder")
+    flags.DEFINE_string("data", None, "svd: latent cache to train on")
+    flags.DEFINE_string("real", None, "svd: folder of real videos; their first frames are the conditions")
+    flags.DEFINE_string("i3d", None, "svd: I3D weights for FVD")
+    flags.DEFINE_integer("batch_size", 8, "svd: videos sampled at a time", lower_bound=1)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    compiling.define_flags()
+    app.run(main)

@@ -1,0 +1,159 @@
+"""The command behind the paper's tables: its list of runs, and that stages are kept, continued and never repeated."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sfv_jax import config as configs
+from sfv_jax import experiments, reproduce
+from sfv_jax.checkpoint import WorkdirError
+from sfv_jax.config import patch_codec_of, unet_of, world_of
+from sfv_jax.experiments import BASE, Row
+from sfv_jax.methods import METHODS
+from tests import small_run
+
+ROWS = [Row("base, 1 step", BASE, published=2.0), Row("lcm, 2 steps", "animatelcm", 2, "animatelcm", published=1.0)]
+
+
+def small_config(run: str, seed: int, base: str):
+    """Networks that compile quickly."""
+    small = small_run.get_config()
+    config = configs.tiny(configs.teacher() if run == BASE else configs.animatelcm())
+    for section in ("data", "patch_codec", "unet"):
+        config[section] = small[section]
+    config.update(dict(steps=2, batch_size=4, log_every=1, checkpoint_every=1, sample_every=0, seed=seed))
+    config.init = "" if run == BASE else base
+    return config.lock()
+
+
+def trained(config, workdir):
+    """Leaves what reproduce looks at of `train.train`: tests of that and of the sampler are elsewhere."""
+    (workdir / "checkpoints" / str(config.steps)).mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    name = "loss/denoising" if config.method == BASE else "loss/consistency"
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps({"step": n, name: 1.0 / n}) + "\n" for n in (1, 2)))
+
+
+class Made:
+    """In place of `Sampler`: a video depends on its model, its image and its seed."""
+
+    @classmethod
+    def load(cls, path):
+        assert (path / "checkpoints").is_dir()
+        return cls()
+
+    def __call__(self, images, *, seed=0, times=None, steps, sampler, guidance, noise_aug_strength):
+        if times is not None:
+            times["denoise"] = 0.01 * steps
+        seed = [seed] if times is not None else seed
+        noise = [
+            np.random.default_rng(n).integers(0, 9, (2, *image.shape)) for n, image in zip(seed, images, strict=True)
+        ]
+        return np.stack([(image // 2 + steps + x).astype(np.uint8) for image, x in zip(images, noise, strict=True)])
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> reproduce.Bench:
+    """Two rows in the smallest world; the score is the mean brightness."""
+    monkeypatch.setitem(experiments.TABLES, "small", ("Small", ROWS))
+    monkeypatch.setattr(reproduce, "train", trained)
+    monkeypatch.setattr(reproduce, "Sampler", Made)
+    base = tmp_path / "base"
+    truth, _ = world_of(small_config(BASE, 0, "")).batch(range(4), "heldout")
+    return reproduce.Bench(
+        folder=tmp_path,
+        config=lambda run, seed: small_config(run, seed, str(base)),
+        base=base,
+        trains_base=True,
+        truth=truth,
+        images=list(truth[:, 0]),
+        score=lambda clips: {"fvd": float(clips.mean()), "interval": (0.0, 1.0), "mean": 1.0},
+        columns={"mean": "mean"},
+        notes=[],
+        options=dict(noise_aug_strength=0.0),
+        load={},
+        batch=3,
+    )
+
+
+def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
+    calls, score = [], bench.score
+
+    def scored(clips):
+        calls.append(len(clips))
+        if len(calls) == 2:
+            raise KeyboardInterrupt  # in the middle: all is trained and sampled, one row is scored
+        return score(clips)
+
+    object.__setattr__(bench, "score", scored)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.reproduce(bench, ["small"], [0])
+    assert not (bench.folder / "scores.md").exists()
+
+    def never(*_, **__):
+        raise AssertionError("made again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "train", never)
+        patch.setattr(reproduce, "sample_clips", lambda *_: reproduce.read_clips(_[4], bench))
+        reproduce.reproduce(bench, ["small"], [0])
+        table = (bench.folder / "scores.md").read_text()
+        assert calls == [4, 4, 4]
+        reproduce.reproduce(bench, ["small"], [0])
+        assert calls == [4, 4, 4] and (bench.folder / "scores.md").read_text() == table
+    assert "| base, 1 step | 2 |" in table and "published: lcm, 2 steps < base, 1 step" in table
+    page = (bench.folder / "index.html").read_text()
+    assert page.count("<video") == 4 * 3 and "Training: consistency" in page
+    assert (bench.folder / "strips.png").stat().st_size > 0
+    # A row whose model was trained otherwise is made anew, and a workdir of another config is refused.
+    _, first = reproduce.ensure_row(bench, ROWS[0], 0, {})
+    _, second = reproduce.ensure_row(bench, ROWS[0], 1, {})
+    assert calls == [4] * 4 and not np.array_equal(first, second)
+    object.__setattr__(bench, "config", lambda run, seed: small_config(run, seed + 1, str(bench.base)))
+    with pytest.raises(WorkdirError, match="seed"):
+        reproduce.ensure_trained(bench, BASE, 0)
+
+
+def test_several_seeds_give_a_mean_and_a_range():
+    records = [{"fvd": v, "interval": (0, 9), "distance": 2 * v, "digest": "x"} for v in (1.0, 2.0, 6.0)]
+    assert reproduce.summarise(records) == {"fvd": 3.0, "distance": 6.0, "interval": (1.0, 6.0)}
+    assert reproduce.summarise(records[:1]) is records[0]
+
+
+@pytest.mark.parametrize("run", experiments.RUNS)
+def test_every_run_is_a_config_that_its_method_accepts(run):
+    """At both scales; in the world all methods have the same budget."""
+    method, changes = experiments.RUNS[run]
+    config = experiments.svd_config(run, "model", "cache", 3)
+    default = getattr(configs, method)()
+    assert (config.init, config.data.path, config.seed, config.steps) == ("model", "cache", 3, 50_000)
+    for field, value in changes.items():
+        section, name = field.split(".")
+        assert config[section][name] == value != default[section][name]
+    world = experiments.world_config(run, experiments.FAST, 0, "base")
+    assert (world.steps, world.batch_size) == (experiments.FAST.steps, experiments.FAST.batch)
+    for field, value in changes.items():
+        section, name = field.split(".")
+        assert world[section][name] == value
+    codec, unet = patch_codec_of(world), unet_of(world)
+    assert unet.out_channels == codec.latent_channels and world_of(world).size % codec.embed_cell == 0
+    METHODS[method].make_networks(unet, world)
+
+
+def test_tables_name_runs_that_exist():
+    rows = [row for _, rows in experiments.TABLES.values() for row in rows]
+    assert {row.run for row in rows} <= {BASE, *experiments.RUNS}
+    kinds = {row.key: (row.run, row.steps, row.sampler, row.guidance) for row in rows}
+    assert len(kinds) == len({*kinds.values()})  # a key names one way of sampling one model
+    assert set(experiments.runs_of(["table2"])) == {"sfv", "spatial heads", "temporal heads"}
+
+
+def test_the_plan_counts_steps_and_flops(tmp_path):
+    def config(run, seed):
+        return small_config(BASE if run == BASE else "animatelcm", seed, "")
+
+    lines = "\n".join(reproduce.plan(config, None, ["table1"], [0, 1], "world"))
+    assert "teacher: 2 steps of 4" in lines and "9 training runs (2 seeds)" in lines
+    one, two = (reproduce.step_flops(config(run, 0), None) for run in (BASE, "animatelcm"))
+    assert one > 1e6 and 1.5 * one < two < 2.5 * one  # student (3 passes), guided teacher (2) and target (1)
