@@ -28,6 +28,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from sfv_jax import compiling
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data import ucf101
@@ -151,6 +152,7 @@ FLAGS = flags.FLAGS
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    compiling.set_up()
     values = {name: FLAGS[name].value for name in FLAGS}
     try:
         report = run(values)
@@ -177,6 +179,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("svd", None, "model folder whose CLIP tower compares frames of --videos with the condition")
     flags.DEFINE_bool("flow", True, "optical flow, which needs OpenCV")
     flags.DEFINE_integer("shown", 9, "clips of how many names the page plays", lower_bound=0)
+    compiling.define_flags()
     _define_protocol_flags()
     _define_sampler_flags()
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sfv_jax.evaluation.frechet import Moments, frechet_distance, measure
+from sfv_jax.evaluation.frechet import Moments, extrapolate, frechet_distance, measure
 
 
 def gaussians(n: int, d: int, seed: int = 0):
@@ -49,6 +49,20 @@ def test_bias_falls_with_n_and_extrapolation_removes_most_of_it():
     assert abs(few.extrapolated - truth) < 0.5 * (few.value - truth)
     assert many.interval[0] < many.value < many.interval[1] and few.n == 160
     assert few.interval[1] - few.interval[0] > many.interval[1] - many.interval[0]
+
+
+def test_bias_of_400_features_is_inverse_to_n():
+    """The table of docs/evaluation.md: what one distribution scores against itself, and against another."""
+    rng, deviation = np.random.default_rng(0), np.arange(1, 401) ** -0.25
+    draw = lambda n, scale=1.0: scale * deviation * rng.standard_normal((n, 400))  # noqa: E731
+    found = {n: frechet_distance(Moments.of(draw(n)), Moments.of(draw(n))) for n in (256, 512, 2048)}
+    assert 512 * found[512] == pytest.approx(2048 * found[2048], rel=0.05)
+    assert 256 * found[256] == pytest.approx(512 * found[512], rel=0.1)
+    truth = 0.25 * np.sum(deviation**2)  # of deviations 1 and 1.5
+    real, fake = draw(2048), draw(2048, 1.5)
+    between = lambda a, b: frechet_distance(Moments.of(real[a]), Moments.of(fake[b]))  # noqa: E731
+    assert 0.3 < (between(slice(None), slice(None)) - truth) / truth < 0.6
+    assert extrapolate(2048, between, rng, points=3) == pytest.approx(truth, rel=0.05)
 
 
 def test_same_set_is_at_distance_zero():

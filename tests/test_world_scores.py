@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from sfv_jax.data.worlds import PALETTE, World
+from sfv_jax.evaluation import compare, worldnet
 from sfv_jax.evaluation import world as scores
-from sfv_jax.evaluation import worldnet
 
 WORLD = World(
     size=16, num_frames=6, directions=4, angle_offset=45.0, speeds=(1.5,), radii=(2.5, 3.5), shapes=("disc", "square")
@@ -110,6 +110,22 @@ def test_the_network_is_kept_and_made_again_alike(network, tmp_path):
     assert all(np.array_equal(a[k], b[k]) for k in a.files if k != "about") and second["accuracy"] == first["accuracy"]
     changed = [dataclasses.replace(WORLD, seed=1), dataclasses.replace(WORLD, speeds=(1.0,))]
     assert len({worldnet.identity(w, short) for w in [WORLD, *changed]} | {worldnet.identity(WORLD, SMALL)}) == 4
+
+
+def test_a_checkpoint_on_the_world(network, tmp_path):
+    def stand_still(images, *, seed, num_frames, **options):
+        assert options["height"] == options["width"] == 16 and options["noise_aug_strength"] == 0
+        return np.repeat(np.stack(images)[:, None], num_frames, axis=1)
+
+    how = dict(n=24, options={"noise_aug_strength": 0}, origin={"checkpoint": "still"}, network=network, batch_size=16)
+    report = compare.checkpoint_on_world(stand_still, WORLD, tmp_path, **how, shown=2)
+    found = report.record["scores"]
+    generated, still = (found[name] | {"network": None} for name in ("generated", "still image"))
+    assert generated["legal"] == 0 and generated == still
+    assert found["truth"]["distance"] == 0 and found["truth"]["legal"] == 1
+    report.write(tmp_path)
+    assert (tmp_path / "index.html").read_text().count("data:video/mp4") == 6
+    assert "| generated |" in (tmp_path / "scores.md").read_text()
 
 
 def test_refusals():
