@@ -12,6 +12,7 @@ import pytest
 from sfv_jax.models import attention, layers, tree
 from sfv_jax.models.layers import Upsample
 from sfv_jax.models.unet import UNet
+from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.sharding import make_mesh, on_mesh
 from tests.conftest import CONFIGS, assert_equal, noise, value_and_gradients
 
@@ -149,3 +150,59 @@ def test_the_unet_attends_in_space_by_the_tpu_kernel_and_in_time_without(monkeyp
     attentions = 1  # the last level has none, but the middle does
     for kernel in ("fwd_residuals", "dkv_no_residuals", "dq_no_residuals"):
         assert len([name for name in names if kernel in name]) == attentions, names
+
+
+# ---- decoding in pieces ----
+
+
+DECODER = VAEConfig.tiny(block_out_channels=(8, 8), layers_per_block=1, norm_groups=4, temporal_conv="conv")
+
+
+def decode(pixels: int, params, latents):
+    """Frames by a decoder that works on `pixels` at a time."""
+    graphdef, _ = tree.abstract(TemporalVAE, replace(DECODER, decode_pixels=pixels), dtype=latents.dtype)
+    return tree.build(graphdef, params).decode(latents)
+
+
+def decoder_inputs(dtype) -> tuple:
+    leaves, structure = jax.tree.flatten(tree.abstract(TemporalVAE, DECODER)[1])
+    params = structure.unflatten([0.3 * noise(n, *x.shape) for n, x in enumerate(leaves)])
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, noise(99, 2, 3, 8, 12, 4)))
+
+
+def loops(jaxpr: str) -> int:
+    return jaxpr.count("while[") + jaxpr.count("scan[")
+
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compile soon, run slowly
+decoded = jax.jit(decode, static_argnums=0, compiler_options=QUICK)
+
+
+def test_decoding_in_pieces_is_decoding():
+    """Frame by frame and in strips on both levels; two resnets each, of three loops, and the last convolution's."""
+    with jax.enable_x64(True):
+        args = decoder_inputs(jnp.float64)
+        whole, pieces = decoded(0, *args), decoded(50, *args)
+        assert whole.shape == (2, 3, 16, 24, 3)
+        assert_equal([pieces], [whole], 1e-12)
+        found = [loops(str(jax.make_jaxpr(partial(decode, pixels))(*args))) for pixels in (0, 50, 200, 600)]
+    assert found == [0, 13, 7, 0]  # levels of 576 and 2304 pixels: none, both, the second, none in pieces
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 4), (1, 1, 3)], ids=str)
+def test_decoding_in_pieces_on_several_devices(mesh):
+    """Strips cross the axis that devices share: columns for rows on four, rows for columns on three."""
+    args = decoder_inputs(jnp.float32)
+    devices = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
+    assert_equal([on_mesh(devices, decoded)(15, *args)], [decoded(0, *args)], 2e-5)
+
+
+def test_pieces_hold_less_memory():
+    """By XLA's plan for 8 frames of 256 x 256: little more than the largest activation, 16 MiB, instead of four."""
+    params, _ = decoder_inputs(jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, 8, 128, 128, 4), jnp.float32)
+    whole, pieces = (
+        decoded.lower(pixels, params, latents).compile().memory_analysis().temp_size_in_bytes / 2**20
+        for pixels in (0, 2**14)
+    )
+    assert pieces < 40 < 64 < whole, (pieces, whole)

@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 from flax import nnx
 from jax import lax
 
@@ -23,6 +23,10 @@ kernel_init = nnx.initializers.lecun_normal()
 Linear = partial(nnx.Linear, promote_dtype=promote)
 # Flax defaults (fast variance, eps 1e-6) match neither diffusers nor fp32 accuracy: two passes, and eps always named.
 LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+
+
+def _fp32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class GroupNorm(nnx.Module):
@@ -40,14 +44,27 @@ class GroupNorm(nnx.Module):
         self.groups, self.eps, self.per_frame, self.dtype = groups, eps, per_frame, dtype
 
     def __call__(self, x: Array) -> Array:
-        b, t, h, w, c = x.shape
-        lead = (b * t,) if self.per_frame else (b, t)
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(*lead, h, w, self.groups, c // self.groups)
-        axes = tuple(range(1, y.ndim - 2)) + (y.ndim - 1,)
-        mean = jnp.mean(y, axes, keepdims=True)
-        var = jnp.mean(jnp.square(y - mean), axes, keepdims=True)
-        y = ((y - mean) * lax.rsqrt(var + self.eps)).reshape(x.shape)
-        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
+        return self.normalise(x, *self.statistics(x))
+
+    def statistics(self, x: Array) -> tuple[Array, Array]:
+        """Mean and variance of every channel's group, fp32 `[b, t, 1, 1, c]`; `[b, 1, 1, 1, c]` over all frames.
+
+        Channels are reduced by themselves and their results by groups: splitting the channel axis of `x` would move it
+        through memory on TPU.
+        """
+        axes = (2, 3) if self.per_frame else (1, 2, 3)
+        y = _fp32(x)
+        mean = self._over_groups(jnp.mean(y, axes, keepdims=True))
+        return mean, self._over_groups(jnp.mean(jnp.square(y - mean), axes, keepdims=True))
+
+    def normalise(self, x: Array, mean: Array, var: Array) -> Array:
+        """`x [b, t, h, w, c]` with these statistics, scaled and shifted, in the compute dtype."""
+        y = (_fp32(x) - mean) * (lax.rsqrt(var + self.eps) * self.scale[...]) + self.bias[...]
+        return y.astype(self.dtype)
+
+    def _over_groups(self, x: Array) -> Array:
+        groups = rearrange(x, "b t 1 1 (g n) -> b t g n", g=self.groups).mean(-1)
+        return repeat(groups, "b t g -> b t 1 1 (g n)", n=x.shape[-1] // self.groups)
 
 
 class Conv2d(nnx.Module):
@@ -198,7 +215,10 @@ class SpatioTemporalResBlock(nnx.Module):
         self.time_mixer = AlphaBlender(alpha, switch=switch, **kw)
 
     def __call__(self, x: Array, emb: Array | None = None) -> Array:
-        spatial = self.spatial_res_block(x, emb)
+        return self.mix(self.spatial_res_block(x, emb), emb)
+
+    def mix(self, spatial: Array, emb: Array | None = None) -> Array:
+        """The temporal resnet on the output of the spatial one, and their mixture."""
         return rows(self.time_mixer(spatial, self.temporal_res_block(spatial, emb)))
 
 

@@ -46,9 +46,15 @@ def rows(x: Array, *sizes: tuple[int, int]) -> Array:
     if axis_size(*BATCH, "spatial") == 1:
         return x
     heights, widths = zip(x.shape[2:4], *sizes, strict=True)
-    divide = [all(length % axis_size("spatial") == 0 for length in lengths) for lengths in (heights, widths)]
-    axes = ("spatial",) if divide[0] else (None, "spatial") if divide[1] else ()
+    axis = shared_axis(math.gcd(*heights), math.gcd(*widths))
+    axes = {2: ("spatial",), 3: (None, "spatial"), None: ()}[axis]
     return lax.with_sharding_constraint(x, P(BATCH, None, *axes))
+
+
+def shared_axis(height: int, width: int) -> int | None:
+    """The axis of `[b, t, h, w, c]` that devices along `spatial` share: 2 (rows), 3 (columns) or none."""
+    n = axis_size("spatial")
+    return None if n == 1 else 2 if height % n == 0 else 3 if width % n == 0 else None
 
 
 def per_row(attend: Callable, q: Array, k: Array, v: Array, *, partitioned: bool = True) -> Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from sfv_jax.models import streaming
 from sfv_jax.models.attention import attention
 from sfv_jax.models.layers import (
     Conv2d,
@@ -25,7 +26,11 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the VAE; field names follow diffusers' `vae/config.json`."""
+    """Sizes of the VAE; field names follow diffusers' `vae/config.json` where it has them.
+
+    `decode_pixels` bounds the memory of decoding: levels of more than four times as many pixels per device, over all
+    frames, are computed in pieces of at most so many (or of one frame), with the same result; 0: all at once.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -36,6 +41,7 @@ class VAEConfig:
     sample_size: int = 768
     norm_groups: int = 32
     temporal_conv: str = "conv"
+    decode_pixels: int = 2**18
 
     @classmethod
     def svd(cls, **changes) -> "VAEConfig":
@@ -142,6 +148,7 @@ class TemporalDecoder(nnx.Module):
                 **kw,
             )
 
+        self.pixels = config.decode_pixels
         self.conv_in = Conv2d(config.latent_channels, channels[0], 3, padding=1, **kw)
         self.mid_block = Blocks(
             [resnet(channels[0], channels[0]) for _ in range(config.layers_per_block)],
@@ -160,9 +167,23 @@ class TemporalDecoder(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x = self.mid_block(rows(self.conv_in(rows(x))))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.time_conv_out(self.conv_out(nnx.silu(self.conv_norm_out(x))))
+        for n, block in enumerate(self.up_blocks):
+            for m, resnet in enumerate(block.resnets):
+                grow = self.up_blocks[n - 1].upsamplers[0] if n > 0 and m == 0 else None
+                x = self._resnet(resnet, x, grow)
+        frames = streaming.frame_pieces(x, x.shape[2:4], self.pixels)
+        x = streaming.in_pieces(lambda x: self.conv_out(nnx.silu(self.conv_norm_out(x))), x, 1, frames)
+        return self.time_conv_out(x)
+
+    def _resnet(self, resnet: SpatioTemporalResBlock, x: Array, grow: Upsample | None) -> Array:
+        """`resnet` on `x`, which `grow` has made larger before; in pieces where frames are large."""
+        factor = 1 if grow is None else 2
+        frames = streaming.frame_pieces(x, (factor * x.shape[2], factor * x.shape[3]), self.pixels)
+
+        def spatial(x: Array) -> Array:
+            return rows(resnet.spatial_res_block(x if grow is None else grow(x)))
+
+        return streaming.mix(resnet, streaming.in_pieces(spatial, x, 1, frames), self.pixels)
 
 
 class TemporalVAE(nnx.Module):

@@ -52,7 +52,7 @@ _CLIP_DEFAULTS = dict(
 def to_json(component: str, config) -> dict:
     """The `config.json` of `component` for one of our configs.
 
-    Fields that only say how to compute (`temporal_conv`, `attention_kernel`, `remat`) are left out.
+    Fields that only say how to compute (`temporal_conv`, `attention_kernel`, `remat`, `decode_pixels`) are left out.
     Raises:
       WeightsError: if a field that diffusers has no name for is not what it has built in (`BUILT_IN`).
     """
@@ -79,7 +79,7 @@ def _unet_json(config: UNetConfig, shared: dict) -> dict:
 
 
 def _vae_json(config: VAEConfig, shared: dict) -> dict:
-    ours = BUILT_IN.keys() | {"temporal_conv"}
+    ours = BUILT_IN.keys() | {"temporal_conv", "decode_pixels"}
     return {
         "_class_name": COMPONENTS["vae"].class_name,
         "_diffusers_version": DIFFUSERS_VERSION,
