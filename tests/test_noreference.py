@@ -49,11 +49,16 @@ def test_frozen_videos_are_told_from_slow_ones():
     still = np.repeat(texture()[None], 6, axis=0)
     noisy = np.clip(still + np.random.default_rng(0).normal(0, 1.5, still.shape), 0, 255).astype(np.uint8)
     assert motion.is_frozen(still) and motion.is_frozen(noisy) and not motion.is_frozen(sliding(1))
+    steps = np.full((3, 2, 2, 3), 10, np.uint8) * np.array([1, 0, 3], np.uint8)[:, None, None, None]
+    assert motion.motion_energy(steps) == 20
     assert motion.motion_energy(still) == 0 and motion.changed_share(still) == 0
     assert not motion.is_frozen(World().clip(0)[0])
 
 
 def test_detail_sees_blur_and_noise_contrast_sees_fading():
+    dot = np.zeros((1, 5, 5, 3), np.uint8)
+    dot[0, 2, 2] = 90
+    assert appearance.sharpness(dot)[0] == pytest.approx((4 * 90 + 4 * 90) / 9, rel=1e-4)
     frames = sliding(1)
     detail = lambda x: appearance.against(appearance.sharpness, x, frames[0])  # noqa: E731
     soft = np.concatenate([frames[:2], blurred(frames[2:], 2)])

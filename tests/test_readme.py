@@ -93,6 +93,7 @@ def test_the_commands_of_the_readme(place, pipeline_folder):
         ),
         ("train", ["--config=configs/sfv.py", "--workdir=x"], "train: config.init is empty"),
         ("prepare", ["--videos=clips", "--svd=nowhere", "--out=x"], "prepare: nowhere"),
+        ("evaluate", ["--videos=clips", "--reference=clips", "--out=x"], "evaluate: FVD needs I3D weights"),
     ],
 )
 def test_bad_input_is_one_line(place, module, arguments, message):

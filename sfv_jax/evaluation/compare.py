@@ -212,11 +212,14 @@ def checkpoint_on_world(
     found = {name: exact.score(world, labels, x, network=network, seed=seed) for name, x in sets.items()}
     report = Report(f"{origin['checkpoint']} on its world")
     rows = [[name, *(scores[key] for key in exact.MEANINGS)] for name, scores in found.items()]
-    notes = [f"{n} held-out first frames, seeds from {seed}.", *(f"{k}: {v}." for k, v in exact.MEANINGS.items())]
+    notes = [
+        f"{n} held-out first frames, seeds from {seed}.",
+        *(f"{k.replace('_', ' ')}: {v}." for k, v in exact.MEANINGS.items()),
+    ]
     if "network" in found["truth"]:
         about = found["truth"]["network"]
         accuracy = ", ".join(f"{k} {v:.3f}" for k, v in about["accuracy"].items())
-        notes.append(f"Network of world_fvd: accuracy {accuracy}; SHA-256 {about['sha256']}.")
+        notes.append(f"Network of world fvd: accuracy {accuracy}; SHA-256 {about['sha256']}.")
     report.table("Exact scores", ["", *(name.replace("_", " ") for name in exact.MEANINGS)], rows, notes)
     report.clips("Side by side", {names[k]: {g: x[k] for g, x in sets.items()} for k in range(min(shown, n))}, 4)
     report.record |= {"scores": found, "options": options, "origin": origin, "protocol": asdict(protocol)}
