@@ -110,7 +110,10 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
     _, first = reproduce.ensure_row(bench, ROWS[0], 0, {})
     _, second = reproduce.ensure_row(bench, ROWS[0], 1, {})
     assert calls == [4] * 4 and not np.array_equal(first, second)
-    object.__setattr__(bench, "config", lambda run, seed: small_config(run, seed + 1, str(bench.base)))
+    (bench.base / "config.json").write_text(json.dumps(small_config(BASE, 1, "").to_dict()))
+    reproduce.ensure_row(bench, ROWS[0], 0, {})
+    assert calls == [4] * 5
+    object.__setattr__(bench, "config", lambda run, seed: small_config(run, seed + 2, str(bench.base)))
     with pytest.raises(WorkdirError, match="seed"):
         reproduce.ensure_trained(bench, BASE, 0)
 
