@@ -36,6 +36,7 @@ from sfv_jax.data.video import VideoError
 from sfv_jax.evaluation import compare, latency
 from sfv_jax.evaluation.collection import Clip, Reading, find_clips
 from sfv_jax.evaluation.features import load_features
+from sfv_jax.evaluation.motion import opencv
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models.codec import SVDCodec
@@ -108,6 +109,8 @@ def run(values: dict) -> Report:
     """What the flags ask for."""
     kind, out = mode(values), Path(values["out"])
     protocol = protocol_of(values)
+    if values["flow"] and kind in ("alone", "dataset"):
+        opencv()  # now, not after hours of sampling
     if kind == "alone":
         embed = load_codec(values["svd"]).embed if values["svd"] else None
         images = values["images"] and Path(values["images"])

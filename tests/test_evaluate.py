@@ -213,6 +213,8 @@ def test_folders_of_different_sizes_are_compared_at_equal_n(clips, ucf, tmp_path
     distances = report.record["distances"]
     assert [distances[name]["n"] for name in ("moving", "frozen")] == [21, 21]
     assert distances["moving"]["value"] < 1e-6 < distances["frozen"]["value"]
+    lots = compare.folder_against_folder(*args, Protocol(n=0, **SMALL), lambda x: np.repeat(colours(x), 5, 1), ABOUT)
+    assert "21 clips are fewer than 30 features" in lots.page() and "fewer than" not in report.page()
     assert len(report.record["dropped"]["moving"]) == 1 and "0.mp4" in report.record["dropped"]["moving"][0]
     with pytest.raises(VideoError, match="21 of 21 clips are usable, fewer than n = 25"):
         compare.folder_against_folder(*args, Protocol(n=25, **SMALL), colours, ABOUT)

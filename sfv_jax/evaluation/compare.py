@@ -178,12 +178,17 @@ def footer(protocol: Protocol, about: dict, sets: dict[str, Set], real: Set) -> 
     made = ", ".join(f"{name} {value}" for name, value in about.items())
     all_sets = {"reference": real, **sets}
     counts = ", ".join(f"{name} {len(x.names)} (and {len(x.dropped)} dropped)" for name, x in all_sets.items())
-    return [
+    notes = [
         f"Protocol: {fields}.",
         f"Features: {made}.",
         f"Usable clips: {counts}; {protocol.n} of each used.",
         "Distances compare at equal N and equal features only. The interval is a bootstrap over clips.",
     ]
+    width = real.features.shape[1]
+    if protocol.n < width:
+        few = f"{protocol.n} clips are fewer than {width} features"
+        notes.append(f"{few}: most of the distance is bias, and N to infinity a guess.")
+    return notes
 
 
 def checkpoint_on_world(

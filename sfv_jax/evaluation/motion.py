@@ -51,7 +51,7 @@ def flow_scores(frames: np.ndarray) -> dict[str, float]:
     Raises:
       FlowError: if OpenCV is not installed.
     """
-    cv2 = _opencv()
+    cv2 = opencv()
     small = [_scaled(cv2, frame) for frame in frames]
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in small]
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -74,7 +74,8 @@ def flow_scores(frames: np.ndarray) -> dict[str, float]:
     }
 
 
-def _opencv():
+def opencv():
+    """The module cv2. Raises FlowError if it is not installed."""
     try:
         import cv2
     except ImportError as error:
