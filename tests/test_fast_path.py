@@ -88,6 +88,27 @@ def test_networks_upsample_in_the_small_frame(monkeypatch, platform):
     assert forms[platform] not in convolutions(loss, params, odd)
 
 
+# ---- convolutions on CPU ----
+
+
+def test_few_pixels_and_many_channels_are_a_matrix_product_on_cpu(monkeypatch):
+    def convolve(x, kernel):
+        graphdef, _ = tree.abstract(
+            partial(layers.Conv2d, o=3, kernel_size=3, padding=1, dtype=x.dtype, param_dtype=x.dtype), 256
+        )
+        return tree.build(graphdef, {"kernel": kernel, "bias": jnp.ones(3, x.dtype)})(x)
+
+    with jax.enable_x64(True):
+        args = jnp.asarray(noise(0, 1, 2, 4, 8, 256), jnp.float64), jnp.asarray(noise(1, 3, 3, 256, 3), jnp.float64)
+        found = value_and_gradients(convolve, *args)
+        assert not convolutions(convolve, *args)
+        larger = jax.ShapeDtypeStruct((1, 2, 5, 8, 256), jnp.float64)
+        assert convolutions(convolve, larger, args[1]) == [((3, 3, 256, 3), (1, 1))]
+        monkeypatch.setattr(layers, "platform", lambda: "gpu")
+        expected = value_and_gradients(convolve, *args)
+        assert_equal(found, expected, 1e-12)
+
+
 # ---- attention ----
 
 
