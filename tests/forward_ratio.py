@@ -37,7 +37,7 @@ def config(size: str) -> UNetConfig:
 
 def calls(size: str) -> dict[str, dict]:
     """`{"forward": {"diffusers": call, "sfv_jax": call}, "forward and backward": ...}`; a call waits for its result."""
-    model = reference.unet(config(size))
+    model = reference.unet(config(size)).requires_grad_(True)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         params = jax.device_put(load_component(folder, "unet")[0])
@@ -59,7 +59,7 @@ def calls(size: str) -> dict[str, dict]:
         theirs().square().mean().backward()
 
     forward, gradient = jax.jit(ours), jax.jit(jax.grad(lambda params: jnp.mean(jnp.square(ours(params)))))
-    difference = np.abs(np.asarray(forward(params)) - reference.to_numpy(theirs())).max()
+    difference = np.abs(np.asarray(forward(params)) - reference.to_numpy(theirs().detach())).max()
     print(f"{size}: largest difference {difference:.1e}")
     return {
         "forward": {

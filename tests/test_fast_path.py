@@ -109,6 +109,23 @@ def test_few_pixels_and_many_channels_are_a_matrix_product_on_cpu(monkeypatch):
         assert_equal(found, expected, 1e-12)
 
 
+# ---- convolution along time ----
+
+
+def test_temporal_convolution_on_gpu_is_two_dimensional(monkeypatch):
+    def convolve(form, x, kernel):
+        build = partial(layers.TemporalConv, o=3, form=form, dtype=x.dtype, param_dtype=x.dtype)
+        return tree.build(tree.abstract(build, 2)[0], {"kernel": kernel, "bias": jnp.ones(3, x.dtype)})(x)
+
+    with jax.enable_x64(True):
+        args = jnp.asarray(noise(0, 2, 5, 3, 4, 2), jnp.float64), jnp.asarray(noise(1, 3, 1, 1, 2, 3), jnp.float64)
+        expected = value_and_gradients(partial(convolve, "conv"), *args)
+        assert_equal(value_and_gradients(partial(convolve, "matmul"), *args), expected, 1e-12)
+        monkeypatch.setattr(layers, "platform", lambda: "gpu")
+        assert_equal(value_and_gradients(partial(convolve, "conv"), *args), expected, 1e-12)
+        assert convolutions(partial(convolve, "conv"), *args) == [((3, 1, 2, 3), (1, 1))]
+
+
 # ---- attention ----
 
 
