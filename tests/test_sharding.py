@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from sfv_jax import config as configs
-from sfv_jax import optim, sharding
+from sfv_jax import hlo, optim, sharding
 from sfv_jax.methods import METHODS
 from sfv_jax.models import placing, tree
+from sfv_jax.models.attention import TransformerSpatioTemporal, attention
 from sfv_jax.models.layers import Downsample, Upsample
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.state import Networks
@@ -149,6 +150,41 @@ def test_resizing_where_rows_do_not_divide(layer, size):
     for spatial in (4, 8):
         mesh = sharding.make_mesh(1, 1, spatial, devices=jax.devices()[:spatial])
         assert_equal(sharding.on_mesh(mesh, value_and_gradients)(resize, *args), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "frames", "heads"), [((1, 1, 8), 3, 5), ((2, 1, 4), 8, 1), ((1, 1, 8), 1, 3)], ids=str
+)
+def test_attention_over_shared_rows(shape, frames, heads):
+    """In value and gradient; whole frames are exchanged where they share out, else keys and values are gathered."""
+    args = [noise(n, frames, 16, heads, 4) for n in range(3)]
+    expected = value_and_gradients(attention, *args)
+    mesh = sharding.make_mesh(*shape)
+    assert_equal(sharding.on_mesh(mesh, value_and_gradients)(attention, *args), expected, 1e-5)
+    place = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "spatial"))
+    forward = sharding.on_mesh(mesh, jax.jit(attention, in_shardings=(place,) * 3, out_shardings=place).lower)(*args)
+    found = set(hlo.collectives(hlo.parse(forward.compile().as_text()), 8))
+    assert found == ({"all-to-all"} if frames > 1 else {"all-gather"})
+
+
+@pytest.mark.parametrize("size", [(6, 8), (8, 3)], ids=str)
+def test_a_transformer_by_rows_or_columns(size):
+    """Tokens are laid out as devices hold them: in value and gradient, and nothing is gathered."""
+    kw = dict(groups=2, kernel="auto", remat=False, dtype=np.float32, param_dtype=np.float32)
+    graphdef, shapes = tree.abstract(lambda _, **k: TransformerSpatioTemporal(8, 2, 4, **kw, **k), None)
+    leaves, structure = jax.tree.flatten(shapes)
+    params = structure.unflatten([0.3 * noise(n, *x.shape) for n, x in enumerate(leaves)])
+
+    def forward(x, context):
+        return tree.build(graphdef, params)(placing.rows(x), context)
+
+    args = noise(0, 1, 4, *size, 8), noise(1, 1, 4)
+    expected = value_and_gradients(forward, *args)
+    mesh = sharding.make_mesh(1, 1, 4, devices=jax.devices()[:4])
+    assert_equal(sharding.on_mesh(mesh, value_and_gradients)(forward, *args), expected, 1e-5)
+    place = jax.NamedSharding(mesh, jax.P(None, None, *(["spatial"] if size[0] % 4 == 0 else [None, "spatial"])))
+    compiled = sharding.on_mesh(mesh, jax.jit(forward, in_shardings=(place, None)).lower)(*args).compile()
+    assert "all-gather" not in hlo.collectives(hlo.parse(compiled.as_text()), 4)
 
 
 # ---- the table of rules ----

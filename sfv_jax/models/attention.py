@@ -14,7 +14,7 @@ from jax import lax
 
 from sfv_jax.models.layers import AlphaBlender, GroupNorm, LayerNorm, Linear, TimestepEmbedding, remat
 from sfv_jax.models.layers import sinusoidal_embedding as sinusoid
-from sfv_jax.models.placing import per_row, platform, rows
+from sfv_jax.models.placing import flat, per_row, platform, rows, unflat
 
 Array = jax.Array
 QUERY_BLOCK = 1024  # queries per step of the blocked kernel: 9 steps at 9216 tokens, scores of 5x1024x9216 per frame
@@ -231,7 +231,7 @@ class TransformerSpatioTemporal(nnx.Module):
         _, t, height, width, c = x.shape
 
         def spatial(x: Array) -> Array:
-            tokens = self.proj_in(rearrange(self.norm(x), "b t h w c -> b t (h w) c"))
+            tokens = self.proj_in(flat(self.norm(x)))
             return self.transformer_blocks[0](tokens, context)
 
         def temporal(tokens: Array) -> Array:
@@ -240,4 +240,4 @@ class TransformerSpatioTemporal(nnx.Module):
             return self.proj_out(self.time_mixer(tokens, moved))
 
         tokens = remat(temporal, self.remat)(remat(spatial, self.remat)(x))
-        return rows(x + rearrange(tokens, "b t (h w) c -> b t h w c", h=height, w=width))
+        return rows(x + unflat(tokens, height, width))

@@ -5,8 +5,11 @@ Mesh axes: `data` and `fsdp` share the batch, `fsdp` the stored weights, `spatia
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
+import jax.numpy as jnp
+from einops import rearrange
 from flax.nnx.nn import dtypes
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -57,11 +60,24 @@ def shared_axis(height: int, width: int) -> int | None:
     return None if n == 1 else 2 if height % n == 0 else 3 if width % n == 0 else None
 
 
-def per_row(attend: Callable, q: Array, k: Array, v: Array, *, partitioned: bool = True) -> Array:
-    """`attend(q, k, v)` of the queries in a device's rows with the keys of the whole frame. All `[n, s, heads, d]`.
+def flat(x: Array) -> Array:
+    """Tokens `[b, t, s, c]` of `x [b, t, h, w, c]`, row by row; where columns are shared, column by column."""
+    return rearrange(x, "b t h w c -> b t (w h) c" if shared_axis(*x.shape[2:4]) == 3 else "b t h w c -> b t (h w) c")
 
-    Explicit, since flash kernels are opaque to XLA. Where samples or tokens do not divide it is left to XLA; if XLA
-    cannot partition `attend` over samples either (`partitioned=False`), devices repeat each other's work there.
+
+def unflat(tokens: Array, height: int, width: int) -> Array:
+    """What `flat` was given, `[b, t, h, w, c]`."""
+    order = "b t (w h) c -> b t h w c" if shared_axis(height, width) == 3 else "b t (h w) c -> b t h w c"
+    return rearrange(tokens, order, h=height, w=width)
+
+
+def per_row(attend: Callable, q: Array, k: Array, v: Array, *, partitioned: bool = True) -> Array:
+    """`attend(q, k, v)` where devices hold some rows of each frame. All `[n, s, heads, d]`.
+
+    Explicit, since flash kernels are opaque to XLA. Devices exchange their tokens for whole frames of some heads, if
+    that many share out among them; else they attend from their queries to gathered keys. Where samples or tokens do
+    not divide it is left to XLA; if XLA cannot partition `attend` over samples either (`partitioned=False`), devices
+    repeat each other's work there.
     """
     shared = axis_size("spatial") if partitioned else axis_size(*BATCH, "spatial")
     if shared == 1:
@@ -72,7 +88,28 @@ def per_row(attend: Callable, q: Array, k: Array, v: Array, *, partitioned: bool
         return attend(q, k, v)
     whole = P(BATCH if samples else None)
     mine = P(*whole, "spatial" if tokens else None)
-    return jax.shard_map(attend, in_specs=(mine, whole, whole), out_specs=mine, check_vma=False)(q, k, v)
+    keys = whole
+    units = q.shape[0] // (axis_size(*BATCH) if samples else 1) * q.shape[2]
+    if tokens and axis_size("spatial") > 1 and -units % axis_size("spatial") <= units / 4:
+        attend, keys = partial(_exchanged, attend), mine
+    return jax.shard_map(attend, in_specs=(mine, keys, keys), out_specs=mine, check_vma=False)(q, k, v)
+
+
+def _exchanged(attend: Callable, q: Array, k: Array, v: Array) -> Array:
+    """`attend` of a device's tokens `[n, s, heads, d]`, each device taking all tokens of its share of the n x heads.
+
+    Four exchanges of 1 / devices of an array move less than gathering two whole ones. The share is filled up.
+    """
+    n, _, heads, _ = q.shape
+    pad = -(n * heads) % lax.axis_size("spatial")
+
+    def whole(x: Array) -> Array:
+        x = jnp.pad(rearrange(x, "n s h d -> (n h) s d"), ((0, pad), (0, 0), (0, 0)))
+        return rearrange(lax.all_to_all(x, "spatial", 0, 1, tiled=True), "m s d -> m s 1 d")
+
+    out = rearrange(attend(whole(q), whole(k), whole(v)), "m s 1 d -> m s d")
+    out = lax.all_to_all(out, "spatial", 1, 0, tiled=True)[: n * heads]
+    return rearrange(out, "(n h) s d -> n s h d", h=heads)
 
 
 def promote(arrays: tuple, *, dtype=None, inexact: bool = True) -> tuple:
