@@ -13,6 +13,7 @@ import pytest
 from einops import rearrange
 
 from sfv_jax import evaluate
+from sfv_jax.config import patch_codec_of, unet_of
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
@@ -20,8 +21,12 @@ from sfv_jax.evaluation import compare, features, latency
 from sfv_jax.evaluation.collection import find_clips
 from sfv_jax.evaluation.generation import generate, read_strip
 from sfv_jax.evaluation.protocol import Protocol
+from sfv_jax.evaluation.report import Report
+from sfv_jax.models import tree
+from sfv_jax.models.unet import UNet
 from sfv_jax.sampler import Sampler
 from sfv_jax.weights.folders import WeightsError
+from tests.small_run import get_config
 
 USABLE, SHORT = 22, 2
 SMALL = dict(height=64, width=96, score_height=24, score_width=32)
@@ -250,17 +255,39 @@ def test_modes_that_mean_nothing(flags, message):
         evaluate.mode(nothing | flags)
 
 
-def test_flops_and_timings_are_what_they_say(model_folder):
-    sampler, key = Sampler.load(model_folder), jax.random.split(jax.random.key(0), 1)
-    noise = np.zeros((1, *sampler.latent_shape((64, 64), 2)), np.float32)
-    width = sampler.unet.cross_attention_dim
-    condition = {"cond_latent": noise[:, 0], "image_embed": np.zeros((1, width), np.float32), "ids": np.zeros((1, 3))}
+@pytest.fixture(scope="module")
+def small_sampler() -> Sampler:
+    """A network of one level on patches of 4 pixels, all weights zero."""
+    unet, codec = unet_of(get_config()), patch_codec_of(get_config())
+    _, shapes = tree.abstract(UNet, unet)
+    return Sampler(unet, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), codec)
 
-    def counted(**options) -> float:
-        return latency.count_denoising(sampler, condition, noise, key, {"steps": 1, "sampler": "euler"} | options)
 
-    assert counted(steps=3, sampler="sfv") == 3 * counted()
+def test_latency_by_stage(small_sampler):
+    image, report = np.zeros((16, 16, 3), np.uint8), Report("latency")
+    options = {"steps": 2, "guidance": None, "decode_chunk_size": None, "sampler": "euler"}
+    evaluate.add_latency(report, small_sampler, options, Protocol(height=16, width=16, num_frames=2))
+    timed = report.record["latency"]
+    assert set(timed) >= set(latency.STAGES) and all(timed[name]["seconds"] > 0 for name in latency.STAGES)
+    parts = [timed[name]["flops"] for name in latency.STAGES if name != "end to end"]
+    assert timed["end to end"]["flops"] == sum(parts)
+    assert "<td>unet</td>" in report.page() and "multiply-add as two" in report.page()
+
+    size = (16, 16)
+    keys = jax.random.split(jax.random.key(0), 1)
+    condition = small_sampler.condition([image], size, keys, (6, 127, 0))
+    noise = np.zeros((1, *small_sampler.latent_shape(size)), np.float32)
+
+    def counted(**changes) -> float:
+        return latency.count_denoising(
+            small_sampler, condition, noise, keys, {"steps": 1, "sampler": "euler"} | changes
+        )
+
+    assert timed["unet"]["flops"] == 2 * counted() and counted(steps=3, sampler="sfv") == 3 * counted()
     assert counted(guidance=(1.0, 3.0)) == pytest.approx(2 * counted(), rel=0.01)  # the frame embedding is shared
+
+
+def test_timings_are_what_they_say():
     timing = latency.Timing("x", 3.0, (1.0, 2.0, 1.5), flops=3e12, peak=4e12)
     assert (timing.seconds, timing.compilation, timing.tflops, timing.mfu) == (1.5, 1.5, 2.0, 0.5)
     columns, rows, _ = latency.table([timing])
@@ -276,31 +303,25 @@ def test_latency_needs_the_array_libraries_only():
 
 
 def test_the_command_by_the_protocol_on_ucf101(ucf, model_folder, tmp_path):
-    """The whole of mode (a) with a tiny SVD, on a mesh of two devices."""
+    """The whole of mode (a) with a tiny SVD."""
     (tmp_path / "mine.py").write_text(FUNCTION)
     command = [sys.executable, "-m", "sfv_jax.evaluate", f"--checkpoint={model_folder}", "--dataset=ucf101"]
     command += [f"--data={ucf}", f"--out={tmp_path / 'out'}", "--features=mine:mean_and_motion", "--n=20", "--shown=2"]
     command += [f"--{name}={value}" for name, value in (SMALL | {"height": 64, "width": 64}).items()]
     command += [
-        "--num_frames=3",
+        "--num_frames=2",
         "--noflow",
-        "--latency",
         "--batch_size=10",
-        "--mesh=2,1",
         f"--statistics={tmp_path / 's.npz'}",
     ]
     paths = os.pathsep.join([str(tmp_path), *sys.path])
-    fast = {"JAX_NUM_CPU_DEVICES": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": paths}
+    fast = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, env=os.environ | fast, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "out/scores.json").read_text())
     assert record["distances"]["generated"]["n"] == 20 and record["dataset"] == "UCF-101 testlist01"
     assert record["features"]["function"] == "mine:mean_and_motion" and len(record["features"]["sha256"]) == 64
     assert "clip_mean" in record["summary"]["generated"] and record["origin"]["step"] is None
-    timed = record["latency"]
-    assert set(timed) >= set(latency.STAGES) and all(timed[name]["seconds"] > 0 for name in latency.STAGES)
-    assert timed["end to end"]["flops"] == sum(timed[name]["flops"] for name in latency.STAGES if name != "end to end")
-    assert "| unet |" in (tmp_path / "out/scores.md").read_text()
     manifest = json.loads((tmp_path / "out/generated/manifest.json").read_text())
     assert manifest["seeds"] == list(range(20)) and len(manifest["clips"]) == 20
     assert (tmp_path / "s.npz").is_file() and len(list((tmp_path / "out/generated").glob("*.png"))) == 20
