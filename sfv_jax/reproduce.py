@@ -48,7 +48,7 @@ from sfv_jax.weights.checkpoint import read_model
 from sfv_jax.weights.folders import WeightsError, write_json
 
 SHOWN = 4  # conditions in strips and on the page
-CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, from docs/reproduction.md
+CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, an assumption: see docs/reproduction.md
 CHIP_RATE = 0.4 * 989e12  # of an H100 in bf16, at 40 % of its peak: an assumption
 
 
@@ -437,7 +437,7 @@ def main(_):
 def _define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/reproduce", "folder for everything that is made")
     flags.DEFINE_enum("scale", "world", ["world", "svd"], "tiny networks in the procedural world, or SVD itself")
-    flags.DEFINE_bool("fast", False, "world: a rougher table in twenty minutes")
+    flags.DEFINE_bool("fast", False, "world: rougher tables, less training")
     flags.DEFINE_list("only", ["table1", "table2", "table3"], f"which tables: {', '.join(TABLES)}")
     flags.DEFINE_list("seeds", ["0"], "of training (the base model has one) and of the samples")
     flags.DEFINE_bool("dry_run", False, "print the plan and its cost, and stop")
