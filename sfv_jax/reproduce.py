@@ -31,10 +31,12 @@ from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoint import WorkdirError, claim_workdir
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.latents import LatentError
-from sfv_jax.data.video import VideoError, cover_resize_crop, replacing
+from sfv_jax.data.video import VideoError, replacing
 from sfv_jax.evaluation import fvd, world
 from sfv_jax.evaluation.collection import Reading, find_clips
+from sfv_jax.evaluation.features import compute
 from sfv_jax.evaluation.frechet import measure
+from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.experiments import BASE, TABLES, Row
 from sfv_jax.methods import METHODS
@@ -67,6 +69,7 @@ class Bench:
       trains_base: whether it has to be trained, too.
       truth: real clips uint8 `[n, t, h, w, 3]` at the size they are scored at; their first frames are the conditions.
       images: the conditions at full size.
+      resize: of a generated clip to that size.
       score: clips like `truth` -> `fvd`, `interval` and what else `columns` (title: name) shows.
       options: of every call of the sampler.
       load: of `Sampler.load`.
@@ -79,6 +82,7 @@ class Bench:
     trains_base: bool
     truth: np.ndarray
     images: list[np.ndarray]
+    resize: Callable[[np.ndarray], np.ndarray]
     score: Callable[[np.ndarray], dict]
     columns: dict[str, str]
     notes: list[str]
@@ -113,29 +117,29 @@ def world_bench(workdir: Path, fast: bool) -> Bench:
     notes = [f"{title}: {world.MEANINGS[name]}." for title, name in columns.items()]
     notes.append(f"FVD: {world.MEANINGS['world_fvd']}.")
     options = dict(noise_aug_strength=0.0)
-    return Bench(folder, config, base, True, truth, list(truth[:, 0]), score, columns, notes, options, {}, 64)
+    images, same = list(truth[:, 0]), lambda clip: clip
+    return Bench(folder, config, base, True, truth, images, same, score, columns, notes, options, {}, 64)
 
 
 def svd_bench(workdir: Path, svd: str, data: str, real: str, i3d: str, batch: int) -> Bench:
-    """SVD on real videos; scored at 320 x 240 as in the paper."""
+    """SVD on real videos, scored by the protocol of `evaluate` (evaluation/protocol.py) on all clips of `real`."""
     for name, value in (("svd", svd), ("data", data), ("real", real), ("i3d", i3d)):
         if not value:
             raise ReproduceError(f"--scale svd needs --{name} (only --dry_run does without --real and --i3d)")
     features, about = fvd.load_i3d(i3d)
     frames = read_model(svd)[0]["unet"].num_frames
-    reading = Reading(frames, 7.0)
-    large = (cover_resize_crop(clip, 576, 1024) for _, clip in reading.frames(find_clips(real)))
+    protocol, reading = Protocol(n=0, num_frames=frames), Reading(frames, Protocol.fps)
     images, truth = [], []
-    for clip in large:  # all of them at full size would not fit into memory
-        images.append(clip[0].copy())
-        truth.append(scored_size(clip[None])[0])
+    for _, clip in reading.frames(find_clips(real)):
+        images.append(protocol.cut(clip[0]).copy())
+        truth.append(protocol.real(clip))
     if len(truth) < 20:
         raise ReproduceError(f"--real={real}: {len(truth)} clips of {frames} frames can be read, FVD needs 20 or more")
     truth = np.stack(truth)
-    known = embed(features, truth)
+    known = compute(features, truth)
 
     def score(clips):
-        found = measure(known, embed(features, clips))
+        found = measure(known, compute(features, clips), ddof=protocol.ddof)
         return {"fvd": found.value, "interval": found.interval, "extrapolated": found.extrapolated}
 
     mesh = make_mesh() if jax.device_count() > 1 else None
@@ -146,27 +150,17 @@ def svd_bench(workdir: Path, svd: str, data: str, real: str, i3d: str, batch: in
         trains_base=False,
         truth=truth,
         images=images,
+        resize=protocol.score,
         score=score,
         columns={"extrapolated": "extrapolated"},
-        notes=[f"FVD at 320 x 240 with {about['file']} (SHA-256 {about['sha256'][:12]}).", *reading.unreadable],
-        options=dict(height=576, width=1024),
+        notes=[
+            f"FVD with {about['file']} (SHA-256 {about['sha256'][:12]}); " + json.dumps(protocol.reading()) + ".",
+            *reading.unreadable,
+        ],
+        options=dict(height=protocol.height, width=protocol.width),
         load=dict(dtype="bfloat16", mesh=mesh),
         batch=batch,
     )
-
-
-def scored_size(clips: np.ndarray) -> np.ndarray:
-    """Clips larger than 320 x 240 brought to it, aspect ratio not kept, uint8."""
-    if clips.shape[2] <= 240:
-        return clips
-    shape = (*clips.shape[:2], 240, 320, 3)
-    small = jax.image.resize(np.asarray(clips, np.float32), shape, "bilinear")
-    return np.asarray(jax.numpy.round(small).astype(np.uint8))
-
-
-def embed(features: Callable, clips: np.ndarray) -> np.ndarray:
-    """`features` of clips, a few at a time."""
-    return np.concatenate([features(clips[n : n + 8]) for n in range(0, len(clips), 8)])
 
 
 # ---- stages ----
@@ -224,7 +218,7 @@ def sample_clips(bench: Bench, sampler: Sampler, row: Row, seed: int, folder: Pa
                     continue
         images = bench.images[first : first + bench.batch]
         seeds = [1_000_000 * seed + first + n for n in range(len(images))]
-        clips = scored_size(sampler(images, seed=seeds, **how(row), **bench.options))
+        clips = np.stack([bench.resize(x) for x in sampler(images, seed=seeds, **how(row), **bench.options)])
         with replacing(file) as temporary, temporary.open("wb") as out:
             np.savez_compressed(out, clips=clips, digest=digest)
     return read_clips(folder, bench)

@@ -1,6 +1,7 @@
 """The command behind the paper's tables: its list of runs, and that stages are kept, continued and never repeated."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from sfv_jax import config as configs
 from sfv_jax import experiments, reproduce
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import patch_codec_of, unet_of, world_of
+from sfv_jax.data.video import write_video
+from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.experiments import BASE, Row
 from sfv_jax.methods import METHODS
 from tests import small_run
@@ -68,6 +71,7 @@ def bench(tmp_path, monkeypatch) -> reproduce.Bench:
         trains_base=True,
         truth=truth,
         images=list(truth[:, 0]),
+        resize=lambda clip: clip,
         score=lambda clips: {"fvd": float(clips.mean()), "interval": (0.0, 1.0), "mean": 1.0},
         columns={"mean": "mean"},
         notes=[],
@@ -160,3 +164,23 @@ def test_the_plan_counts_steps_and_flops(tmp_path):
     assert "teacher: 2 steps of 4" in lines and "9 training runs (2 seeds)" in lines
     one, two = (reproduce.step_flops(config(run, 0), None) for run in (BASE, "animatelcm"))
     assert one > 1e6 and 1.5 * one < two < 2.5 * one  # student (3 passes), guided teacher (2) and target (1)
+
+
+def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatch):
+    """Conditions as they were filmed, clips at 320 x 240; the score sees what is damaged."""
+    frames = np.random.default_rng(0).integers(0, 256, (21, 14, 6, 8, 3), np.uint8).repeat(8, axis=2).repeat(8, axis=3)
+    for n, clip in enumerate(frames):
+        write_video(tmp_path / "real" / f"{n:02d}.mp4", clip, fps=7)
+    features = lambda clips: clips.reshape(len(clips), -1, 3).mean(axis=1)  # noqa: E731
+    about = {"file": "i3d.pt", "sha256": 64 * "0"}
+    monkeypatch.setattr(reproduce.fvd, "load_i3d", lambda path: (features, about))
+    svd = SimpleNamespace(num_frames=14)
+    monkeypatch.setattr(reproduce, "read_model", lambda path: ({"unet": svd}, {}))
+    bench = reproduce.svd_bench(tmp_path, "svd", "data", str(tmp_path / "real"), "i3d.pt", 8)
+    assert bench.truth.shape == (21, 14, 240, 320, 3) and {x.shape for x in bench.images} == {(48, 64, 3)}
+    protocol = Protocol()
+    np.testing.assert_array_equal(
+        bench.resize(bench.truth[0].repeat(2, axis=1)), protocol.score(bench.truth[0].repeat(2, axis=1))
+    )
+    assert abs(bench.score(bench.truth)["fvd"]) < 1e-6 < bench.score(bench.truth // 2)["fvd"]
+    assert '"filter": "bilinear"' in bench.notes[0] and bench.options == dict(height=576, width=1024)
