@@ -60,6 +60,8 @@ def build(config: ConfigDict, target: Target, devices: list, what: str, size: tu
     if batch % shares:
         raise PlanError(f"batch_size {batch} does not divide over data x fsdp = {shares} chips of the mesh")
     settings = {name: options[name] for name in ("steps", "dtype", "vae_dtype", "decode_chunk_size")}
+    if target.chip.platform != "cpu":  # a CPU tells nobody, so a run does not know either
+        settings["memory"] = limit_of(target, options)
     return mesh, programs.sample_programs(mesh, sizes, size, batch, **settings)
 
 
@@ -73,7 +75,7 @@ def plan(config: ConfigDict, target: Target, what: str, size: tuple[int, int], o
     """
     began = time.monotonic()
     mesh, jobs = build(config, target, targets.devices(target), what, size, options)
-    limit = options["memory_gib"] * GIB if options["memory_gib"] else memory_of(target)
+    limit = limit_of(target, options)
     costs = []
     for job in jobs:
         say(f"compiling {job.name} for {target.name} ...")
@@ -100,8 +102,10 @@ def plan(config: ConfigDict, target: Target, what: str, size: tuple[int, int], o
     }
 
 
-def memory_of(target: Target) -> float:
-    """Bytes one chip of `target` offers; fake CPU devices share the memory of this machine."""
+def limit_of(target: Target, options: dict) -> float:
+    """Bytes one chip of `target` offers, or as many as asked; fake CPU devices share the memory of this machine."""
+    if options["memory_gib"]:
+        return options["memory_gib"] * GIB
     if target.chip.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / target.count
     return target.chip.memory

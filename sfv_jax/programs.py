@@ -151,10 +151,12 @@ def sample_programs(
     dtype: str = "bfloat16",
     vae_dtype: str = "bfloat16",
     decode_chunk_size: int | None = None,
+    memory: float | None = None,
 ) -> list[Program]:
     """What `Sampler.__call__` runs one after the other for `batch` videos: clip, encode, denoise, decode.
 
-    The weights of all three stay in memory. Arguments as in `Sampler.load` and `Sampler.__call__`.
+    The weights of all three stay in memory. Arguments as in `Sampler.load` and `Sampler.__call__`, and `memory`, bytes
+    of a device that is not at hand.
     """
     unet, frames, (height, width) = sizes.unet, sizes.unet.num_frames, size
     weights = _sampling_weights(mesh, sizes, dtype)
@@ -162,7 +164,7 @@ def sample_programs(
     def sampler(weights, unet=unet):
         codec = sizes.patch
         if codec is None:
-            codec = SVDCodec(sizes.vae, sizes.clip, weights, decode_dtype=DTYPES[vae_dtype])
+            codec = SVDCodec(sizes.vae, sizes.clip, weights, decode_dtype=DTYPES[vae_dtype], memory=memory)
         return Sampler(unet, weights.get("unet"), codec, dtype)
 
     def embed(weights, images):

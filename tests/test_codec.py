@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sfv_jax import sharding
+from sfv_jax.models import codec
 from sfv_jax.models.codec import PatchCodec
+from sfv_jax.models.vae import VAEConfig
 from sfv_jax.weights.checkpoint import load_codec
 from tests.conftest import error, noise
 
@@ -96,3 +99,16 @@ def test_patch_condition():
     noisy, clean = codec.condition(images, keys, 0.1)
     assert 0.09 < np.std(noisy - latent) < 0.11 and np.array_equal(clean, embed)
     np.testing.assert_allclose(codec.condition(images[1:], keys[1:], 0.1)[0], noisy[1:], atol=1e-6)
+
+
+def test_frames_are_decoded_in_pieces_where_memory_is_short():
+    """As compiled for accelerators, 14 frames of 576x1024 need about 10 GB at once in bf16."""
+    config, latents = VAEConfig.svd(), (1, 14, 72, 128, 4)
+    for gib, pieces in ((16, True), (31, True), (80, False), (141, False), (None, True)):
+        memory = gib and gib * 2**30
+        assert (codec.decode_pixels(config, latents, jnp.bfloat16, memory) > 0) == pieces, gib
+    assert codec.decode_pixels(config, latents, jnp.float32, 60 * 2**30) > 0
+    assert codec.decode_pixels(config, (4, *latents[1:]), jnp.bfloat16, 80 * 2**30) > 0
+    mesh = sharding.make_mesh(1, 1, 8)
+    shared = sharding.on_mesh(mesh, codec.decode_pixels)
+    assert shared(config, latents, jnp.bfloat16, 8 * 2**30) == 0

@@ -6,7 +6,7 @@ conditioning latent: SVD was trained that way.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -15,12 +15,14 @@ import numpy as np
 from einops import rearrange, reduce
 
 from sfv_jax.models import clip, tree
+from sfv_jax.models.placing import axis_size
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 
 Array = jax.Array
-ENCODE_PIXELS = (
-    2**20
-)  # encoded at once by default: three frames of 448x768, about 3 GB of fp32 activations at SVD's size
+# Encoded at once by default: three frames of 448x768, about 3 GB of fp32 activations at SVD's size.
+ENCODE_PIXELS = 2**20
+# Temporaries of decoding whole clips, in arrays of the largest activation: 5 compiled for H200, 7 for v5e, 8 on CPU.
+WHOLE = 8
 
 
 def to_signed(pixels: Array) -> Array:
@@ -64,6 +66,18 @@ def over_time(fn: Callable, x: Array, size: int) -> Array:
     return rearrange(chunks, "n b t ... -> b (n t) ...")[:, :t]
 
 
+def decode_pixels(config: VAEConfig, shape: tuple[int, ...], dtype, memory: float | None) -> int:
+    """`VAEConfig.decode_pixels` for latents `[b, t, h, w, 4]` on devices of `memory` bytes: 0 where that suffices.
+
+    Decoding in pieces needs less than half of the memory and moves about twice the bytes. Whole, it is taken to need
+    `WHOLE` arrays of its largest activation, and at most half of the memory of the devices that share the frames.
+    """
+    b, t, h, w, _ = shape
+    largest = b * t * h * w * config.downscale**2 * config.block_out_channels[0] * jnp.dtype(dtype).itemsize
+    shares = axis_size("data", "fsdp", "spatial")
+    return 0 if memory and WHOLE * largest / shares <= memory / 2 else config.decode_pixels
+
+
 class SVDCodec:
     """SVD's temporal VAE and CLIP image tower (steps 1, 4, 5 and 10 of StableVideoDiffusionPipeline).
 
@@ -71,6 +85,8 @@ class SVDCodec:
       params: `{"vae": ..., "image_encoder": ...}`, nested dicts of arrays, wherever they are placed.
       decode_dtype: compute dtype of the decoder. Encoding and CLIP are fp32, as in the reference. The decoder loses
         precision below fp32 (docs/benchmarks.md), so lower it knowingly.
+      memory: bytes of a device, which decide whether frames are decoded in pieces (`decode_pixels`); by default what
+        the device tells. Where it tells nothing, as a CPU, large frames are.
     """
 
     def __init__(
@@ -80,13 +96,14 @@ class SVDCodec:
         params: dict[str, tree.Params],
         *,
         decode_dtype=jnp.float32,
+        memory: float | None = None,
     ):
-        self.params = params
+        self.params, self.memory = params, memory
         self.vae_config, self.clip_config, self.decode_dtype = vae_config, clip_config, decode_dtype
         self.scaling_factor = vae_config.scaling_factor
         self.latent_channels = vae_config.latent_channels
         self.downscale = vae_config.downscale
-        encoder, decoder = (tree.abstract(TemporalVAE, vae_config, dtype=d)[0] for d in (jnp.float32, decode_dtype))
+        encoder, _ = tree.abstract(TemporalVAE, vae_config)
         tower, _ = tree.abstract(clip.CLIPVision, clip_config)
 
         def encode(params, frames, size):
@@ -100,12 +117,14 @@ class SVDCodec:
             unit = jnp.asarray(images).astype(jnp.float32) / 255.0
             return tree.build(tower, params)(clip.preprocess(unit, clip_config.image_size))
 
-        def decode(params, latents):
+        def decode(params, latents, pixels):
+            decoder, _ = tree.abstract(TemporalVAE, replace(vae_config, decode_pixels=pixels), dtype=decode_dtype)
             frames = tree.build(decoder, params).decode(latents / vae_config.scaling_factor)
             return to_pixels(frames), finite(frames)
 
         self._encode = jax.jit(encode, static_argnames="size")
-        self._encode_image, self._embed, self._decode = map(jax.jit, (encode_image, embed, decode))
+        self._decode = jax.jit(decode, static_argnames="pixels")
+        self._encode_image, self._embed = map(jax.jit, (encode_image, embed))
 
     def encode(self, frames: Array, chunk_size: int | None = None) -> Array:
         """Unscaled posterior means fp32 `[b, t, h/8, w/8, 4]` of `frames` uint8 `[b, t, h, w, 3]`.
@@ -161,7 +180,10 @@ class SVDCodec:
         size = t if chunk_size is None else chunk_size
         if size < 1:
             raise ValueError(f"decode_chunk_size must be at least 1 frame, got {size}")
-        chunks = [self._decode(self.params["vae"], latents[:, n : n + size]) for n in range(0, t, size)]
+        memory = self.memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        shape = latents.shape[0], min(size, t), *latents.shape[2:]
+        pixels = decode_pixels(self.vae_config, shape, self.decode_dtype, memory)
+        chunks = [self._decode(self.params["vae"], latents[:, n : n + size], pixels) for n in range(0, t, size)]
         frames, sound = zip(*chunks, strict=True)
         return (frames[0], sound[0]) if len(chunks) == 1 else (jnp.concatenate(frames, 1), jnp.stack(sound).all(0))
 
