@@ -153,3 +153,17 @@ def test_which_environments_are_clusters():
     assert processes.in_cluster(step) and not processes.in_cluster(step | {"SLURM_STEP_NUM_TASKS": "1"})
     assert processes.in_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
     assert not processes.in_cluster({"TPU_WORKER_HOSTNAMES": "localhost"}) and not processes.in_cluster({})
+
+
+def test_many_sharded_arrays_are_fingerprinted_on_fake_devices():
+    """Programs with collectives, all in flight at once, used to wait for each other's threads until XLA gave up."""
+    code = (
+        "import jax, numpy as np\nfrom sfv_jax import checkpoint, sharding\n"
+        "place = jax.NamedSharding(sharding.make_mesh(4, 2, 1), jax.P('fsdp'))\n"
+        "arrays = [jax.device_put(np.ones((64 + 2 * (i % 20), 8), np.float32), place) for i in range(400)]\n"
+        "add = jax.jit(lambda arrays: [x + 1e-9 * jax.numpy.sum(x) for x in arrays])\n"
+        "for _ in range(4):\n  arrays = add(arrays)\n  print(len(checkpoint.fingerprints(arrays)))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["400"] * 4, done.stderr[-1000:]
