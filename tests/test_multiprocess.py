@@ -106,21 +106,16 @@ def test_eight_devices_continue_as_four_and_those_as_one(eight, tmp_path):
     np.testing.assert_allclose(list(losses(workdir).values()), list(losses(eight[0]).values()), rtol=1e-5)
 
 
-def test_an_error_of_the_first_process_stops_both(two):
-    done = launch(two, "--config.seed=3")
-    assert done.returncode == 1
-    assert "train: " + str(two) + " holds a run of another config" in done.stderr
-    assert "train: process 0 stopped: WorkdirError" in (two.parent / "process-1.log").read_text()
-
-
-def test_processes_of_different_settings_all_stop():
-    """Three of them, without training: the second differs."""
+def test_processes_stop_together():
+    """Three of them, without training: the first fails at what it does for all, then the second has other settings."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     code = (
-        "import sys\nfrom sfv_jax.processes import ProcessError, agree, join\nnumber = int(sys.argv[1])\n"
+        "import sys\nfrom sfv_jax.processes import ProcessError, agree, join, once\nnumber = int(sys.argv[1])\n"
         f"join({address!r}, 3, number)\nagree({{'seed': 0, 'note': 'x' * 5000}})\n"
+        "once(lambda: None)\ntry:\n  once(lambda: {}['workdir'])\n"
+        "except (KeyError, ProcessError) as error:\n  print(repr(error))\n"
         "try:\n  agree({'seed': 0, 'batch_size': 8 * (2 if number == 1 else 1), 'extra': (1, 2)})\n"
         "except ProcessError as error:\n  print(error)"
     )
@@ -129,9 +124,11 @@ def test_processes_of_different_settings_all_stop():
         subprocess.Popen([*command, str(n)], env=environment, stdout=subprocess.PIPE, text=True) for n in range(3)
     ]
     # Gloo writes lines of its own before.
-    first, second, third = (process.communicate(timeout=120)[0].splitlines()[-1] for process in started)
-    assert first == third == "started with other settings than process 0: process 1"
-    assert second == "this process was started with other settings than process 0: batch_size=16 here, 8 there"
+    first, second, third = (process.communicate(timeout=120)[0].splitlines()[-2:] for process in started)
+    assert first[0] == "KeyError('workdir')"
+    assert second[0] == third[0] == "ProcessError(\"process 0 stopped: KeyError: 'workdir'\")"
+    assert first[1] == third[1] == "started with other settings than process 0: process 1"
+    assert second[1] == "this process was started with other settings than process 0: batch_size=16 here, 8 there"
 
 
 @pytest.mark.parametrize(

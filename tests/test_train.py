@@ -280,17 +280,6 @@ def test_finished_run_does_nothing_more(whole):
     assert metrics(workdir) == before
 
 
-def test_a_mesh_gives_the_loss_of_one_device(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding, "SMALL", 512)  # else nothing this small is sharded
-    config = tiny(steps=1, sample_every=0, mesh=dict(data=4, fsdp=2))
-    state = run(config, tmp_path / "mesh", devices=8)
-    assert int(state["step"]) == 1
-    found, expected = metrics(tmp_path / "mesh")[0], metrics(whole[0])[0]
-    for name in expected:
-        if name.startswith(("loss/", "norm/")):
-            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
-
-
 # ---- refusals ----
 
 
