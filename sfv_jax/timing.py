@@ -13,9 +13,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the calls of a compiled program, none of which compiled anything."""
+    """Seconds of calls: of the `first`, which may compile, and of each of those after it, which do not."""
 
     seconds: tuple[float, ...]
+    first: float | None = None
 
     @property
     def median(self) -> float:
@@ -27,27 +28,21 @@ class Timing:
 
 
 def warm(call: Callable[[], object], repeats: int) -> Timing:
-    """Times `repeats` calls after one that does not count; each is waited for."""
-    jax.block_until_ready(call())
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - began)
-    return Timing(tuple(seconds))
+    """Times `call` once and then `repeats` times; each is waited for."""
+    return alternate({"": call}, repeats)[""]
 
 
 def alternate(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
     """`warm` of several calls in turns, so that a machine's slow moments fall on all alike."""
-    for call in calls.values():
+
+    def seconds(call: Callable[[], object]) -> float:
+        began = time.perf_counter()
         jax.block_until_ready(call())
-    seconds = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - began)
-    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+        return time.perf_counter() - began
+
+    first = {name: seconds(call) for name, call in calls.items()}
+    turns = [{name: seconds(call) for name, call in calls.items()} for _ in range(repeats)]
+    return {name: Timing(tuple(turn[name] for turn in turns), first[name]) for name in calls}
 
 
 def matmul_limit(dtype: str, size: int | None = None, repeats: int = 5) -> float:

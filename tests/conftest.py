@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from sfv_jax import sharding
 from sfv_jax.models import tree
 from tests import golden
 from tests.golden import CONFIGS, noise
@@ -153,3 +154,13 @@ def assert_equal(found: tuple, expected: tuple, tolerance: float) -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
         assert np.max(np.abs(np.asarray(a, np.float64) - b)) <= tolerance * np.max(np.abs(b))
+
+
+@pytest.fixture(scope="module")
+def small_things_in_parts():
+    """Programs compile soon and run slowly; arrays of 64 elements are sharded, else nothing in small networks is."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    small, sharding.SMALL = sharding.SMALL, 64
+    yield
+    sharding.SMALL = small
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -3,7 +3,6 @@
 Most tests run the methods on plain functions in place of the networks (`Plain`), which keep what they are called with.
 """
 
-import re
 import sys
 import types
 from pathlib import Path
@@ -19,7 +18,6 @@ from sfv_jax.methods import adversarial, sfv, teacher
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig
 from sfv_jax.models.unet import UNet, UNetConfig
-from sfv_jax.state import accumulate
 from tests.conftest import noise
 
 C, D = 3, 5  # channels of latents, width of embeddings
@@ -281,38 +279,6 @@ def test_gradient_ratio_is_that_of_the_weighted_parts(trace):
     name = "ratio/adv_to_rec_gradient"
     other = Trace(shared_noise=trace.config.sfv.shared_noise, recon_weight=0.2, adv_weight=3.0)
     np.testing.assert_allclose(other.metrics[name], 1.5 * trace.metrics[name], rtol=1e-4)
-
-
-def test_accumulation_is_the_mean_of_its_micro_batches():
-    networks, config, batch = Plain(), sfv_config(), make_batch(8)
-    gradients, params, key = sfv.make_gradients(networks, config), networks.params, jax.random.key(3)
-
-    @jax.jit
-    def one(params, micro, key):
-        return gradients(params["generator"], params["heads"], {"backbone": params["backbone"]}, micro, key)
-
-    found = accumulate(one, params, batch, key, 4)
-    parts = [one(params, {k: v[i::4] for k, v in batch.items()}, jax.random.fold_in(key, i)) for i in range(4)]
-    expected = jax.tree.map(lambda *xs: sum(xs) / 4, *parts)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
-    with pytest.raises(ValueError, match="does not divide into 3"):
-        accumulate(one, params, batch, key, 3)
-
-
-def test_accumulation_of_four_is_one_batch_where_nothing_is_drawn():
-    w, batch = noise(0, 5), {"x": noise(1, 8, 5)}
-    gradient = lambda w, micro, key: jax.grad(lambda w: jnp.mean((micro["x"] @ w) ** 2))(w)  # noqa: E731
-    four, one = (accumulate(gradient, w, batch, jax.random.key(0), steps) for steps in (4, 1))
-    np.testing.assert_allclose(four, one, rtol=1e-5)
-
-
-def test_accumulation_holds_no_copy_of_all_parameters():
-    """What is made of parameters alone (casts, gathers) is made in every turn of the loop and not kept through it."""
-    gradient = lambda w, micro, key: jax.grad(lambda w: jnp.mean((micro @ jnp.sin(w)) ** 2))(w)  # noqa: E731
-    step = jax.jit(lambda w, x: accumulate(gradient, w, x, jax.random.key(0), 4))
-    text = step.lower(noise(0, 64, 64), noise(1, 8, 64)).compile().as_text()
-    (loop,) = re.findall(r"^(.*) while\(", text, re.MULTILINE)  # with the shapes it carries
-    assert loop.count("f32[64,64]") <= 2  # the parameters and the sum of gradients
 
 
 def plain_step(config, steps: int = 1) -> list[dict]:

@@ -33,13 +33,7 @@ OPTIONS = dict(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_soon():
-    jax.config.update("jax_disable_most_optimizations", True)
-    small, sharding.SMALL = sharding.SMALL, 64  # else nothing this small is sharded
-    yield
-    sharding.SMALL = small
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("small_things_in_parts")
 
 
 def tiny(method_: str, **changes):

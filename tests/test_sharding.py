@@ -34,13 +34,7 @@ UNET = UNetConfig(
 LOCAL = ("all-to-all", "collective-permute")  # what moves activations about
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_soon():
-    jax.config.update("jax_disable_most_optimizations", True)
-    small, sharding.SMALL = sharding.SMALL, 64  # else nothing this small is sharded
-    yield
-    sharding.SMALL = small
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("small_things_in_parts")
 
 
 def batch(step: int) -> dict:

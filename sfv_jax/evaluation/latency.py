@@ -8,14 +8,13 @@ Needs nothing but jax, flax, einops and numpy; a `sampler` is a `sfv_jax.sampler
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sfv_jax import timing
 from sfv_jax.sharding import on_mesh
 from sfv_jax.speed import count_flops, peak_flops, peak_memory
 
@@ -64,16 +63,6 @@ class Timing:
     def mfu(self) -> float | None:
         """Share of the peak."""
         return self.flops / self.seconds / self.peak if self.flops and self.peak else None
-
-
-def clock(function: Callable, repeats: int = 5) -> tuple[float, tuple[float, ...]]:
-    """(seconds of the first call of `function()`, of `repeats` more); each waits until its result is there."""
-    seconds = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(function())
-        seconds.append(time.perf_counter() - began)
-    return seconds[0], tuple(seconds[1:])
 
 
 def measure(
@@ -127,8 +116,8 @@ def measure(
     one = peak_flops(jax.devices()[0].device_kind)
     found = []
     for name, stage in stages.items():
-        first, warm = clock(stage if sampler.mesh is None else on_mesh(sampler.mesh, stage), repeats)
-        found.append(Timing(name, first, warm, flops[name], one and one * devices))
+        timed = timing.warm(stage if sampler.mesh is None else on_mesh(sampler.mesh, stage), repeats)
+        found.append(Timing(name, timed.first, timed.seconds, flops[name], one and one * devices))
     return found
 
 
