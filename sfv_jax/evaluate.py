@@ -35,7 +35,7 @@ from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError
 from sfv_jax.evaluation import compare, latency
 from sfv_jax.evaluation.collection import Clip, Reading, find_clips
-from sfv_jax.evaluation.features import load_features
+from sfv_jax.evaluation.features import FILES, load_features
 from sfv_jax.evaluation.motion import opencv
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
@@ -96,13 +96,13 @@ def load_sampler(values: dict) -> tuple[Sampler, dict, dict]:
     return sampler, options, origin
 
 
-def dataset_clips(values: dict) -> tuple[list[Clip], str]:
-    """(the real clips, what they are)."""
+def dataset_clips(values: dict) -> tuple[list[Clip], str, dict]:
+    """(the real clips, what they are, what they are read from)."""
     data = Path(values["data"])
     if values["dataset"] == "folder":
-        return find_clips(data), data.name
-    paths = ucf101.videos(data, values["split"])
-    return [Clip(path, "", path.stem, None) for path in paths], f"UCF-101 {values['split']}"
+        return find_clips(data), data.name, FILES
+    found, source = ucf101.videos(data, values["split"])
+    return [Clip(video, "", name, None) for name, video in found.items()], f"UCF-101 {values['split']}", source
 
 
 def run(values: dict) -> Report:
@@ -129,10 +129,10 @@ def run(values: dict) -> Report:
     if kind == "folders":
         folders = Path(values["videos"]), Path(values["reference"])
         return compare.folder_against_folder(*folders, protocol, features, about, kept=kept, shown=values["shown"])
-    clips, name = dataset_clips(values)
+    clips, name, source = dataset_clips(values)
     sampler, options, origin = load_sampler(values)
     embed = sampler.codec.embed if isinstance(sampler.codec, SVDCodec) else None
-    how = dict(dataset=name, options=options, origin=origin, kept=kept, batch_size=values["batch_size"])
+    how = dict(dataset=name, source=source, options=options, origin=origin, kept=kept, batch_size=values["batch_size"])
     extras = compare.Extras(embed, values["flow"], values["shown"])
     report = compare.checkpoint_on_videos(sampler, clips, out, protocol, features, about, extras=extras, **how)
     if values["latency"]:
@@ -171,7 +171,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("reference", None, "folder of real videos to compare with")
     flags.DEFINE_string("checkpoint", None, "model folder, or workdir of a training run, to generate with")
     flags.DEFINE_enum("dataset", None, list(COUNTS), "what the checkpoint is scored on")
-    flags.DEFINE_string("data", None, "folder of the dataset; of UCF-101: AVI files and split lists")
+    flags.DEFINE_string("data", None, "folder of the dataset; of UCF-101: AVI files and lists, or prepared by TFDS")
     flags.DEFINE_enum("split", "testlist01", [*ucf101.SPLITS, "all"], "of UCF-101")
     flags.DEFINE_string("out", None, "folder for the results", required=True)
     flags.DEFINE_string("i3d", None, "I3D weights, for FVD")

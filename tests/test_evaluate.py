@@ -1,5 +1,6 @@
 """Scores against real videos: a fake UCF-101, the protocol, kept statistics and clips, and every kind of bad input."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -77,9 +78,10 @@ def clips(ucf):
 
 
 def test_ucf101_lists_and_what_is_missing(ucf, tmp_path):
-    assert [path.stem for path in ucf101.videos(ucf, "testlist01")][:2] == ["v_Archery_g00_c01", "v_Bowling_g01_c01"]
-    assert [path.stem for path in ucf101.videos(ucf, "trainlist01")] == ["v_Archery_g24_c01"]
-    assert len(ucf101.videos(ucf, "all")) == USABLE + SHORT + 1
+    assert list(ucf101.videos(ucf, "testlist01")[0])[:2] == ["v_Archery_g00_c01", "v_Bowling_g01_c01"]
+    found, source = ucf101.videos(ucf, "trainlist01")
+    assert [path.name for path in found.values()] == ["v_Archery_g24_c01.avi"] and source == {"form": "AVI files"}
+    assert len(ucf101.videos(ucf, "all")[0]) == USABLE + SHORT + 1
     (tmp_path / "lists").mkdir()
     for folder, split, message in (
         (ucf, "testlist02", "holds no testlist02.txt; both are on"),
@@ -91,11 +93,12 @@ def test_ucf101_lists_and_what_is_missing(ucf, tmp_path):
             ucf101.videos(folder, split)
     (tmp_path / "lists/testlist01.txt").write_text("Archery/v_Archery_g77_c01.avi\n")
     write_avi(tmp_path / "v_Archery_g01_c01.avi", np.zeros((2, 16, 16, 3), np.uint8))
-    with pytest.raises(VideoError, match="1 of 1 videos of .*testlist01.txt are not in"):
+    with pytest.raises(VideoError, match="1 of the 1 videos of testlist01.txt are not in"):
         ucf101.videos(tmp_path)
-    (tmp_path / "dataset_info.json").write_text("{}")
-    with pytest.raises(VideoError, match="prepared by tensorflow-datasets.*Name the folder of AVI files"):
-        ucf101.videos(tmp_path)
+    # The lists and one of the two archives in use write this class in different ways.
+    (tmp_path / "lists/testlist01.txt").write_text("HandstandPushups/v_HandStandPushups_g01_c01.avi\n")
+    write_avi(tmp_path / "v_HandstandPushups_g01_c01.avi", np.zeros((2, 16, 16, 3), np.uint8))
+    assert list(ucf101.videos(tmp_path)[0]) == ["v_HandStandPushups_g01_c01"]
 
 
 def test_the_protocol_cuts_and_resizes():
@@ -144,13 +147,61 @@ def test_features_of_real_clips_are_kept_and_belong_to_their_settings(clips, tmp
         features.features_of(clips, protocol, unused, ABOUT | {"sha256": "other"}, kept=kept)
     with pytest.raises(features.StatisticsError, match="clips"):
         features.features_of(clips[1:], protocol, unused, ABOUT, kept=kept)
-    kept.write_bytes(b"no file of numpy")
-    with pytest.raises(features.StatisticsError, match="no file of reference statistics"):
-        features.features_of(clips, protocol, unused, ABOUT, kept=kept)
+    for content in (b"no file of numpy", b"", kept.read_bytes()[:100]):
+        kept.write_bytes(content)
+        with pytest.raises(features.StatisticsError, match="holds no features: .*remove it"):
+            features.features_of(clips, protocol, unused, ABOUT, kept=kept)
     everything = features.features_of(clips, Protocol(n=0, **SMALL), colours, ABOUT)
     assert len(everything.names) == USABLE and len(everything.dropped) == SHORT
     with pytest.raises(VideoError, match="22 of 24 clips are usable, fewer than n = 23\n.*too short"):
         features.features_of(clips, Protocol(n=23, **SMALL), colours, ABOUT)
+
+
+def test_features_of_generated_clips_are_kept(tmp_path):
+    rng, seen, kept = np.random.default_rng(0), [], tmp_path / "features.npz"
+    files = [tmp_path / f"{n}.png" for n in range(70)]
+    for file in files:
+        write_video(file, rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8))
+
+    def counted(x):
+        seen.append(len(x))
+        return colours(x)
+
+    def run(some=files, **about):
+        seen.clear()
+        read = lambda file: read_strip(file, 2)  # noqa: E731
+        return features.compute_kept(counted, some, read, ABOUT | {"sha256": "weights"} | about, kept)
+
+    first = run()
+    direct = colours(np.stack([read_strip(file, 2) for file in files]))
+    np.testing.assert_allclose(first, direct, rtol=1e-6)
+    assert len(seen) == 9  # batches of 8
+    assert np.array_equal(run(), first) and not seen  # a second run computes none
+    assert np.array_equal(run(files[::-1]), first[::-1]) and not seen  # whatever their order
+    write_video(files[5], np.full((2, 8, 8, 3), 77, np.uint8))
+    again = run()
+    assert len(seen) == 1 and again[5] == pytest.approx([77, 77, 77, 0, 0, 0])  # the changed clip alone
+    assert np.array_equal(np.delete(again, 5, 0), np.delete(first, 5, 0))
+    run(sha256="other weights")
+    assert len(seen) == 9
+    run(sha256="other weights")
+    assert not seen
+
+    def interrupted(x):
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return counted(x)
+
+    kept.unlink()
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        features.compute_kept(interrupted, files, lambda file: read_strip(file, 2), ABOUT, kept)
+    seen.clear()
+    features.compute_kept(counted, files, lambda file: read_strip(file, 2), ABOUT, kept)
+    assert len(seen) == 1  # the first 64 were kept
+    kept.write_bytes(b"")
+    with pytest.raises(features.StatisticsError, match="holds no features"):
+        run()
 
 
 def echo(images, *, seed, num_frames, height, width, fps, shift=0, calls=None):
@@ -176,12 +227,35 @@ def test_generated_clips_are_lossless_and_resumed(tmp_path):
     files[7].unlink()
     generate(sampler, names, lambda n: images[n], tmp_path, protocol, **how)
     assert calls[7:] == [[10] * 4] and (read_strip(files[7], 14) == images[7] + 5).all()
-    with pytest.raises(VideoError, match="made with other origin: use another --out"):
-        generate(sampler, names, lambda n: images[n], tmp_path, protocol, **how | {"origin": {"checkpoint": "y"}})
+    for changed, other in (
+        ("origin", dict(origin={"checkpoint": "y"})),
+        ("clips", dict(names=names[::-1])),
+        ("protocol", dict(protocol=dataclasses.replace(protocol, filter="box"))),
+    ):
+        now = dict(names=names, image=lambda n: images[n], folder=tmp_path, protocol=protocol) | how | other
+        with pytest.raises(VideoError, match=f"made with other {changed}: use another --out"):
+            generate(sampler, **now)
+
+
+def test_more_clips_continue_those_there_are(tmp_path):
+    images = np.random.default_rng(0).integers(0, 200, (30, 24, 32, 3), dtype=np.uint8)
+    calls, names = [], [f"{n}" for n in range(30)]
+    how = dict(options={}, origin={"checkpoint": "x"}, batch_size=5)
+    sampler = lambda *a, **k: echo(*a, calls=calls, **k)  # noqa: E731
+
+    def run(n: int, ddof: int) -> list[Path]:
+        protocol = Protocol(n=n, ddof=ddof, **SMALL | dict(height=24, width=32))
+        return generate(sampler, names[:n], lambda k: images[k], tmp_path, protocol, **how)
+
+    run(20, 0)
+    assert len(run(30, 1)) == 30 and len(calls) == 6 and calls[4] == [20, 21, 22, 23, 24]
+    assert len(run(20, 0)) == 20 and len(calls) == 6
+    assert len(json.loads((tmp_path / "manifest.json").read_text())["clips"]) == 30
 
 
 def test_a_checkpoint_is_measured_against_the_clips_it_started_from(clips, tmp_path):
-    how = dict(dataset="fake", origin={"checkpoint": "echo"}, batch_size=8, extras=compare.Extras(flow=False, shown=2))
+    how = dict(dataset="fake", source=features.FILES, origin={"checkpoint": "echo"}, batch_size=8)
+    how["extras"] = compare.Extras(flow=False, shown=2)
     protocol, found = Protocol(n=20, **SMALL), {}
     for name, shift in (("still", 0), ("bright", 40)):
         out = tmp_path / name
@@ -324,4 +398,5 @@ def test_the_command_by_the_protocol_on_ucf101(ucf, model_folder, tmp_path):
     assert "clip_mean" in record["summary"]["generated"] and record["origin"]["step"] is None
     manifest = json.loads((tmp_path / "out/generated/manifest.json").read_text())
     assert manifest["seeds"] == list(range(20)) and len(manifest["clips"]) == 20
+    assert record["source"] == {"form": "AVI files"} and (tmp_path / "out/generated/features.npz").is_file()
     assert (tmp_path / "s.npz").is_file() and len(list((tmp_path / "out/generated").glob("*.png"))) == 20

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sfv_jax.data.ucf101_tfds import Recorded
 from sfv_jax.data.video import VideoError, list_videos, read_clip, read_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -20,12 +21,21 @@ _SEED = re.compile(r"^(.+)-seed(\d+)$")
 
 @dataclass(frozen=True)
 class Clip:
-    """A file; `group` is its subfolder ("" without), `name` its path in there without suffix and seed."""
+    """A file; `group` is its subfolder ("" without), `name` its path in there without suffix and seed.
 
-    path: Path
+    Or a video of a prepared dataset, which has no file of its own.
+    """
+
+    path: Path | Recorded
     group: str
     name: str
     seed: int | None  # None if the name has none
+
+    def read(self, num_frames: int, fps: float = 7.0) -> np.ndarray:
+        """uint8 `[t, h, w, 3]` from the start; see `data.video.read_clip`. Raises VideoError."""
+        if isinstance(self.path, Recorded):
+            return self.path.read(num_frames, fps)
+        return read_clip(self.path, num_frames, fps)
 
 
 @dataclass
@@ -53,7 +63,7 @@ class Reading:
                 pending += [pool.submit(self._read, more) for more in clips[n + ahead : n + ahead + 1]]
 
     def _read(self, clip: Clip) -> np.ndarray:
-        return read_clip(clip.path, self.num_frames, self.fps)
+        return clip.read(self.num_frames, self.fps)
 
 
 def find_clips(folder: str | Path) -> list[Clip]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sfv_jax.data.video import VideoError, read_clip
+from sfv_jax.data.video import VideoError
 from sfv_jax.data.worlds import World
 from sfv_jax.evaluation import noreference
 from sfv_jax.evaluation import world as exact
 from sfv_jax.evaluation.collection import Clip, Reading, condition_images, find_clips
-from sfv_jax.evaluation.features import Set, compute, features_of, label
+from sfv_jax.evaluation.features import FILES, Set, compute_kept, features_of, label
 from sfv_jax.evaluation.frechet import measure
 from sfv_jax.evaluation.generation import generate, read_strip
 from sfv_jax.evaluation.protocol import Protocol
@@ -99,6 +99,7 @@ def checkpoint_on_videos(
     about: dict,
     *,
     dataset: str,
+    source: dict,
     options: dict,
     origin: dict,
     kept: Path | None = None,
@@ -108,23 +109,23 @@ def checkpoint_on_videos(
     """Generates from the first frames of real clips and measures the Frechet distance to those clips.
 
     Args:
-      dataset: what the clips are, for the report: name and split.
-      options, origin: of `generation.generate`. Clips are kept in `out / "generated"`.
+      dataset, source: what the clips are (name and split) and what they are read from, for the record.
+      options, origin: of `generation.generate`. Clips are kept in `out / "generated"`, and their features beside them.
     """
-    real = features_of(clips, protocol, features, about, kept=kept)
+    real = features_of(clips, protocol, features, about, source=source, kept=kept)
     protocol = replace(protocol, n=len(real.names))
-    paths = {label(clip): clip.path for clip in clips}
+    by_name = {label(clip): clip for clip in clips}
 
     def first(n: int) -> np.ndarray:
-        return read_clip(paths[real.names[n]], num_frames=1)[0]
+        return by_name[real.names[n]].read(num_frames=1)[0]
 
     folder = out / "generated"
-    how = dict(options=options, origin=origin | {"dataset": dataset}, batch_size=batch_size)
+    how = dict(options=options, origin=origin | {"dataset": dataset, "source": source}, batch_size=batch_size)
     files = generate(sampler, real.names, first, folder, protocol, **how)
-    strips = (read_strip(file, protocol.num_frames) for file in files)
-    fake = Set(compute(features, strips), real.names, [])
+    read = lambda file: read_strip(file, protocol.num_frames)  # noqa: E731
+    fake = Set(compute_kept(features, files, read, about, folder / "features.npz"), real.names, [])
     report = Report(f"{origin['checkpoint']} on {dataset}")
-    add_distances(report, {"generated": fake}, real, protocol, about)
+    add_distances(report, {"generated": fake}, real, protocol, about, source)
     order = sorted(range(len(files)), key=lambda k: real.names[k])
     place = {real.names[k]: k for k in order}
     shown = [real.names[k] for k in order[: extras.shown]]
@@ -142,14 +143,16 @@ def checkpoint_on_videos(
         total=len(files),
     )
     for name in shown:
-        frames = read_clip(paths[name], protocol.num_frames, protocol.fps)
+        frames = by_name[name].read(protocol.num_frames, protocol.fps)
         results.shown[name] = {"real": protocol.real(frames)} | results.shown[name]
     noreference.add_to(report, results, Reading(protocol.num_frames, protocol.fps), "the first frame of the real clip")
-    report.record |= {"dataset": dataset, "options": options, "origin": origin}
+    report.record |= {"dataset": dataset, "source": source, "options": options, "origin": origin}
     return report
 
 
-def add_distances(report: Report, sets: dict[str, Set], real: Set, protocol: Protocol, about: dict) -> None:
+def add_distances(
+    report: Report, sets: dict[str, Set], real: Set, protocol: Protocol, about: dict, source: dict = FILES
+) -> None:
     """Measures `sets` against `real` at n = `protocol.n` and adds the table and all that made it to `report`."""
     n = protocol.n
     found = {
@@ -159,7 +162,7 @@ def add_distances(report: Report, sets: dict[str, Set], real: Set, protocol: Pro
     rows = [[name, x.value, x.extrapolated, "{:.4g} to {:.4g}".format(*x.interval), x.n] for name, x in found.items()]
     kind = "Frechet distance" if about["kind"] == "function" else "FVD"
     columns = ["", kind, "N to infinity", "95 % interval", "N"]
-    report.table("Distance to the reference", columns, rows, footer(protocol, about, sets, real))
+    report.table("Distance to the reference", columns, rows, footer(protocol, about, sets, real, source))
     dropped = {name: some.dropped for name, some in {"reference": real, **sets}.items() if some.dropped}
     for name, lines in dropped.items():
         report.text(f"{name}: {len(lines)} clips were dropped", lines)
@@ -172,14 +175,14 @@ def add_distances(report: Report, sets: dict[str, Set], real: Set, protocol: Pro
     }
 
 
-def footer(protocol: Protocol, about: dict, sets: dict[str, Set], real: Set) -> list[str]:
+def footer(protocol: Protocol, about: dict, sets: dict[str, Set], real: Set, source: dict) -> list[str]:
     """What made a distance, in words: every field of the protocol, the features, what was left out."""
-    fields = ", ".join(f"{name} {value}" for name, value in asdict(protocol).items())
-    made = ", ".join(f"{name} {value}" for name, value in about.items())
+    fields, made, read = (", ".join(f"{k} {v}" for k, v in x.items()) for x in (asdict(protocol), about, source))
     all_sets = {"reference": real, **sets}
     counts = ", ".join(f"{name} {len(x.names)} (and {len(x.dropped)} dropped)" for name, x in all_sets.items())
     notes = [
         f"Protocol: {fields}.",
+        f"Real clips: {read}.",
         f"Features: {made}.",
         f"Usable clips: {counts}; {protocol.n} of each used.",
         "Distances compare at equal N and equal features only. The interval is a bootstrap over clips.",

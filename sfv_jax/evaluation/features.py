@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,8 @@ from sfv_jax.evaluation.fvd import Features, load_i3d
 from sfv_jax.evaluation.protocol import Protocol, digest
 from sfv_jax.progress import progress
 from sfv_jax.weights.folders import WeightsError, sha256
+
+FILES = {"form": "video files"}  # what clips are read from, unless told otherwise
 
 
 class StatisticsError(ValueError):
@@ -76,12 +79,51 @@ def compute(features: Callable, clips: Iterable[np.ndarray], batch_size: int = 8
     return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
 
+def compute_kept(
+    features: Callable, files: list[Path], read: Callable[[Path], np.ndarray], about: dict, kept: Path
+) -> np.ndarray:
+    """`compute` for `files`, taking from the file `kept` what it holds of them, and writing it as it goes.
+
+    A clip is known by the SHA-256 of its file, so a changed one is computed again, and all are if `about` changed.
+
+    Args:
+      read: a file's frames.
+      about: what made the features, from `load_features`.
+      kept: file (.npz), made if it is missing.
+    Raises:
+      StatisticsError: if `kept` is no such file.
+    """
+    digests = [sha256(file) for file in files]
+    known = _known(kept, about)
+    todo = list({digest: file for digest, file in zip(digests, files, strict=True) if digest not in known}.items())
+    with progress(len(files), "generated clips for features") as advance:
+        advance(len(files) - len(todo))
+        for first in range(0, len(todo), 64):
+            part = todo[first : first + 64]
+            values = compute(features, (read(file) for _, file in part))
+            known |= {digest: row for (digest, _), row in zip(part, values, strict=True)}
+            told = {"features": about, "clips": list(known)}
+            with replacing(kept) as temporary, temporary.open("wb") as file:
+                np.savez(file, features=np.stack(list(known.values())), manifest=json.dumps(told))
+            advance(len(part))
+    return np.stack([known[digest] for digest in digests])
+
+
+def _known(kept: Path, about: dict) -> dict[str, np.ndarray]:
+    """{SHA-256 of a clip: its features} of a file that `compute_kept` wrote; nothing if other features made it."""
+    if not kept.is_file():
+        return {}
+    rows, told = _read(kept)
+    return dict(zip(told["clips"], rows, strict=True)) if told["features"] == about else {}
+
+
 def features_of(
     clips: list[Clip],
     protocol: Protocol,
     features: Callable,
     about: dict,
     *,
+    source: dict = FILES,
     prepare: Callable | None = None,
     kept: Path | None = None,
     batch_size: int = 8,
@@ -92,6 +134,7 @@ def features_of(
 
     Args:
       about: what made the features, from `load_features`.
+      source: what the clips are read from.
       prepare: how frames become what is scored; default `protocol.real`.
       kept: file (.npz) to keep the result in, or to take it from if it was made from the same.
     Raises:
@@ -101,13 +144,14 @@ def features_of(
     names = [label(clip) for clip in clips]
     manifest = {
         "clips": digest(names),
+        "source": source,
         "n": protocol.n,
         "seed": protocol.seed,
         "reading": protocol.reading(),
         "features": about,
     }
     if kept and kept.is_file():
-        return _read(kept, manifest)
+        return _kept_set(kept, manifest)
     reading = Reading(protocol.num_frames, protocol.fps)
     used: list[str] = []
 
@@ -139,12 +183,17 @@ def label(clip: Clip) -> str:
     return f"{clip.group}/{clip.name}{seed}" if clip.group else f"{clip.name}{seed}"
 
 
-def _read(path: Path, manifest: dict) -> Set:
+def _read(path: Path) -> tuple[np.ndarray, dict]:
+    """(features, manifest) of a file."""
     try:
         with np.load(path) as file:
-            features, told = file["features"], json.loads(str(file["manifest"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise StatisticsError(f"{path} is no file of reference statistics: {error}; remove it") from error
+            return file["features"], json.loads(str(file["manifest"]))
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise StatisticsError(f"{path} holds no features: {error}; remove it") from error
+
+
+def _kept_set(path: Path, manifest: dict) -> Set:
+    features, told = _read(path)
     now = manifest.items()
     changed = [f"{name} (there {told.get(name)}, asked {value})" for name, value in now if told.get(name) != value]
     if changed:

@@ -28,7 +28,8 @@ def generate(
     """Makes the clips that are not in `folder` yet; returns their files in the order of `names`.
 
     A clip is a PNG of its frames side by side, at the score size: lossless, because compression changes scores. Beside
-    them `manifest.json` tells how they were made; clips of another manifest are not touched.
+    them `manifest.json` tells how they were made; clips of another manifest are not touched. More clips of the same
+    order may follow later.
 
     Args:
       sampler: a `Sampler`, or anything called like one.
@@ -39,7 +40,8 @@ def generate(
       VideoError: if `folder` holds clips made in another way.
     """
     names = [name.replace("/", "--") for name in names]
-    manifest = {"protocol": dataclasses.asdict(protocol), "options": options, "origin": origin, "clips": names}
+    made_by = {k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("n", "ddof")}
+    manifest = {"protocol": made_by, "options": options, "origin": origin, "clips": names}
     manifest["seeds"] = [protocol.seed + n for n in range(len(names))]
     manifest = json.loads(json.dumps(manifest))  # as it will be read
     _claim(folder, manifest)
@@ -72,10 +74,16 @@ def _claim(folder: Path, manifest: dict) -> None:
     """Writes how the clips of `folder` are made, or checks it against what an earlier run wrote."""
     path = folder / "manifest.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        write_json(path, manifest)
-        return
-    earlier = read_json(path)
-    changed = [name for name in manifest if earlier.get(name) != manifest[name]]
-    if changed:
-        raise VideoError(f"{folder} holds clips made with other {', '.join(changed)}: use another --out, or remove it")
+    if path.is_file():
+        earlier = read_json(path)
+        # One list may be longer; as far as both go, clips and seeds must agree.
+        common = min(len(earlier.get("clips", [])), len(manifest["clips"]))
+        cut = {"clips": slice(common), "seeds": slice(common)}
+        before, now = ({k: v[cut[k]] if k in cut else v for k, v in x.items()} for x in (earlier, manifest))
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            what = ", ".join(changed)
+            raise VideoError(f"{folder} holds clips made with other {what}: use another --out, or remove it")
+        if common == len(manifest["clips"]):
+            return
+    write_json(path, manifest)

@@ -1,0 +1,183 @@
+"""UCF-101 as tensorflow-datasets prepared it, read without TensorFlow.
+
+tensorflow-datasets' own reader cannot do that: its `Video` feature asks TensorFlow for its dtype before anything is
+read. What lies on disk needs none: `dataset_info.json` with the lengths of the shards, and shards (ArrayRecord or
+TFRecord) of `tf.train.Example` messages whose list `video` holds the frames as JPEG files.
+
+The preparation loses what an AVI file has: its frame rate, its name, and quality to JPEG. Configurations that end in
+`_256` also lose the size. What is assumed instead is in `about`, which belongs to every score.
+"""
+
+import io
+import json
+import os
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from google.protobuf.message import DecodeError
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+from sfv_jax.data.video import VideoError
+
+FPS = 25.0  # of all UCF-101 by its paper, arXiv 1212.0402
+SIZE = (240, 320)  # height, width by the same
+PREPARE = "prepare it with `tfds build ucf101/ucf101_1 --file_format=array_record`"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Video `index` of the `records` of a split; `name` is made up, the file's own is not stored."""
+
+    records: Sequence[bytes]
+    index: int
+    name: str
+
+    def read(self, num_frames: int = 14, fps: float = 7.0) -> np.ndarray:
+        """`video.read_clip` at `FPS`: uint8 `[t, 240, 320, 3]` RGB, frame k on screen at k / `fps` seconds.
+
+        Frames of another size are stretched to `SIZE`, bicubic. Raises VideoError.
+        """
+        try:
+            example = tf_example_pb2.Example.FromString(self.records[self.index])
+        except (DecodeError, RuntimeError, ValueError, OSError) as error:
+            raise VideoError(f"{self.name}: cannot read the record: {str(error).partition(chr(10))[0]}") from error
+        stored = example.features.feature["video"].bytes_list.value
+        # As for files: a millisecond for clocks that round.
+        picked = [int(time * FPS) for time in np.arange(num_frames) / fps + 1e-3]
+        if picked[-1] >= len(stored):
+            have = sum(n < len(stored) for n in picked)
+            raise VideoError(f"{self.name}: too short: {have} of {num_frames} frames at {fps:g} fps from 0 s")
+        return np.stack([self._frame(stored[n]) for n in picked])
+
+    def _frame(self, jpeg: bytes) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(jpeg)) as image:
+                frame = image.convert("RGB")
+        except OSError as error:
+            raise VideoError(f"{self.name}: cannot read a frame: {error}") from error
+        return np.asarray(frame if frame.size == SIZE[::-1] else frame.resize(SIZE[::-1], Image.Resampling.BICUBIC))
+
+
+def folders(root: Path) -> list[Path]:
+    """The folders of prepared UCF-101 datasets in `root` or below it, one per configuration and version."""
+    return [path.parent for path in sorted(root.rglob("dataset_info.json")) if _json(path).get("name") == "ucf101"]
+
+
+def videos(root: Path, split: str) -> tuple[dict[str, Recorded], dict]:
+    """(the videos of an official split or "all" by made-up names, `about`), in the order in which they are stored.
+
+    Args:
+      root: a folder of which `folders` finds some.
+      split: `testlist01` is the test split of the configurations `ucf101_1` and `ucf101_1_256`; "all" is both splits.
+    Returns:
+      about: `form`, `config`, `version`, `file_format`, and what is assumed because it is not stored.
+    Raises:
+      VideoError: if no dataset there has the split, several have it, or shards are missing or cut short.
+    """
+    found = {folder: _json(folder / "dataset_info.json") for folder in folders(root)}
+    fitting = {k: info for k, info in found.items() if split == "all" or split[-1] == _number(info)}
+    if len(fitting) != 1:
+        which = "several folders hold" if fitting else "no folder holds"
+        names = ", ".join(str(folder) for folder in fitting or found)
+        raise VideoError(f"{which} the split {split} ({names}): name the folder of one, or another --split")
+    [(folder, info)] = fitting.items()
+    parts = ("train", "test") if split == "all" else (split.removesuffix("list0" + split[-1]),)
+    lengths = {x["name"]: [int(n) for n in x.get("shardLengths", [])] for x in info.get("splits", [])}
+    clips = {}
+    for part in parts:
+        if not lengths.get(part):
+            raise VideoError(f"{folder} has no split {part}: its preparation did not finish; {PREPARE}")
+        records = _records(folder, part, info.get("fileFormat") or "tfrecord", lengths[part])
+        clips |= {f"{part}-{n:05d}": Recorded(records, n, f"{part}-{n:05d}") for n in range(len(records))}
+    return clips, _about(folder, info)
+
+
+def _number(info: dict) -> str | None:
+    """Which of the three official splits a configuration holds."""
+    match = re.match(r"ucf101_([123])", info.get("configName", ""))
+    return match and match[1]
+
+
+def _about(folder: Path, info: dict) -> dict:
+    try:
+        video = _json(folder / "features.json")["featuresDict"]["features"]["video"]["video"]
+        _, height, width, _ = video["shape"]["dimensions"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise VideoError(f"{folder / 'features.json'} has no feature video of frames: {PREPARE}") from error
+    stored = "the videos' own" if height == "-1" else f"{width}x{height}, stretched to {SIZE[1]}x{SIZE[0]} (bicubic)"
+    return {
+        "form": "prepared by tensorflow-datasets",
+        "config": info.get("configName"),
+        "version": info.get("version"),
+        "file_format": info.get("fileFormat") or "tfrecord",
+        "frame_rate": f"{FPS:g}, assumed: not stored",
+        "file_names": "not stored: clips are numbered as stored",
+        "frame_size": stored,
+        "frame_encoding": video.get("encodingFormat", "png"),
+    }
+
+
+def _records(folder: Path, split: str, kind: str, lengths: list[int]) -> Sequence[bytes]:
+    """Random access to the records of a split."""
+    total = len(lengths)
+    paths = [folder / f"ucf101-{split}.{kind}-{n:05d}-of-{total:05d}" for n in range(total)]
+    missing = [path for path in paths if not path.is_file()]
+    if kind not in ("array_record", "tfrecord"):
+        raise VideoError(f"{folder} is stored as {kind}, which is not read here: {PREPARE}")
+    if missing:
+        raise VideoError(f"{missing[0]} is missing ({len(missing)} of {total} shards): {PREPARE}")
+    try:
+        records = ArrayRecordDataSource([*map(os.fspath, paths)]) if kind == "array_record" else TFRecords(paths)
+        count = len(records)
+    except RuntimeError as error:
+        raise VideoError(f"{folder} holds a damaged shard of {split}: {PREPARE} again") from error
+    if count != sum(lengths):
+        raise VideoError(f"{folder} holds {count} of {sum(lengths)} records of {split}: {PREPARE} again")
+    return records
+
+
+class TFRecords(Sequence):
+    """Random access to TFRecord files: an index of where records lie. Checksums are not verified.
+
+    A record is its length (uint64, little-endian), a checksum of that (4 bytes), the data, a checksum of those.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self._places = [(path, *place) for path in paths for place in _places(path)]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, n: int) -> bytes:
+        path, start, length = self._places[n]
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+
+def _places(path: Path) -> list[tuple[int, int]]:
+    """(start, length) of the data of each whole record of a file."""
+    places, start, end = [], 0, path.stat().st_size
+    with path.open("rb") as file:
+        while start + 16 <= end:
+            file.seek(start)
+            (length,) = struct.unpack("<Q", file.read(8))
+            places.append((start + 12, length))
+            start += 16 + length
+    return places[: len(places) - (start > end)]
+
+
+def _json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise VideoError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise VideoError(f"{path} holds no JSON object")
+    return found

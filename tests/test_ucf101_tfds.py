@@ -1,0 +1,168 @@
+"""UCF-101 as tensorflow-datasets prepares it: a miniature of what its builder writes, read without TensorFlow."""
+
+import io
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+from sfv_jax import evaluate
+from sfv_jax.data import ucf101
+from sfv_jax.data.video import VideoError
+from sfv_jax.evaluation import compare, features
+from sfv_jax.evaluation.protocol import Protocol
+
+LENGTHS = {"train": [1], "test": [15, 10]}
+FRAMES = 50
+SMALL = dict(height=24, width=32, score_height=24, score_width=32)
+
+
+def level(clip: int, frame: int) -> int:
+    """The grey of a frame: tells clips and frames apart."""
+    return 4 * frame + clip
+
+
+def example(clip: int, size: tuple[int, int], frames: int) -> bytes:
+    """A serialised record: a list of JPEG files and a label."""
+    message = tf_example_pb2.Example()
+    for n in range(frames):
+        pixels = np.full((*size, 3), level(clip, n), np.uint8)
+        pixels[: size[0] // 2, : size[1] // 4] = (250, 0, 0)  # top left
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=95, subsampling=0)
+        message.features.feature["video"].bytes_list.value.append(file.getvalue())
+    message.features.feature["label"].int64_list.value.append(clip % 101)
+    return message.SerializeToString()
+
+
+def write_shard(path: Path, records: list[bytes], kind: str) -> None:
+    if kind == "array_record":
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for record in records:
+            writer.write(record)
+        writer.close()
+    else:
+        path.write_bytes(b"".join(struct.pack("<Q", len(x)) + bytes(4) + x + bytes(4) for x in records))
+
+
+def prepare(root: Path, config: str, kind: str, size: tuple[int, int], stated: str) -> Path:
+    """The folder that `tfds build ucf101/CONFIG` makes, with 26 videos; the fourth of the test split is short."""
+    folder = root / "ucf101" / config / "2.0.0"
+    folder.mkdir(parents=True)
+    for split, lengths in LENGTHS.items():
+        first = 0
+        for k, length in enumerate(lengths):
+            clips = range(first, first + length)
+            records = [example(n, size, 20 if (split, n) == ("test", 3) else FRAMES) for n in clips]
+            write_shard(folder / f"ucf101-{split}.{kind}-{k:05d}-of-{len(lengths):05d}", records, kind)
+            first += length
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    splits = [{"name": k, "shardLengths": [*map(str, v)], "filepathTemplate": template} for k, v in LENGTHS.items()]
+    info = {"name": "ucf101", "configName": config, "version": "2.0.0", "fileFormat": kind, "splits": splits}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    module = "tensorflow_datasets.core.features"
+    video = {"dtype": "uint8", "encodingFormat": "jpeg", "shape": {"dimensions": ["-1", stated, stated, "3"]}}
+    content = {
+        "label": {"classLabel": {"numClasses": "101"}, "pythonClassName": f"{module}.class_label_feature.ClassLabel"},
+        "video": {"video": video, "pythonClassName": f"{module}.video_feature.Video"},
+    }
+    tree = {"featuresDict": {"features": content}, "pythonClassName": f"{module}.features_dict.FeaturesDict"}
+    (folder / "features.json").write_text(json.dumps(tree))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """One data directory with three configurations, in both file formats."""
+    root = tmp_path_factory.mktemp("tensorflow_datasets")
+    prepare(root, "ucf101_1_256", "array_record", (32, 32), "32")
+    prepare(root, "ucf101_2", "tfrecord", (240, 320), "-1")
+    return root
+
+
+@pytest.mark.parametrize(("split", "kind"), [("testlist01", "array_record"), ("testlist02", "tfrecord")])
+def test_frames_are_those_on_screen_at_25_fps(root, split, kind):
+    videos, about = ucf101.videos(root, split)
+    assert list(videos) == [f"test-{n:05d}" for n in range(25)] and about["file_format"] == kind
+    clip = videos["test-00017"].read(num_frames=5, fps=7.0)  # in the second shard
+    assert clip.shape == (5, 240, 320, 3) and clip.dtype == np.uint8
+    shown = [int(25 * k / 7) for k in range(5)]
+    assert np.abs(clip[:, 200, 200].astype(int) - [[level(17, n)] * 3 for n in shown]).max() <= 2
+    assert (clip[:, 60, 40, 0] > 200).all() and (clip[:, 60, 40, 1:] < 60).all()  # RGB, upright
+    assert len(videos["test-00017"].read(14, 7.0)) == 14
+    with pytest.raises(VideoError, match="test-00003: too short: 6 of 14 frames at 7 fps"):
+        videos["test-00003"].read(14, 7.0)
+
+
+def test_what_the_preparation_lost_is_told(root):
+    _, about = ucf101.videos(root, "testlist01")
+    assert about["config"] == "ucf101_1_256" and about["version"] == "2.0.0"
+    assert about["frame_rate"] == "25, assumed: not stored" and "not stored" in about["file_names"]
+    assert about["frame_size"] == "32x32, stretched to 320x240 (bicubic)"
+    assert ucf101.videos(root, "trainlist02")[1]["frame_size"] == "the videos' own"
+    assert len(ucf101.videos(root / "ucf101/ucf101_2", "all")[0]) == 26
+
+
+def test_a_score_carries_its_source(root, tmp_path):
+    values = {"dataset": "ucf101", "data": str(root), "split": "testlist01"}
+    clips, name, source = evaluate.dataset_clips(values)
+    still = lambda images, *, num_frames, **_: np.stack([np.repeat(x[None], num_frames, 0) for x in images])  # noqa: E731
+    colours = lambda x: x.astype(np.float32).mean((2, 3)).reshape(len(x), -1)  # noqa: E731
+    protocol, kept = Protocol(n=20, **SMALL), tmp_path / "kept.npz"
+    how = dict(options={}, origin={"checkpoint": "still"}, extras=compare.Extras(flow=False, shown=1))
+    args = (still, clips, tmp_path / "out", protocol, colours, {"kind": "function"})
+    report = compare.checkpoint_on_videos(*args, dataset=name, source=source, kept=kept, **how)
+    assert report.record["source"] == source and "frame_rate 25, assumed: not stored" in report.page()
+    manifest = json.loads((tmp_path / "out/generated/manifest.json").read_text())
+    assert manifest["origin"]["source"]["config"] == "ucf101_1_256"
+    # Names are numbers, alike for every configuration: the source tells statistics apart.
+    other, _, elsewhere = evaluate.dataset_clips(values | {"split": "testlist02"})
+    with pytest.raises(features.StatisticsError, match="made differently: source"):
+        features.features_of(other, protocol, colours, {"kind": "function"}, source=elsewhere, kept=kept)
+
+
+def test_what_cannot_be_read(root, tmp_path):
+    with pytest.raises(VideoError, match="no folder holds the split testlist03 .*ucf101_1_256.*name the folder"):
+        ucf101.videos(root, "testlist03")
+    with pytest.raises(VideoError, match="several folders hold the split all"):
+        ucf101.videos(root, "all")
+    for kind in ("array_record", "tfrecord"):
+        folder = prepare(tmp_path / kind, "ucf101_1", kind, (16, 16), "-1")
+        shard = folder / f"ucf101-test.{kind}-00001-of-00002"
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-10])
+        with pytest.raises(VideoError, match="damaged shard of test|holds 24 of 25 records of test.*tfds build"):
+            ucf101.videos(folder)
+        shard.unlink()
+        with pytest.raises(VideoError, match=r"00001-of-00002 is missing \(1 of 2 shards\): prepare .* `tfds build"):
+            ucf101.videos(folder)
+        write_shard(shard, [b"no example"] * 9 + [example(9, (16, 16), 0)], kind)
+        videos, _ = ucf101.videos(folder)
+        with pytest.raises(VideoError, match="test-00015: cannot read the record"):
+            videos["test-00015"].read()
+        with pytest.raises(VideoError, match="test-00024: too short: 0 of 14"):
+            videos["test-00024"].read()
+    info = json.loads((folder / "dataset_info.json").read_text())
+    for changes, message in (
+        ({"fileFormat": "riegeli"}, "stored as riegeli, which is not read here"),
+        ({"splits": []}, "has no split test: its preparation did not finish"),
+    ):
+        (folder / "dataset_info.json").write_text(json.dumps(info | changes))
+        with pytest.raises(VideoError, match=message):
+            ucf101.videos(folder)
+    (folder / "dataset_info.json").write_text("{")
+    with pytest.raises(VideoError, match="dataset_info.json cannot be read"):
+        ucf101.videos(folder)
+
+
+def test_a_frame_that_is_no_picture():
+    message = tf_example_pb2.Example()
+    message.features.feature["video"].bytes_list.value.extend([b"\xff\xd8 no JPEG"] * 60)
+    video = ucf101.Recorded([message.SerializeToString()], 0, "test-00000")
+    with pytest.raises(VideoError, match="test-00000: cannot read a frame"):
+        video.read()
