@@ -108,9 +108,13 @@ def dataset_clips(values: dict) -> tuple[list[Clip], str, dict]:
 def run(values: dict) -> Report:
     """What the flags ask for."""
     kind, out = mode(values), Path(values["out"])
+    try:  # now, not after hours of sampling
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluateError(f"--out={out} cannot be a folder for the results: {error.strerror}") from error
     protocol = protocol_of(values)
     if values["flow"] and kind in ("alone", "dataset"):
-        opencv()  # now, not after hours of sampling
+        opencv()
     if kind == "alone":
         embed = load_codec(values["svd"]).embed if values["svd"] else None
         images = values["images"] and Path(values["images"])
@@ -119,7 +123,7 @@ def run(values: dict) -> Report:
         return compare.folder_alone(Path(values["videos"]), reading, images, extras)
     if kind == "world":
         if not is_run(values["checkpoint"]):
-            raise EvaluateError(f"{values['checkpoint']} is not a training run: only a run knows its world")
+            raise EvaluateError(f"{values['checkpoint']} is no workdir of a training run: only a run knows its world")
         world = world_of(ConfigDict(read_json(Path(values["checkpoint"]) / "config.json")))
         sampler, options, origin = load_sampler(values | {"noise_aug_strength": 0.0})
         how = dict(n=protocol.n, seed=protocol.seed, shown=values["shown"], batch_size=values["batch_size"])

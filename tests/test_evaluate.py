@@ -140,10 +140,14 @@ def test_features_of_real_clips_are_kept_and_belong_to_their_settings(clips, tmp
 
     again = features.features_of(clips, protocol, unused, ABOUT, kept=kept)
     assert np.array_equal(again.features, found.features) and again.names == found.names
-    for changes, what in ((dict(fps=8.0), "reading"), (dict(seed=1), "seed"), (dict(filter="box"), "reading")):
-        with pytest.raises(features.StatisticsError, match=f"made differently: {what} .*remove it"):
+    for changes, what in (
+        (dict(fps=8.0), "fps is 7.0 there, 8.0 here"),
+        (dict(seed=1), "seed is 0 there, 1 here"),
+        (dict(filter="box"), "filter is bilinear there, box here"),
+    ):
+        with pytest.raises(features.StatisticsError, match=f"made differently: {what}. Name another file or remove it"):
             features.features_of(clips, Protocol(n=20, **SMALL | changes), unused, ABOUT, kept=kept)
-    with pytest.raises(features.StatisticsError, match="features"):
+    with pytest.raises(features.StatisticsError, match="made differently: sha256 is None there, other here. Name"):
         features.features_of(clips, protocol, unused, ABOUT | {"sha256": "other"}, kept=kept)
     with pytest.raises(features.StatisticsError, match="clips"):
         features.features_of(clips[1:], protocol, unused, ABOUT, kept=kept)
@@ -295,8 +299,12 @@ def test_folders_of_different_sizes_are_compared_at_equal_n(clips, ucf, tmp_path
     lots = compare.folder_against_folder(*args, Protocol(n=0, **SMALL), lambda x: np.repeat(colours(x), 5, 1), ABOUT)
     assert "21 clips are fewer than 30 features" in lots.page() and "fewer than" not in report.page()
     assert len(report.record["dropped"]["moving"]) == 1 and "0.mp4" in report.record["dropped"]["moving"][0]
-    with pytest.raises(VideoError, match="21 of 21 clips are usable, fewer than n = 25"):
+    with pytest.raises(VideoError, match="v/frozen: 21 of 21 clips are usable, fewer than n = 25"):
         compare.folder_against_folder(*args, Protocol(n=25, **SMALL), colours, ABOUT)
+    for n in range(2):
+        (tmp_path / f"v/frozen/{n}.mp4").unlink()
+    with pytest.raises(VideoError, match="v/frozen: 19 of 19 clips .* the 20 that a distance needs"):
+        compare.folder_against_folder(*args, Protocol(n=0, **SMALL), colours, ABOUT)
 
 
 def test_features_that_are_none():
@@ -327,6 +335,13 @@ def test_modes_that_mean_nothing(flags, message):
     nothing = dict.fromkeys(("videos", "reference", "checkpoint", "dataset", "data"))
     with pytest.raises(evaluate.EvaluateError, match=message):
         evaluate.mode(nothing | flags)
+
+
+def test_a_place_for_results_that_is_none(tmp_path):
+    (tmp_path / "file").touch()
+    values = {"videos": "a", "checkpoint": None, "reference": None, "out": str(tmp_path / "file")}
+    with pytest.raises(evaluate.EvaluateError, match="--out=.*file cannot be a folder for the results: File exists"):
+        evaluate.run(values)
 
 
 @pytest.fixture(scope="module")

@@ -68,14 +68,20 @@ def folder_against_folder(
     All sets are cut to one size: `protocol.n`, or, if that is 0, the smallest set's.
 
     Raises:
-      VideoError: if a set has fewer usable clips than asked; ValueError: than 20.
+      VideoError: if a set has fewer usable clips than asked, or than 20.
     """
     clips = find_clips(videos)
     groups = sorted({clip.group for clip in clips})
-    real = features_of(find_clips(reference), protocol, features, about, kept=kept)
-    as_they_are = dict(prepare=protocol.score)  # cropping is for real clips; generated ones have their shape already
+    real = features_of(find_clips(reference), protocol, features, about, kept=kept, of=str(reference))
     sets = {
-        group or "all": features_of([c for c in clips if c.group == group], protocol, features, about, **as_they_are)
+        group or "all": features_of(
+            [clip for clip in clips if clip.group == group],
+            protocol,
+            features,
+            about,
+            of=str(videos / group),
+            prepare=protocol.score,  # cropping is for real clips; generated ones have their shape already
+        )
         for group in groups
     }
     n = min(len(found.names) for found in [real, *sets.values()])
@@ -112,7 +118,7 @@ def checkpoint_on_videos(
       dataset, source: what the clips are (name and split) and what they are read from, for the record.
       options, origin: of `generation.generate`. Clips are kept in `out / "generated"`, and their features beside them.
     """
-    real = features_of(clips, protocol, features, about, source=source, kept=kept)
+    real = features_of(clips, protocol, features, about, source=source, kept=kept, of=dataset)
     protocol = replace(protocol, n=len(real.names))
     by_name = {label(clip): clip for clip in clips}
 

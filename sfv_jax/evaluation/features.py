@@ -13,6 +13,7 @@ import numpy as np
 
 from sfv_jax.data.video import VideoError, replacing
 from sfv_jax.evaluation.collection import Clip, Reading
+from sfv_jax.evaluation.frechet import MIN_SAMPLES
 from sfv_jax.evaluation.fvd import Features, load_i3d
 from sfv_jax.evaluation.protocol import Protocol, digest
 from sfv_jax.progress import progress
@@ -126,6 +127,7 @@ def features_of(
     source: dict = FILES,
     prepare: Callable | None = None,
     kept: Path | None = None,
+    of: str = "the clips",
     batch_size: int = 8,
 ) -> Set:
     """Features of `protocol.n` of `clips` (0: of all usable ones), drawn in the protocol's order.
@@ -137,8 +139,9 @@ def features_of(
       source: what the clips are read from.
       prepare: how frames become what is scored; default `protocol.real`.
       kept: file (.npz) to keep the result in, or to take it from if it was made from the same.
+      of: whose clips they are, for error messages.
     Raises:
-      VideoError: if there are fewer usable clips than `protocol.n`.
+      VideoError: if there are fewer usable clips than `protocol.n`, or than a distance needs.
       StatisticsError: if `kept` holds features of other clips or settings.
     """
     names = [label(clip) for clip in clips]
@@ -166,9 +169,10 @@ def features_of(
                     return
 
     values = compute(features, frames(), batch_size)
-    if len(used) < max(protocol.n, 1):
+    if len(used) < max(protocol.n, MIN_SAMPLES):
         reasons = "".join(f"\n  {line}" for line in reading.unreadable[:5])
-        raise VideoError(f"{len(used)} of {len(clips)} clips are usable, fewer than n = {protocol.n}{reasons}")
+        least = f"n = {protocol.n}" if protocol.n else f"the {MIN_SAMPLES} that a distance needs"
+        raise VideoError(f"{of}: {len(used)} of {len(clips)} clips are usable, fewer than {least}{reasons}")
     found = Set(values, used, reading.unreadable)
     if kept:
         told = manifest | {"names": used, "dropped": reading.unreadable}
@@ -194,8 +198,19 @@ def _read(path: Path) -> tuple[np.ndarray, dict]:
 
 def _kept_set(path: Path, manifest: dict) -> Set:
     features, told = _read(path)
-    now = manifest.items()
-    changed = [f"{name} (there {told.get(name)}, asked {value})" for name, value in now if told.get(name) != value]
+    changed = _differences(told, manifest)
     if changed:
         raise StatisticsError(f"{path} was made differently: {'; '.join(changed)}. Name another file or remove it")
     return Set(features, told["names"], told["dropped"])
+
+
+def _differences(there: dict, asked: dict) -> list[str]:
+    """What differs between two manifests, field by field."""
+    lines = []
+    for name, value in asked.items():
+        other = there.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            lines += _differences(other, value | dict.fromkeys(other.keys() - value.keys()))
+        elif other != value:
+            lines.append(f"{name} is {other} there, {value} here")
+    return lines

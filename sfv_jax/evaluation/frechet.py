@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MIN_SAMPLES = 20  # of each set: fewer say nothing
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -91,8 +93,9 @@ def measure(real: np.ndarray, fake: np.ndarray, *, ddof: int = 0, resamples: int
     Raises:
       ValueError: unless both sets have the same number of samples, at least 20: distances compare at equal n only.
     """
-    if len(real) != len(fake) or len(real) < 20:
-        raise ValueError(f"both sets need the same number of samples, at least 20; got {len(real)} and {len(fake)}")
+    if len(real) != len(fake) or len(real) < MIN_SAMPLES:
+        least = f"both sets need the same number of samples, at least {MIN_SAMPLES}"
+        raise ValueError(f"{least}; got {len(real)} and {len(fake)}")
     rng = np.random.default_rng(seed)
 
     def between(rows_real, rows_fake) -> float:

@@ -33,8 +33,8 @@ SCORES = {
         f"share of videos in which less than {motion.FROZEN_SHARE:.0%} of the pixels ever differ from the first frame "
         f"by more than {motion.CHANGE:g} grey levels",
     ),
-    "detail_first": Score("detail, first", "sharpness of the first frame over that of the condition; 1 is all kept"),
-    "detail_last": Score("detail, last", "the same of the last frame; below 1 detail is lost, above 1 gained"),
+    "detail_first": Score("detail, first", "sharpness of the first frame over that of the condition; 1: all is kept"),
+    "detail_last": Score("detail, last", "sharpness of the last frame over that of the condition; below 1: lost"),
     "contrast_last": Score("contrast, last", "contrast of the last frame over that of the condition"),
     "first_psnr": Score("first PSNR, dB", "first frame against the condition image"),
     "clip_last": Score("CLIP, last", "cosine of the CLIP embeddings of the last frame and the condition"),
