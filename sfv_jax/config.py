@@ -308,11 +308,15 @@ def unet_of(config: ConfigDict) -> UNetConfig:
 
 
 def _build(kind, changes: ConfigDict, name: str):
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     try:
-        return kind(**values)
+        return kind(**{k: _tuples(v) for k, v in changes.items()})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.{name}: {error}") from error
+
+
+def _tuples(value):
+    """JSON's lists as the tuples they were, at every depth: what is built must be hashable."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -102,8 +102,8 @@ def test_frames_are_those_on_screen_at_25_fps(root, split, kind):
 def test_what_the_preparation_lost_is_told(root):
     _, about = ucf101.videos(root, "testlist01")
     assert about["config"] == "ucf101_1_256" and about["version"] == "2.0.0"
-    assert about["frame_rate"] == "25, assumed: not stored" and "not stored" in about["file_names"]
-    assert about["frame_size"] == "32x32, stretched to 320x240 (bicubic)"
+    assert about["frame_rate"] == "25 (assumed; not stored)" and "not stored" in about["file_names"]
+    assert about["frame_size"] == "32x32 stretched to 320x240 (bicubic)"
     assert ucf101.videos(root, "trainlist02")[1]["frame_size"] == "the videos' own"
     assert len(ucf101.videos(root / "ucf101/ucf101_2", "all")[0]) == 26
 
@@ -117,7 +117,7 @@ def test_a_score_carries_its_source(root, tmp_path):
     how = dict(options={}, origin={"checkpoint": "still"}, extras=compare.Extras(flow=False, shown=1))
     args = (still, clips, tmp_path / "out", protocol, colours, {"kind": "function"})
     report = compare.checkpoint_on_videos(*args, dataset=name, source=source, kept=kept, **how)
-    assert report.record["source"] == source and "frame_rate 25, assumed: not stored" in report.page()
+    assert report.record["source"] == source and "frame_rate 25 (assumed; not stored)" in report.page()
     manifest = json.loads((tmp_path / "out/generated/manifest.json").read_text())
     assert manifest["origin"]["source"]["config"] == "ucf101_1_256"
     # Names are numbers, alike for every configuration: the source tells statistics apart.

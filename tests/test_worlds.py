@@ -1,10 +1,13 @@
 """The procedural world: clips are reproducible, stay in frame, and move as their labels say."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from sfv_jax.config import world_of
 from sfv_jax.data.worlds import SHAPES, World
 
 WORLD = World()
@@ -67,6 +70,14 @@ def test_bounce_reverses_the_motion(shape):
     np.testing.assert_allclose(y, 16.0)
     down = dataclasses.replace(label, direction=2)
     np.testing.assert_allclose(WORLD.positions(down)[1], [24.5, 18.0])
+
+
+def test_a_run_finds_its_world_again():
+    """From the config that lies in its workdir, where tuples of tuples are lists of lists."""
+    world = World(backgrounds=((1, 2, 3), (4, 5, 6)), speeds=(1.0,))
+    told = json.loads(json.dumps({"data": {"world": dataclasses.asdict(world)}}))
+    found = world_of(ConfigDict(told))
+    assert found == world and hash(found) == hash(world)
 
 
 def test_impossible_rules_are_refused():

@@ -110,14 +110,14 @@ def _about(folder: Path, info: dict) -> dict:
         _, height, width, _ = video["shape"]["dimensions"]
     except (KeyError, TypeError, ValueError) as error:
         raise VideoError(f"{folder / 'features.json'} has no feature video of frames: {PREPARE}") from error
-    stored = "the videos' own" if height == "-1" else f"{width}x{height}, stretched to {SIZE[1]}x{SIZE[0]} (bicubic)"
+    stored = "the videos' own" if height == "-1" else f"{width}x{height} stretched to {SIZE[1]}x{SIZE[0]} (bicubic)"
     return {
         "form": "prepared by tensorflow-datasets",
         "config": info.get("configName"),
         "version": info.get("version"),
         "file_format": info.get("fileFormat") or "tfrecord",
-        "frame_rate": f"{FPS:g}, assumed: not stored",
-        "file_names": "not stored: clips are numbered as stored",
+        "frame_rate": f"{FPS:g} (assumed; not stored)",
+        "file_names": "not stored; clips are numbered",
         "frame_size": stored,
         "frame_encoding": video.get("encodingFormat", "png"),
     }

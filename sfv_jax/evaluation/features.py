@@ -15,7 +15,7 @@ from sfv_jax.data.video import VideoError, replacing
 from sfv_jax.evaluation.collection import Clip, Reading
 from sfv_jax.evaluation.frechet import MIN_SAMPLES
 from sfv_jax.evaluation.fvd import Features, load_i3d
-from sfv_jax.evaluation.protocol import Protocol, digest
+from sfv_jax.evaluation.protocol import Protocol, differences, digest
 from sfv_jax.progress import progress
 from sfv_jax.weights.folders import WeightsError, sha256
 
@@ -198,19 +198,7 @@ def _read(path: Path) -> tuple[np.ndarray, dict]:
 
 def _kept_set(path: Path, manifest: dict) -> Set:
     features, told = _read(path)
-    changed = _differences(told, manifest)
+    changed = differences(told, manifest)
     if changed:
         raise StatisticsError(f"{path} was made differently: {'; '.join(changed)}. Name another file or remove it")
     return Set(features, told["names"], told["dropped"])
-
-
-def _differences(there: dict, asked: dict) -> list[str]:
-    """What differs between two manifests, field by field."""
-    lines = []
-    for name, value in asked.items():
-        other = there.get(name)
-        if isinstance(value, dict) and isinstance(other, dict):
-            lines += _differences(other, value | dict.fromkeys(other.keys() - value.keys()))
-        elif other != value:
-            lines.append(f"{name} is {other} there, {value} here")
-    return lines

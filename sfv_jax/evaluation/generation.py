@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 
 from sfv_jax.data.video import VideoError, read_image, write_video
-from sfv_jax.evaluation.protocol import Protocol
+from sfv_jax.evaluation.protocol import Protocol, differences, digest
 from sfv_jax.progress import progress
 from sfv_jax.weights.folders import read_json, write_json
 
@@ -79,11 +79,11 @@ def _claim(folder: Path, manifest: dict) -> None:
         # One list may be longer; as far as both go, clips and seeds must agree.
         common = min(len(earlier.get("clips", [])), len(manifest["clips"]))
         cut = {"clips": slice(common), "seeds": slice(common)}
-        before, now = ({k: v[cut[k]] if k in cut else v for k, v in x.items()} for x in (earlier, manifest))
-        changed = [name for name in now if before.get(name) != now[name]]
+        before, now = ({k: digest(v[cut[k]]) if k in cut else v for k, v in x.items()} for x in (earlier, manifest))
+        changed = differences(before, now)
         if changed:
-            what = ", ".join(changed)
-            raise VideoError(f"{folder} holds clips made with other {what}: use another --out, or remove it")
+            what = "; ".join(changed)
+            raise VideoError(f"{folder} holds clips made differently: {what}. Use another --out, or remove it")
         if common == len(manifest["clips"]):
             return
     write_json(path, manifest)

@@ -87,3 +87,15 @@ class Protocol:
 def digest(value) -> str:
     """SHA-256 of anything JSON can tell."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def differences(there: dict, here: dict) -> list[str]:
+    """What differs between two manifests, a line for each field of `here` or of the dicts in it."""
+    lines = []
+    for name, value in here.items():
+        other = there.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            lines += differences(other, dict.fromkeys(other) | value)
+        elif other != value:
+            lines.append(f"{name} is {other} there, {value} here")
+    return lines

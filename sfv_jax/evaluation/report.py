@@ -167,7 +167,7 @@ def _plain(value):
 
 # ---- plots ----
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 460, 280, 60, 42, 34, 14
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 460, 280, 76, 42, 34, 14
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
