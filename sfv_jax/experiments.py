@@ -153,7 +153,7 @@ class Budget:
 
 
 FAST = Budget(base_steps=1400, steps=240, batch=8, conditions=128)
-FULL = Budget(base_steps=4000, steps=1000, batch=8, conditions=256)
+FULL = Budget(base_steps=4000, steps=800, batch=8, conditions=256)
 
 
 def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigDict:
