@@ -1,5 +1,7 @@
 """The sampler's promises: seeds, compilation, and errors a person can act on."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfv_jax import edm
-from sfv_jax.models.codec import PatchCodec
+from sfv_jax.models import tree
+from sfv_jax.models.clip import CLIPConfig, CLIPVision
+from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.sample import SampleError, numbers
 from sfv_jax.sampler import NonFiniteError, Sampler, guidance_ramp, sample, step_noise
 from sfv_jax.sharding import make_mesh, param_shardings
@@ -40,12 +45,14 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def random_weights(shapes):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), shapes)
+
+
 @pytest.fixture(scope="module")
 def sampler() -> Sampler:
-    rng = np.random.default_rng(1)
-    shapes = Networks(UNET).abstract["generator"]
-    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), shapes)
-    return Sampler(UNET, params, CODEC)
+    return Sampler(UNET, random_weights(Networks(UNET).abstract["generator"]), CODEC)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +120,29 @@ def test_a_mesh_changes_nothing(sampler, monkeypatch):
     call = dict(seed=[7, 40, 9], steps=2, sampler="sfv", guidance=(1.0, 2.0))
     found = Sampler(UNET, params, CODEC, mesh=mesh)(images, **call)
     assert_same_frames(found, sampler(images, **call))
+
+
+def test_a_video_over_eight_devices():
+    """CLIP, VAE and two-level UNet with `spatial=8`: one device's frames.
+
+    Devices share the rows of 24 x 16 pixels, the columns of 12 x 8 cells and nothing at 6 x 4.
+    """
+    unet = replace(UNET, in_channels=8, out_channels=4, block_out_channels=(16, 16), num_attention_heads=(2, 2))
+    vae = VAEConfig.tiny(block_out_channels=(8, 8), layers_per_block=1, norm_groups=4, decode_pixels=20)
+    clip = CLIPConfig.tiny(projection_dim=unet.cross_attention_dim)
+    shapes = {"vae": tree.abstract(TemporalVAE, vae)[1], "image_encoder": tree.abstract(CLIPVision, clip)[1]}
+    params = random_weights(shapes | {"unet": Networks(unet).abstract["generator"]})
+
+    def sampler(params, mesh=None) -> Sampler:
+        return Sampler(unet, params["unet"], SVDCodec(vae, clip, params), mesh=mesh)
+
+    mesh = make_mesh(1, 1, 8)
+    shared = sampler(jax.device_put(params, param_shardings(mesh, params)), mesh)
+    made = []
+    generate, shared._generate = shared._generate, lambda *args: made.append(generate(*args)) or made[-1]
+    call = dict(seed=7, height=24, width=16)
+    assert_same_frames(shared(IMAGES[:1], **call), sampler(params)(IMAGES[:1], **call))
+    assert made[0].sharding.shard_shape(made[0].shape)[1:4] == (3, 12, 1)
 
 
 def linear(gain: float):
