@@ -5,8 +5,9 @@
     python -m sfv_jax.benchmark --networks mid --num_frames 8 --height 256 --width 384 --dtype float32 \
         --compare diffusers                                                  # against torch, on the same weights
 
-Weights are random: time does not depend on them. The programs are those that `sample` and `train` run. Needs jax, flax,
-optax, orbax, einops and numpy; `--compare` also torch and diffusers.
+`--compare` times the UNet and the VAE decoder in turns with diffusers'; with `--train` the UNet's forward pass, and its
+forward and backward pass. Weights are random: time does not depend on them. The programs are those that `sample` and
+`train` run. Needs jax, flax, optax, orbax, einops and numpy; `--compare` also torch and diffusers.
 """
 
 import json
@@ -34,19 +35,19 @@ from sfv_jax.programs import Program, Sizes, sample_programs, train_program
 from sfv_jax.sharding import make_mesh, on_mesh
 from sfv_jax.speed import count_flops, peak_flops, peak_memory
 
-MID = dict(  # SVD's UNet at a fifth of its width
-    block_out_channels=(64, 128, 256, 256),
-    num_attention_heads=(1, 2, 4, 4),
-    cross_attention_dim=64,
-    addition_time_embed_dim=64,
-)
+
+def scaled(*channels: int) -> Sizes:
+    """SVD's networks with a UNet of these widths, a VAE of half of them and a tiny CLIP tower."""
+    heads = tuple(c // 64 for c in channels)
+    unet = dict(block_out_channels=channels, num_attention_heads=heads, cross_attention_dim=64)
+    vae = VAEConfig(block_out_channels=tuple(c // 2 for c in channels))
+    return Sizes(UNetConfig(addition_time_embed_dim=64, **unet), vae, CLIPConfig.tiny(projection_dim=64))
+
+
 NETWORKS = {
     "svd": Sizes(UNetConfig.svd(), VAEConfig.svd(), CLIPConfig.svd()),
-    "mid": Sizes(
-        UNetConfig(**MID),
-        VAEConfig(block_out_channels=(32, 64, 128, 128)),
-        CLIPConfig.tiny(projection_dim=MID["cross_attention_dim"]),
-    ),
+    "mid": scaled(128, 256, 512, 512),
+    "small": scaled(64, 128, 256, 256),
     "tiny": Sizes(UNetConfig.tiny(), VAEConfig.tiny(), CLIPConfig.tiny(projection_dim=32)),
 }
 
@@ -223,6 +224,18 @@ def sizes_from_flags() -> tuple[Sizes, tuple[int, int]]:
     return sizes, size
 
 
+def stages(mesh, sizes: Sizes, size: tuple[int, int]) -> list[Row]:
+    """Of sampling, or of the SF-V step, as the flags say."""
+    if not FLAGS.train:
+        return sampling(mesh, sizes, size, FLAGS.batch_size, FLAGS.dtype, FLAGS.repeats)
+    config = configs.sfv()
+    config.update(dict(batch_size=FLAGS.batch_size, accumulation_steps=1, dtype=FLAGS.dtype))
+    if FLAGS.networks == "tiny":
+        config.discriminator.update(temporal_kernel=3, projection_dim=8, sinusoid_dim=16)
+    sizes = replace(sizes, unet=replace(sizes.unet, remat=FLAGS.remat))
+    return training(config, mesh, sizes, size, FLAGS.repeats)
+
+
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)
     if FLAGS.compare:
@@ -234,28 +247,21 @@ def main(_) -> None:
         about = surroundings()
         result = {"surroundings": about, "matmul_flops": limit, "peak_flops": peak_flops(about["device"])}
         print(f"{about['device']}: {limit / 1e12:.3g} TFLOP/s in {FLAGS.dtype} matrix products", flush=True)
-        if FLAGS.train:
-            config = configs.sfv()
-            config.update(dict(batch_size=FLAGS.batch_size, accumulation_steps=1, dtype=FLAGS.dtype))
-            if FLAGS.networks == "tiny":
-                config.discriminator.update(temporal_kernel=3, projection_dim=8, sinusoid_dim=16)
-            sizes = replace(sizes, unet=replace(sizes.unet, remat=FLAGS.remat))
-            rows = training(config, mesh, sizes, size, FLAGS.repeats)
-            result["parts"] = split(rows)
-        else:
-            rows = sampling(mesh, sizes, size, FLAGS.batch_size, FLAGS.dtype, FLAGS.repeats)
-        result["rows"] = [asdict(row) for row in rows]
-        print("\n" + table(rows, limit))
-        for name, seconds in result.get("parts", {}).items():
-            print(f"{name}: {1000 * seconds:.1f} ms")
-        for peak in peak_memory().values():
-            result["peak_gib"] = peak
-            print(f"most memory in use on the device: {peak:.2f} GiB")
         if FLAGS.compare:
             from sfv_jax.peer import against_diffusers
 
             found = against_diffusers(sizes, size, FLAGS.batch_size, FLAGS.dtype, FLAGS.repeats, FLAGS.train)
             result["diffusers"] = found
+        else:
+            rows = stages(mesh, sizes, size)
+            print("\n" + table(rows, limit))
+            result["rows"] = [asdict(row) for row in rows]
+            result["parts"] = split(rows) if FLAGS.train else {}
+        for name, seconds in result.get("parts", {}).items():
+            print(f"{name}: {1000 * seconds:.1f} ms")
+        for peak in peak_memory().values():
+            result["peak_gib"] = peak
+            print(f"most memory in use on the device: {peak:.2f} GiB")
     except ConfigError as error:
         sys.exit(f"benchmark: {error}")
     if FLAGS.json:
@@ -274,6 +280,12 @@ if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 10, "warm calls that are timed", lower_bound=1)
     flags.DEFINE_boolean("train", False, "the SF-V step instead of sampling")
     flags.DEFINE_boolean("remat", False, "recompute activations in the backward pass")
-    flags.DEFINE_enum("compare", None, ["diffusers"], "also time that package on the same weights, in turns with ours")
+    flags.DEFINE_enum(
+        "compare",
+        None,
+        ["diffusers"],
+        "time that package's UNet and decoder instead, in turns with ours, on the same weights; with --train the UNet"
+        " forward, and forward and backward",
+    )
     flags.DEFINE_string("json", None, "write what was measured to this file")
     app.run(main)

@@ -2,6 +2,8 @@
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 from sfv_jax import timing
 from sfv_jax.config import ConfigError
 from sfv_jax.models import tree
+from sfv_jax.models.codec import decode_pixels, device_memory
 from sfv_jax.models.unet import UNet
 from sfv_jax.models.vae import TemporalVAE
 from sfv_jax.state import DTYPES
@@ -26,7 +29,7 @@ def against_diffusers(sizes, size: tuple[int, int], batch: int, dtype: str, repe
 
     Args:
       sizes, size: networks (`programs.Sizes`) and (height, width) of the video in pixels.
-      backward: the UNet's forward and backward pass instead of sampling.
+      backward: the UNet's forward pass, and its forward and backward pass, instead of the UNet and the decoder.
     Returns:
       `{stage: {"sfv_jax": seconds, "diffusers": seconds, ..., "difference": largest, relative to the deviation}}`.
     Raises:
@@ -40,28 +43,36 @@ def against_diffusers(sizes, size: tuple[int, int], batch: int, dtype: str, repe
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = {"unet": diffusers.UNetSpatioTemporalConditionModel, "vae": diffusers.AutoencoderKLTemporalDecoder}
     result = {}
-    for stage, component in (("UNet", "unet"), ("VAE decoder", "vae"))[: 1 if backward else 2]:
+    for component in ("unet",) if backward else ("unet", "vae"):
         config = getattr(sizes, component)
         params = timing.random_arrays(_placed(tree.abstract(CLASSES[component], config)[1]))
         with tempfile.TemporaryDirectory() as folder:
             save_component(Path(folder) / component, component, params, config)
             options = dict(low_cpu_mem_usage=False, torch_dtype=getattr(torch, dtype))
             theirs = made[component].from_pretrained(Path(folder) / component, **options).to(device)
-        calls = (_unet if component == "unet" else _decoder)(config, size, batch, dtype, params, theirs, backward)
-        if device == "cuda":
-            plain = calls["diffusers"]
-            compiled = torch.compile(theirs) if component == "unet" else torch.compile(theirs.decode)
-            calls |= {"diffusers": lambda: plain(None), "torch.compile": lambda: plain(compiled)}  # noqa: B023
+        given = sizes, size, batch, dtype, params, theirs
+        if component == "vae":
+            stages = {"VAE decoder": (_decoder(*given), theirs.decode)}
         else:
-            calls["diffusers"] = lambda plain=calls["diffusers"]: plain(None)
-        ours, reference = (np.asarray(calls[name](), np.float32) for name in ("sfv_jax", "diffusers"))
-        difference = float(np.abs(ours - reference).max() / reference.std())
-        times = timing.alternate(calls, repeats)
-        name = f"{stage}, forward and backward" if backward else stage
-        result[name] = {k: t.seconds for k, t in times.items()} | {"difference": difference}
-        _show(name, times, difference)
+            stages = {"UNet": (_unet(*given, backward=False), theirs)}
+        if backward:
+            stages["UNet, forward and backward"] = _unet(*given, backward=True), theirs
+        for stage, (calls, plain) in stages.items():
+            peer = calls.pop("diffusers")
+            calls["diffusers"] = partial(peer, plain)
+            if device == "cuda":
+                calls["torch.compile"] = partial(peer, torch.compile(plain))
+            result[stage] = _in_turns(stage, calls, repeats)
         jax.clear_caches()
     return result
+
+
+def _in_turns(stage: str, calls: dict[str, Callable], repeats: int) -> dict:
+    ours, reference = (np.asarray(calls[name](), np.float32) for name in ("sfv_jax", "diffusers"))
+    difference = float(np.abs(ours - reference).max() / reference.std())
+    times = timing.alternate(calls, repeats)
+    _show(stage, times, difference)
+    return {name: timed.seconds for name, timed in times.items()} | {"difference": difference}
 
 
 def _show(stage: str, times: dict[str, timing.Timing], difference: float) -> None:
@@ -76,12 +87,16 @@ def _placed(abstract):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding), abstract)
 
 
-def _unet(config, size, batch, dtype, params, theirs, backward: bool) -> dict[str, Callable]:
-    """Calls that return the output, or the gradient of conv_in of the mean square of the output, channels last."""
+def _unet(sizes, size, batch, dtype, params, theirs, *, backward: bool) -> dict[str, Callable]:
+    """Calls that return the output, or the gradient of conv_in of the mean square of the output, channels last.
+
+    The peer's takes the network to call: `theirs`, or a compiled form of it.
+    """
     import torch
 
+    config = sizes.unet
     graph, _ = tree.abstract(UNet, config, dtype=DTYPES[dtype])
-    shape = (batch, config.num_frames, *(side // 8 for side in size), config.in_channels)
+    shape = (batch, config.num_frames, *(side // sizes.downscale for side in size), config.in_channels)
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape, np.float32)
     c_noise, context = (
@@ -103,9 +118,9 @@ def _unet(config, size, batch, dtype, params, theirs, backward: bool) -> dict[st
     to = lambda a: torch.from_numpy(a).to(half.device, half.dtype)  # noqa: E731
     given = to(np.moveaxis(x, -1, 2).copy()), to(c_noise), to(context)[:, None]
 
-    def peer(compiled=None):
+    def peer(network):
         with torch.set_grad_enabled(backward):
-            out = (compiled or theirs)(*given, added_time_ids=to(ids), return_dict=False)[0]
+            out = network(*given, added_time_ids=to(ids), return_dict=False)[0]
             if backward:
                 theirs.zero_grad(set_to_none=True)
                 out.float().square().mean().backward()
@@ -115,15 +130,15 @@ def _unet(config, size, batch, dtype, params, theirs, backward: bool) -> dict[st
     return {"sfv_jax": mine, "diffusers": peer}
 
 
-def _decoder(config, size, batch, dtype, params, theirs, backward: bool) -> dict[str, Callable]:
-    """Calls that return decoded frames `[b * t, h, w, 3]`."""
+def _decoder(sizes, size, batch, dtype, params, theirs) -> dict[str, Callable]:
+    """Calls that return decoded frames `[b * t, h, w, 3]`; the peer's takes the decoder to call."""
     import torch
 
-    del backward
-    frames = 14
-    graph, _ = tree.abstract(TemporalVAE, config, dtype=DTYPES[dtype])
-    decode = jax.jit(lambda params, z: tree.build(graph, params).decode(z))
+    config, frames = sizes.vae, sizes.unet.num_frames
     shape = (batch, frames, *(side // config.downscale for side in size), config.latent_channels)
+    pixels = decode_pixels(config, shape, dtype, device_memory())  # as the sampler decodes
+    graph, _ = tree.abstract(TemporalVAE, replace(config, decode_pixels=pixels), dtype=DTYPES[dtype])
+    decode = jax.jit(lambda params, z: tree.build(graph, params).decode(z))
     z = np.random.default_rng(0).standard_normal(shape, np.float32)
     latents = jnp.asarray(z)
     given = torch.from_numpy(np.moveaxis(z.reshape(-1, *shape[2:]), -1, 1).copy())
@@ -131,10 +146,8 @@ def _decoder(config, size, batch, dtype, params, theirs, backward: bool) -> dict
     given = given.to(half.device, half.dtype)
 
     @torch.no_grad()
-    def peer(compiled=None):
-        return _finished(
-            (compiled or theirs.decode)(given, num_frames=frames, return_dict=False)[0].permute(0, 2, 3, 1)
-        )
+    def peer(decoder):
+        return _finished(decoder(given, num_frames=frames, return_dict=False)[0].permute(0, 2, 3, 1))
 
     def mine():
         return jax.block_until_ready(decode(params, latents)).reshape(-1, *size, 3)

@@ -30,6 +30,7 @@ from sfv_jax.targets import GIB, Target, TargetError
 from sfv_jax.weights.folders import WeightsError
 
 QUICK = -1.0  # compile effort for TPUs where none is asked for: about ten times quicker
+DECODING = ("decode_chunk_size", "decode_pixels")
 WHAT = {"train": (448, 768), "sample": (576, 1024), "prepare": (448, 768)}  # and the default height, width
 
 
@@ -59,7 +60,7 @@ def build(config: ConfigDict, target: Target, devices: list, what: str, size: tu
     batch = options["batch_size"] or shares
     if batch % shares:
         raise PlanError(f"batch_size {batch} does not divide over data x fsdp = {shares} chips of the mesh")
-    settings = {name: options[name] for name in ("steps", "dtype", "vae_dtype", "decode_chunk_size")}
+    settings = {name: options[name] for name in ("steps", "dtype", "vae_dtype", *DECODING)}
     if target.chip.platform != "cpu":  # a CPU tells nobody, so a run does not know either
         settings["memory"] = limit_of(target, options)
     return mesh, programs.sample_programs(mesh, sizes, size, batch, **settings)
@@ -216,7 +217,7 @@ def main(_):
         if FLAGS.compile_effort is None and target.chip.platform == "tpu":
             jax.config.update("jax_exec_time_optimization_effort", QUICK)
         size = (FLAGS.height or WHAT[FLAGS.what][0], FLAGS.width or WHAT[FLAGS.what][1])
-        names = ("batch_size", "memory_gib", "efficiency", "steps", "dtype", "vae_dtype", "decode_chunk_size")
+        names = ("batch_size", "memory_gib", "efficiency", "steps", "dtype", "vae_dtype", *DECODING)
         options = {name: FLAGS[name].value for name in names} | {"hlo": Path(FLAGS.hlo) if FLAGS.hlo else None}
         result = plan(FLAGS.config, target, FLAGS.what, size, options, say=lambda text: print(text, file=sys.stderr))
         write(result)
@@ -248,6 +249,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("dtype", "bfloat16", "sample: dtype of the UNet")
     flags.DEFINE_string("vae_dtype", "bfloat16", "sample: compute dtype of the VAE's decoder")
     flags.DEFINE_integer("decode_chunk_size", None, "sample: frames decoded at a time", lower_bound=1)
+    flags.DEFINE_integer("decode_pixels", None, "sample: pixels decoded at a time on a device; 0: all", lower_bound=0)
     flags.DEFINE_float("memory_gib", None, "memory of a chip, instead of the target's", lower_bound=0)
     flags.DEFINE_float("efficiency", 0.6, "share of the lower bound's speed that a run is assumed to reach")
     flags.mark_flags_as_required(["config", "target"])

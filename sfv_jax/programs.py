@@ -151,6 +151,7 @@ def sample_programs(
     dtype: str = "bfloat16",
     vae_dtype: str = "bfloat16",
     decode_chunk_size: int | None = None,
+    decode_pixels: int | None = None,
     memory: float | None = None,
 ) -> list[Program]:
     """What `Sampler.__call__` runs one after the other for `batch` videos: clip, encode, denoise, decode.
@@ -164,7 +165,8 @@ def sample_programs(
     def sampler(weights, unet=unet):
         codec = sizes.patch
         if codec is None:
-            codec = SVDCodec(sizes.vae, sizes.clip, weights, decode_dtype=DTYPES[vae_dtype], memory=memory)
+            options = dict(decode_dtype=DTYPES[vae_dtype], pixels=decode_pixels, memory=memory)
+            codec = SVDCodec(sizes.vae, sizes.clip, weights, **options)
         return Sampler(unet, weights.get("unet"), codec, dtype)
 
     def embed(weights, images):

@@ -135,7 +135,7 @@ def main(_):
         options = {name: FLAGS[name].value for name in OPTIONS}
         options["guidance"] = numbers("guidance", FLAGS.guidance, float)
         mesh = numbers("mesh", FLAGS.mesh, int)
-        load = {name: FLAGS[name].value for name in ("dtype", "vae_dtype", "raw", "check_finite")}
+        load = {name: FLAGS[name].value for name in ("dtype", "vae_dtype", "decode_pixels", "raw", "check_finite")}
         if mesh:
             mesh = make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)])
         sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
@@ -174,6 +174,12 @@ def _define_flags() -> None:
         None,
         "frames decoded at a time; default: all. Smaller chunks save memory and flicker where they meet",
         lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "decode_pixels",
+        None,
+        "pixels, over all frames, that a device decodes at a time, 0: all; same frames. Default: by its memory",
+        lower_bound=0,
     )
     flags.DEFINE_integer("batch_size", 1, "images of a folder sampled at a time", lower_bound=1)
     flags.DEFINE_list("mesh", None, "data,fsdp[,spatial]: devices that share the batch, batch and parameters, rows")

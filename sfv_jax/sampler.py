@@ -161,6 +161,7 @@ class Sampler:
         *,
         dtype: str = "float32",
         vae_dtype: str = "float32",
+        decode_pixels: int | None = None,
         mesh: Mesh | None = None,
         raw: bool = False,
         check_finite: bool = True,
@@ -171,12 +172,14 @@ class Sampler:
           dtype: compute dtype of the UNet, one of `state.DTYPES`; parameters are stored in it. Noise, latents and the
             sampler's arithmetic are fp32 whatever it is.
           vae_dtype: compute dtype of the VAE's decoder; its encoder and CLIP are always fp32.
+          decode_pixels: pixels that a device decodes at a time, over all frames, 0 for all; the frames are the same.
+            By default all where there is memory enough, else 2^18.
           mesh: from `sharding.make_mesh`. Batches go over `data` and `fsdp`, parameters over `fsdp`.
           raw: the trained weights instead of their moving average (workdirs only).
           check_finite: see the class.
         Raises:
           WeightsError, WorkdirError: if `path` is neither.
-          ValueError: for an unknown dtype, or a decoder dtype where there is no decoder network.
+          ValueError: for an unknown dtype, negative `decode_pixels`, or options of a decoder where there is none.
         """
         for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
             if value not in DTYPES:
@@ -186,9 +189,11 @@ class Sampler:
         codec = base.codec
         if isinstance(codec, SVDCodec):
             weights = codec.params if mesh is None else jax.device_put(codec.params, place(codec.params))
-            codec = SVDCodec(codec.vae_config, codec.clip_config, weights, decode_dtype=DTYPES[vae_dtype])
-        elif vae_dtype != "float32":
-            raise ValueError(f"vae_dtype {vae_dtype!r}: {path} has the patch codec, which has no decoder network")
+            options = dict(decode_dtype=DTYPES[vae_dtype], pixels=decode_pixels)
+            codec = SVDCodec(codec.vae_config, codec.clip_config, weights, **options)
+        elif vae_dtype != "float32" or decode_pixels is not None:
+            option = f"vae_dtype {vae_dtype!r}" if decode_pixels is None else f"decode_pixels {decode_pixels}"
+            raise ValueError(f"{option}: {path} has the patch codec, which has no decoder network")
         sampler = cls(base.unet, base.params, codec, dtype, mesh=mesh, check_finite=check_finite)
         sampler.step = base.step
         return sampler

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sfv_jax import benchmark, config, plain_config, sharding, timing
-from sfv_jax.programs import Program
+from sfv_jax.programs import Program, Sizes
 
 ROOT = Path(__file__).parent.parent
 BLOCK = """
@@ -106,16 +106,39 @@ def test_sizes_that_cannot_be(tmp_path):
     assert "benchmark: --height 60 --width 1024: both must be multiples of 8" in done.stderr
 
 
-def test_sampling_from_end_to_end(monkeypatch):
+@pytest.fixture
+def quick_compile():
+    """Programs that compile soon and run slowly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_diffusers_computes_the_same(reference, capsys):
+    """What is timed in turns has equal results: forward and decoder; forward, and forward and backward."""
+    from sfv_jax import peer
+
+    unet = benchmark.UNetConfig.tiny(block_out_channels=(32, 32), num_attention_heads=(2, 2), num_frames=2)
+    vae = benchmark.VAEConfig.tiny(block_out_channels=(32, 32), layers_per_block=1)
+    sizes = Sizes(unet, vae, None)
+    stages = {False: ["UNet", "VAE decoder"], True: ["UNet", "UNet, forward and backward"]}
+    for backward, names in stages.items():
+        found = peer.against_diffusers(sizes, (12, 16), 2, "float32", 1, backward)
+        assert list(found) == names
+        for times in found.values():
+            assert list(times) == ["sfv_jax", "diffusers", "difference"]
+            assert times["difference"] < 1e-4
+    assert capsys.readouterr().out.count("times ours") == 4
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_sampling_from_end_to_end():
     """Every stage is that of the sampler; the whole is run on what the stages hand on."""
     sizes = benchmark.NETWORKS["tiny"]
     sizes = benchmark.replace(sizes, unet=benchmark.replace(sizes.unet, num_frames=2, temporal_conv="matmul"))
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        rows = benchmark.sampling(mesh, sizes, (64, 64), 1, "float32", 1)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    rows = benchmark.sampling(mesh, sizes, (64, 64), 1, "float32", 1)
     assert [row.name for row in rows] == ["clip", "encode", "denoise", "decode", "image to frames"]
     assert rows[-1].flops == sum(row.flops for row in rows[:-1]) > 0
     assert all(row.compile_seconds > 0 and row.temporary_bytes > 0 for row in rows[:-1])

@@ -29,6 +29,7 @@ OPTIONS = dict(
     dtype="float32",
     vae_dtype="float32",
     decode_chunk_size=None,
+    decode_pixels=None,
     hlo=None,
 )
 

@@ -66,6 +66,11 @@ def over_time(fn: Callable, x: Array, size: int) -> Array:
     return rearrange(chunks, "n b t ... -> b (n t) ...")[:, :t]
 
 
+def device_memory() -> float | None:
+    """Bytes JAX may use of a device of this process; None where it does not tell, as a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def decode_pixels(config: VAEConfig, shape: tuple[int, ...], dtype, memory: float | None) -> int:
     """`VAEConfig.decode_pixels` for latents `[b, t, h, w, 4]` on devices of `memory` bytes: 0 where that suffices.
 
@@ -85,8 +90,12 @@ class SVDCodec:
       params: `{"vae": ..., "image_encoder": ...}`, nested dicts of arrays, wherever they are placed.
       decode_dtype: compute dtype of the decoder. Encoding and CLIP are fp32, as in the reference. The decoder loses
         precision below fp32 (docs/benchmarks.md), so lower it knowingly.
-      memory: bytes of a device, which decide whether frames are decoded in pieces (`decode_pixels`); by default what
-        the device tells. Where it tells nothing, as a CPU, large frames are.
+      pixels: of a piece in which a device decodes, over all frames, in place of `VAEConfig.decode_pixels`; 0: all at
+        once. By default it follows from `memory`. Either way the frames are the same.
+      memory: bytes of a device (`decode_pixels`); by default what the device tells. Where it tells nothing, as a CPU,
+        large frames are decoded in pieces.
+    Raises:
+      ValueError: for negative `pixels`.
     """
 
     def __init__(
@@ -96,9 +105,12 @@ class SVDCodec:
         params: dict[str, tree.Params],
         *,
         decode_dtype=jnp.float32,
+        pixels: int | None = None,
         memory: float | None = None,
     ):
-        self.params, self.memory = params, memory
+        if pixels is not None and pixels < 0:
+            raise ValueError(f"decode_pixels {pixels}: give the pixels of a piece, or 0 to decode whole")
+        self.params, self.pixels, self.memory = params, pixels, memory
         self.vae_config, self.clip_config, self.decode_dtype = vae_config, clip_config, decode_dtype
         self.scaling_factor = vae_config.scaling_factor
         self.latent_channels = vae_config.latent_channels
@@ -180,9 +192,10 @@ class SVDCodec:
         size = t if chunk_size is None else chunk_size
         if size < 1:
             raise ValueError(f"decode_chunk_size must be at least 1 frame, got {size}")
-        memory = self.memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        shape = latents.shape[0], min(size, t), *latents.shape[2:]
-        pixels = decode_pixels(self.vae_config, shape, self.decode_dtype, memory)
+        pixels = self.pixels
+        if pixels is None:
+            shape = latents.shape[0], min(size, t), *latents.shape[2:]
+            pixels = decode_pixels(self.vae_config, shape, self.decode_dtype, self.memory or device_memory())
         chunks = [self._decode(self.params["vae"], latents[:, n : n + size], pixels) for n in range(0, t, size)]
         frames, sound = zip(*chunks, strict=True)
         return (frames[0], sound[0]) if len(chunks) == 1 else (jnp.concatenate(frames, 1), jnp.stack(sound).all(0))
