@@ -219,11 +219,51 @@ def test_planning_prepares_the_full_size_networks_of_a_config_without_a_model():
     assert sizes.unet.block_out_channels == (320, 640, 1280, 1280)
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("v5e:2x2", "tpu"), ("h100:2", "gpu")])
-def test_real_compilers_plan_a_small_network(name, wanted, tmp_path):
-    modules, extra = targets.PLUGINS[wanted]
+def needs(platform: str) -> None:
+    """Skips a test where the compiler of `platform` is not installed."""
+    modules, extra = targets.PLUGINS[platform]
     if not all(map(targets._installed, modules)):
         pytest.skip(f"needs pip install 'sfv_jax[{extra}]'")
+
+
+FEED_FORWARD = """
+import sys, jax, jax.numpy as jnp
+from sfv_jax import hlo, sharding, targets
+from sfv_jax.models import tree
+from sfv_jax.models.attention import FeedForward
+
+target = targets.parse(sys.argv[1])
+targets.prepare(target)
+mesh = sharding.make_mesh(devices=targets.devices(target)[:1])
+graph, params = tree.abstract(FeedForward, 320, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+params, x = sharding.with_shardings(
+    given := (params, jax.ShapeDtypeStruct((1, 14, 2304, 320), jnp.bfloat16)),
+    jax.tree.map(lambda _: sharding.replicated_sharding(mesh), given),
+)
+call = jax.jit(lambda params, x: tree.build(graph, params)(x))
+program = hlo.parse(sharding.on_mesh(mesh, call.lower)(params, x).compile().as_text())
+large = [k.op.opcode for k in hlo.kernels(program) if k.bytes > x.size]
+print(*[opcode for opcode in large if opcode != "copy-start"])  # it brings arguments near a TPU's core
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "kernels"),
+    [
+        ("v5e:2x2", "tpu", ["fusion"] * 2),  # gate and gelu belong to the second product
+        ("h100:1", "gpu", ["custom-call", "fusion", "custom-call"]),  # and here to no product, but to one kernel
+    ],
+)
+def test_a_feed_forward_layer_has_no_kernels_to_spare(name, wanted, kernels):
+    needs(wanted)
+    command = [sys.executable, "-c", FEED_FORWARD, name]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == kernels
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("v5e:2x2", "tpu"), ("h100:2", "gpu")])
+def test_real_compilers_plan_a_small_network(name, wanted, tmp_path):
+    needs(wanted)
     command = [sys.executable, "-m", "sfv_jax.plan", "--config", "configs/teacher.py:tiny", "--target", name]
     command += ["--what=sample", "--height=16", "--width=16", "--json", tmp_path / "plan.json", "--config.mesh.fsdp=2"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})

@@ -146,6 +146,17 @@ def test_resizing_where_rows_do_not_divide(layer, size):
         assert_equal(sharding.on_mesh(mesh, value_and_gradients)(resize, *args), expected, 1e-5)
 
 
+def test_levels_share_one_side_of_their_frames(monkeypatch):
+    """The longer side if it divides: for SVD it does at every level, rows only at the first. On GPU rows come first."""
+    sizes = [(72, 128), (36, 64), (18, 32), (9, 16)]
+    shared = sharding.on_mesh(sharding.make_mesh(1, 1, 8), placing.shared_axis)
+    assert [shared(*size) for size in sizes] == [3] * 4
+    assert [shared(*size[::-1]) for size in sizes] == [2] * 4
+    assert [shared(8, 9), shared(9, 8), shared(8, 8), shared(9, 9)] == [2, 3, 2, None]
+    monkeypatch.setattr(placing, "platform", lambda: "gpu")
+    assert [shared(*size) for size in sizes] == [2, 3, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("shape", "frames", "heads"), [((1, 1, 8), 3, 5), ((2, 1, 4), 8, 1), ((1, 1, 8), 1, 3)], ids=str
 )

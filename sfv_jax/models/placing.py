@@ -41,7 +41,7 @@ def gathered(weight: Array) -> Array:
 
 
 def rows(x: Array, *sizes: tuple[int, int]) -> Array:
-    """`x [b, t, h, w, c]` by samples, and by rows if they divide over `spatial`, else by columns, else by neither.
+    """`x [b, t, h, w, c]` by samples, and by rows or columns as `shared_axis` says.
 
     What changes the size is to be computed where both sizes divide: `sizes (h, w)` are others that must, too. jaxlib
     0.10.2 gets kernels' gradients wrong, by whole factors, where a convolution's devices hold padding only.
@@ -55,9 +55,15 @@ def rows(x: Array, *sizes: tuple[int, int]) -> Array:
 
 
 def shared_axis(height: int, width: int) -> int | None:
-    """The axis of `[b, t, h, w, c]` that devices along `spatial` share: 2 (rows), 3 (columns) or none."""
+    """The axis of `[b, t, h, w, c]` that devices along `spatial` share: 2 (rows), 3 (columns) or none.
+
+    The longer side that divides: its borders are shorter, and its halves divide more often, so levels change axes
+    less. On GPU rows, where both divide: convolutions along time take pixels row by row there.
+    """
     n = axis_size("spatial")
-    return None if n == 1 else 2 if height % n == 0 else 3 if width % n == 0 else None
+    axes = ((2, height), (3, width))
+    longer_first = reversed(axes) if width > height and platform() != "gpu" else axes
+    return None if n == 1 else next((axis for axis, size in longer_first if size % n == 0), None)
 
 
 def flat(x: Array) -> Array:

@@ -19,7 +19,7 @@ from sfv_jax.models.layers import (
     TemporalConv,
     Upsample,
 )
-from sfv_jax.models.placing import rows
+from sfv_jax.models.placing import flat, rows, unflat
 
 Array = jax.Array
 
@@ -69,10 +69,10 @@ class MidAttention(nnx.Module):
         self.to_out = nnx.List([Linear(channels, channels, **kw)])
 
     def __call__(self, x: Array) -> Array:
-        b, _, h, _, _ = x.shape
-        tokens = rearrange(self.group_norm(x), "b t h w c -> (b t) (h w) 1 c")
+        b, _, h, w, _ = x.shape
+        tokens = rearrange(flat(self.group_norm(x)), "b t s c -> (b t) s 1 c")
         out = attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + rearrange(self.to_out[0](out), "(b t) (h w) 1 c -> b t h w c", b=b, h=h)
+        return x + unflat(rearrange(self.to_out[0](out), "(b t) s 1 c -> b t s c", b=b), h, w)
 
 
 class Blocks(nnx.Module):
