@@ -7,6 +7,7 @@ import pytest
 
 from sfv_jax import sharding
 from sfv_jax.models import codec
+from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.weights.checkpoint import load_codec
@@ -112,3 +113,15 @@ def test_frames_are_decoded_in_pieces_where_memory_is_short():
     mesh = sharding.make_mesh(1, 1, 8)
     shared = sharding.on_mesh(mesh, codec.decode_pixels)
     assert shared(config, latents, jnp.bfloat16, 8 * 2**30) == 0
+
+
+def test_pieces_can_be_chosen():
+    """`pixels` comes before what memory would say; 0 is all at once."""
+    for pixels in (None, 0, 77):
+        svd = codec.SVDCodec(VAEConfig.tiny(), CLIPConfig.tiny(), {"vae": None}, pixels=pixels, memory=1e3)
+        used = []
+        svd._decode = lambda params, latents, pieces, used=used: used.append(pieces) or (latents, None)
+        svd.decode(np.zeros((1, 2, 8, 8, 4), np.float32))
+        assert used == [VAEConfig.tiny().decode_pixels if pixels is None else pixels]
+    with pytest.raises(ValueError, match="decode_pixels -1: give the pixels of a piece, or 0"):
+        codec.SVDCodec(VAEConfig.tiny(), CLIPConfig.tiny(), {}, pixels=-1)
