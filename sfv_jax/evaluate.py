@@ -49,6 +49,19 @@ from sfv_jax.weights.checkpoint import load_codec, read_model
 from sfv_jax.weights.folders import WeightsError, read_json
 
 COUNTS = {"ucf101": 2048, "folder": 0, "world": 256}  # clips by default, 0: all
+KINDS = {
+    "alone": "a folder is scored by itself without --reference",
+    "folders": "a folder is scored against a folder by its distance alone",
+    "dataset": "a checkpoint is scored against the clips of --data",
+    "world": "a checkpoint is scored on its world, by what is known of it",
+}
+USED = {  # flags that some kinds alone use; nothing by default
+    **dict.fromkeys(("i3d", "features", "statistics", "batch_norm_eps"), ("folders", "dataset")),
+    **dict.fromkeys(("images", "svd"), ("alone",)),
+    "reference": ("folders",),
+    "dataset": ("dataset", "world"),
+    **dict.fromkeys(("data", "latency"), ("dataset",)),
+}
 LOAD = ("dtype", "vae_dtype", "raw")
 OPTIONS = ("steps", "sampler", "motion_bucket_id", "noise_aug_strength", "decode_chunk_size")
 
@@ -66,12 +79,17 @@ def mode(values: dict) -> str:
     if (values["videos"] is None) == (values["checkpoint"] is None):
         raise EvaluateError("give either --videos, a folder to score, or --checkpoint, a model to generate with")
     if values["videos"]:
-        return "folders" if values["reference"] else "alone"
-    if values["dataset"] is None:
+        kind = "folders" if values["reference"] else "alone"
+    elif values["dataset"] is None:
         raise EvaluateError("--checkpoint needs --dataset: ucf101, folder or world")
-    if values["dataset"] != "world" and values["data"] is None:
+    elif values["dataset"] != "world" and values["data"] is None:
         raise EvaluateError(f"--dataset {values['dataset']} needs --data, the folder of its videos")
-    return "world" if values["dataset"] == "world" else "dataset"
+    else:
+        kind = "world" if values["dataset"] == "world" else "dataset"
+    idle = [f"--{name}" for name, kinds in USED.items() if values.get(name) and kind not in kinds]
+    if idle:
+        raise EvaluateError(f"{', '.join(idle)} would do nothing here: {KINDS[kind]}")
+    return kind
 
 
 def protocol_of(values: dict) -> Protocol:

@@ -80,7 +80,8 @@ def clips(ucf):
 def test_ucf101_lists_and_what_is_missing(ucf, tmp_path):
     assert list(ucf101.videos(ucf, "testlist01")[0])[:2] == ["v_Archery_g00_c01", "v_Bowling_g01_c01"]
     found, source = ucf101.videos(ucf, "trainlist01")
-    assert [path.name for path in found.values()] == ["v_Archery_g24_c01.avi"] and source == {"form": "AVI files"}
+    assert [path.name for path in found.values()] == ["v_Archery_g24_c01.avi"]
+    assert source == {"split": "trainlist01", "form": "AVI files"}
     assert len(ucf101.videos(ucf, "all")[0]) == USABLE + SHORT + 1
     (tmp_path / "lists").mkdir()
     for folder, split, message in (
@@ -329,6 +330,9 @@ def test_features_that_are_none():
         ({"videos": "a", "checkpoint": "b"}, "either --videos"),
         ({"checkpoint": "b"}, "needs --dataset"),
         ({"checkpoint": "b", "dataset": "folder"}, "needs --data"),
+        ({"videos": "a", "i3d": "f"}, "--i3d would do nothing here: .* without --reference"),
+        ({"videos": "a", "reference": "b", "images": "c", "svd": "d"}, "--images, --svd would do nothing here"),
+        ({"checkpoint": "b", "dataset": "world", "latency": True, "data": "c"}, "--data, --latency would do nothing"),
     ],
 )
 def test_modes_that_mean_nothing(flags, message):
@@ -413,5 +417,6 @@ def test_the_command_by_the_protocol_on_ucf101(ucf, model_folder, tmp_path):
     assert "clip_mean" in record["summary"]["generated"] and record["origin"]["step"] is None
     manifest = json.loads((tmp_path / "out/generated/manifest.json").read_text())
     assert manifest["seeds"] == list(range(20)) and len(manifest["clips"]) == 20
-    assert record["source"] == {"form": "AVI files"} and (tmp_path / "out/generated/features.npz").is_file()
+    assert record["source"] == {"split": "testlist01", "form": "AVI files"}
+    assert (tmp_path / "out/generated/features.npz").is_file()
     assert (tmp_path / "s.npz").is_file() and len(list((tmp_path / "out/generated").glob("*.png"))) == 20

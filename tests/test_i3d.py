@@ -1,5 +1,8 @@
 """I3D against an independent statement of it in torch, on random weights."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +98,14 @@ def test_i3d(weights):
     assert error(reference(weights, frames, 1e-5)) > 1e-4
 
 
+def test_products_are_fp32_on_every_device():
+    graph, shapes = tree.abstract(i3d.I3D, i3d.I3DConfig())
+    with jax.default_matmul_precision("bfloat16"):
+        traced = jax.make_jaxpr(lambda p, x: tree.build(graph, p)(x))(shapes, jnp.zeros((1, 9, 64, 64, 3)))
+    found = [eqn.params["precision"] for eqn in traced.eqns if eqn.primitive.name == "conv_general_dilated"]
+    assert len(found) == 58 and set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
 def test_parameters_and_clip_length():
     graph, shapes = tree.abstract(i3d.I3D, i3d.I3DConfig())
     statistics = sum(x.size for path, x in tree.flatten(shapes).items() if path.endswith((".mean", ".var")))
@@ -130,7 +141,10 @@ def state_dict(weights, tmp_path_factory):
 
 
 def test_a_state_dict_and_its_conversion_are_the_network(weights, state_dict, tmp_path):
-    fvd.convert(state_dict, tmp_path / "i3d.safetensors", batch_norm_eps=1e-5)
+    command = [sys.executable, "-m", "sfv_jax.evaluation.fvd", f"--src={state_dict}", "--batch_norm_eps=1e-5"]
+    subprocess.run([*command, f"--dst={tmp_path / 'i3d.safetensors'}"], check=True)
+    with pytest.raises(WeightsError, match="exists already"):
+        fvd.convert(state_dict, tmp_path / "i3d.safetensors")
     read = {p: fvd.read_i3d(p) for p in (state_dict, tmp_path / "i3d.safetensors")}
     for params, _, _ in read.values():
         flat = tree.flatten(params)

@@ -39,7 +39,7 @@ def videos(folder: str | Path, split: str = "testlist01") -> tuple[dict[str, Pat
     if missing or not names:
         few = ", ".join(missing[:3])
         raise VideoError(f"{len(missing)} of the {len(names)} videos of {split}.txt are not in {folder}: {few}")
-    return {name: found[name.lower()] for name in names}, {"form": "AVI files"}
+    return {name: found[name.lower()] for name in names}, {"split": split, "form": "AVI files"}
 
 
 def _listed(folder: Path, split: str) -> list[str]:

@@ -76,7 +76,7 @@ def videos(root: Path, split: str) -> tuple[dict[str, Recorded], dict]:
       root: a folder of which `folders` finds some.
       split: `testlist01` is the test split of the configurations `ucf101_1` and `ucf101_1_256`; "all" is both splits.
     Returns:
-      about: `form`, `config`, `version`, `file_format`, and what is assumed because it is not stored.
+      about: `split`, `form`, `config`, `version`, `file_format`, and what is assumed because it is not stored.
     Raises:
       VideoError: if no dataset there has the split, several have it, or shards are missing or cut short.
     """
@@ -95,7 +95,7 @@ def videos(root: Path, split: str) -> tuple[dict[str, Recorded], dict]:
             raise VideoError(f"{folder} has no split {part}: its preparation did not finish; {PREPARE}")
         records = _records(folder, part, info.get("fileFormat") or "tfrecord", lengths[part])
         clips |= {f"{part}-{n:05d}": Recorded(records, n, f"{part}-{n:05d}") for n in range(len(records))}
-    return clips, _about(folder, info)
+    return clips, {"split": split} | _about(folder, info)
 
 
 def _number(info: dict) -> str | None:

@@ -8,15 +8,21 @@ Three kinds of file are read:
   - a safetensors file that `convert` wrote from such a state dict; it needs no torch.
 
 The files are different ports with different scores, so every description carries the SHA-256 of the file.
+
+    python -m sfv_jax.evaluation.fvd --src i3d_pretrained_400.pt --dst i3d.safetensors
+
+converts a state dict, for machines without torch.
 """
 
 import json
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+from absl import app, flags
 
 from sfv_jax.models import tree
 from sfv_jax.models.i3d import I3D, I3DConfig, preprocess
@@ -138,3 +144,21 @@ def _torchscript(path: Path) -> Features:
             return module(x, rescale=True, resize=True, return_features=True).float().numpy()
 
     return features
+
+
+FLAGS = flags.FLAGS
+
+
+def main(_):
+    try:
+        convert(FLAGS.src, FLAGS.dst, batch_norm_eps=FLAGS.batch_norm_eps)
+    except WeightsError as error:
+        sys.exit(f"fvd: {error}")
+    print(f"wrote {FLAGS.dst}; name it with --i3d")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("src", None, "state dict of InceptionI3d", required=True)
+    flags.DEFINE_string("dst", None, "safetensors file to write", required=True)
+    flags.DEFINE_float("batch_norm_eps", None, "which port: 1e-3 (default) or 1e-5")
+    app.run(main)

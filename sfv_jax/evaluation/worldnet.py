@@ -72,7 +72,7 @@ class Conv(nnx.Module):
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
         strided = [[slice(k, k + n, s) for k in range(3)] for n, s in zip(x.shape[1:4], self.stride, strict=True)]
         taps = [padded[:, t, h, w] for t, h, w in itertools.product(*strided)]
-        return nnx.relu(jnp.concatenate(taps, axis=-1) @ self.kernel[...] + self.bias[...])
+        return nnx.relu(_product(jnp.concatenate(taps, axis=-1), self.kernel[...]) + self.bias[...])
 
 
 class Linear(nnx.Module):
@@ -81,7 +81,12 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((o,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel[...] + self.bias[...]
+        return _product(x, self.kernel[...]) + self.bias[...]
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """In fp32 on every device: TPUs would multiply in bfloat16 and GPUs in TF32 by default."""
+    return jnp.matmul(x, kernel, precision="highest")
 
 
 class WorldNet(nnx.Module):

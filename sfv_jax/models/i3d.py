@@ -52,8 +52,10 @@ class Conv3d(nnx.Module):
         self.stride = (stride,) * 3
 
     def __call__(self, x: Array) -> Array:
+        layout = ("NDHWC", "DHWIO", "NDHWC")
+        # TPUs would multiply in bfloat16 and GPUs in TF32 by default.
         y = lax.conv_general_dilated(
-            x, self.kernel[...], self.stride, "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+            x, self.kernel[...], self.stride, "SAME", dimension_numbers=layout, precision="highest"
         )
         return y if self.bias is None else y + self.bias[...]
 
@@ -112,7 +114,7 @@ class I3D(nnx.Module):
     """`frames [b, t, 224, 224, 3]` in [-1, 1] to logits `[b, num_classes]`, averaged over time; t >= 9."""
 
     def __init__(self, config: I3DConfig, *, rngs, dtype=None, param_dtype=None):
-        del dtype, param_dtype  # fp32 always: a metric has one precision
+        del dtype, param_dtype  # fp32 always, in products too: a metric has one precision
         kw = dict(eps=config.batch_norm_eps, rngs=rngs)
         self.Conv3d_1a_7x7 = Unit(3, 64, 7, stride=2, **kw)
         self.Conv3d_2b_1x1 = Unit(64, 64, 1, **kw)
