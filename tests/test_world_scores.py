@@ -125,7 +125,8 @@ def test_a_checkpoint_on_the_world(network, tmp_path):
     assert found["truth"]["distance"] == 0 and found["truth"]["legal"] == 1
     report.write(tmp_path)
     assert (tmp_path / "index.html").read_text().count("data:video/mp4") == 6
-    assert "| generated |" in (tmp_path / "scores.md").read_text()
+    low, high = found["generated"]["world_fvd_interval"]
+    assert f"| {low:.3g} to {high:.3g} |" in (tmp_path / "scores.md").read_text()
 
 
 def test_refusals():

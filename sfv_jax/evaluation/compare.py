@@ -225,7 +225,12 @@ def checkpoint_on_world(
     sets = {"generated": clips, "truth": true, "still image": still}
     found = {name: exact.score(world, labels, x, network=network, seed=seed) for name, x in sets.items()}
     report = Report(f"{origin['checkpoint']} on its world")
-    rows = [[name, *(scores[key] for key in exact.MEANINGS)] for name, scores in found.items()]
+    spread = {k: x.get("world_fvd_interval") for k, x in found.items()}
+    rows = [
+        [name, *(scores[key] for key in exact.MEANINGS), spread[name] and "{:.3g} to {:.3g}".format(*spread[name])]
+        for name, scores in found.items()
+    ]
+    columns = ["", *(name.replace("_", " ") for name in exact.MEANINGS), "95 % interval"]
     notes = [
         f"{n} held-out first frames, seeds from {seed}.",
         *(f"{k.replace('_', ' ')}: {v}." for k, v in exact.MEANINGS.items()),
@@ -234,7 +239,7 @@ def checkpoint_on_world(
         about = found["truth"]["network"]
         accuracy = ", ".join(f"{k} {v:.3f}" for k, v in about["accuracy"].items())
         notes.append(f"Network of world fvd: accuracy {accuracy}; SHA-256 {about['sha256']}.")
-    report.table("Exact scores", ["", *(name.replace("_", " ") for name in exact.MEANINGS)], rows, notes)
+    report.table("Exact scores", columns, rows, notes)
     report.clips("Side by side", {names[k]: {g: x[k] for g, x in sets.items()} for k in range(min(shown, n))}, 4)
     report.record |= {"scores": found, "options": options, "origin": origin, "protocol": asdict(protocol)}
     return report
