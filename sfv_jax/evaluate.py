@@ -19,6 +19,7 @@ Generated clips are kept in `OUT/generated` and reused. docs/evaluation.md defin
 
 import dataclasses
 import math
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -126,10 +127,9 @@ def dataset_clips(values: dict) -> tuple[list[Clip], str, dict]:
 def run(values: dict) -> Report:
     """What the flags ask for."""
     kind, out = mode(values), Path(values["out"])
-    try:  # now, not after hours of sampling
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvaluateError(f"--out={out} cannot be a folder for the results: {error.strerror}") from error
+    there = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):  # now, not after hours of sampling
+        raise EvaluateError(f"--out={out} cannot be a folder for the results: {there} is no folder or not writable")
     protocol = protocol_of(values)
     if values["flow"] and kind in ("alone", "dataset"):
         opencv()

@@ -343,9 +343,10 @@ def test_modes_that_mean_nothing(flags, message):
 
 def test_a_place_for_results_that_is_none(tmp_path):
     (tmp_path / "file").touch()
-    values = {"videos": "a", "checkpoint": None, "reference": None, "out": str(tmp_path / "file")}
-    with pytest.raises(evaluate.EvaluateError, match="--out=.*file cannot be a folder for the results: File exists"):
-        evaluate.run(values)
+    for out in (tmp_path / "file", tmp_path / "file/below/it"):
+        values = {"videos": "a", "checkpoint": None, "reference": None, "out": str(out)}
+        with pytest.raises(evaluate.EvaluateError, match="cannot be a folder for the results: .*file is no folder"):
+            evaluate.run(values)
 
 
 @pytest.fixture(scope="module")
