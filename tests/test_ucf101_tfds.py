@@ -50,7 +50,7 @@ def write_shard(path: Path, records: list[bytes], kind: str) -> None:
         path.write_bytes(b"".join(struct.pack("<Q", len(x)) + bytes(4) + x + bytes(4) for x in records))
 
 
-def prepare(root: Path, config: str, kind: str, size: tuple[int, int], stated: str) -> Path:
+def prepare(root: Path, config: str, kind: str, size: tuple[int, int]) -> Path:
     """The folder that `tfds build ucf101/CONFIG` makes, with 26 videos; the fourth of the test split is short."""
     folder = root / "ucf101" / config / "2.0.0"
     folder.mkdir(parents=True)
@@ -65,14 +65,6 @@ def prepare(root: Path, config: str, kind: str, size: tuple[int, int], stated: s
     splits = [{"name": k, "shardLengths": [*map(str, v)], "filepathTemplate": template} for k, v in LENGTHS.items()]
     info = {"name": "ucf101", "configName": config, "version": "2.0.0", "fileFormat": kind, "splits": splits}
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    module = "tensorflow_datasets.core.features"
-    video = {"dtype": "uint8", "encodingFormat": "jpeg", "shape": {"dimensions": ["-1", stated, stated, "3"]}}
-    content = {
-        "label": {"classLabel": {"numClasses": "101"}, "pythonClassName": f"{module}.class_label_feature.ClassLabel"},
-        "video": {"video": video, "pythonClassName": f"{module}.video_feature.Video"},
-    }
-    tree = {"featuresDict": {"features": content}, "pythonClassName": f"{module}.features_dict.FeaturesDict"}
-    (folder / "features.json").write_text(json.dumps(tree))
     return folder
 
 
@@ -80,8 +72,8 @@ def prepare(root: Path, config: str, kind: str, size: tuple[int, int], stated: s
 def root(tmp_path_factory) -> Path:
     """One data directory with three configurations, in both file formats."""
     root = tmp_path_factory.mktemp("tensorflow_datasets")
-    prepare(root, "ucf101_1_256", "array_record", (32, 32), "32")
-    prepare(root, "ucf101_2", "tfrecord", (240, 320), "-1")
+    prepare(root, "ucf101_1_256", "array_record", (32, 32))
+    prepare(root, "ucf101_2", "tfrecord", (240, 320))
     return root
 
 
@@ -102,9 +94,10 @@ def test_frames_are_those_on_screen_at_25_fps(root, split, kind):
 def test_what_the_preparation_lost_is_told(root):
     _, about = ucf101.videos(root, "testlist01")
     assert about["config"] == "ucf101_1_256" and about["version"] == "2.0.0"
+    assert about["frame_encoding"] == "JPEG" and about["split"] == "testlist01"
     assert about["frame_rate"] == "25 (assumed; not stored)" and "not stored" in about["file_names"]
     assert about["frame_size"] == "32x32 stretched to 320x240 (bicubic)"
-    assert ucf101.videos(root, "trainlist02")[1]["frame_size"] == "the videos' own"
+    assert ucf101.videos(root, "trainlist02")[1]["frame_size"] == "320x240"
     assert len(ucf101.videos(root / "ucf101/ucf101_2", "all")[0]) == 26
 
 
@@ -132,7 +125,7 @@ def test_what_cannot_be_read(root, tmp_path):
     with pytest.raises(VideoError, match="several folders hold the split all"):
         ucf101.videos(root, "all")
     for kind in ("array_record", "tfrecord"):
-        folder = prepare(tmp_path / kind, "ucf101_1", kind, (16, 16), "-1")
+        folder = prepare(tmp_path / kind, "ucf101_1", kind, (16, 16))
         shard = folder / f"ucf101-test.{kind}-00001-of-00002"
         whole = shard.read_bytes()
         shard.write_bytes(whole[:-10])
@@ -155,6 +148,9 @@ def test_what_cannot_be_read(root, tmp_path):
         (folder / "dataset_info.json").write_text(json.dumps(info | changes))
         with pytest.raises(VideoError, match=message):
             ucf101.videos(folder)
+    del info["configName"]  # the path tells it too
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    assert ucf101.videos(folder, "trainlist01")[1]["config"] == "ucf101_1"
     (folder / "dataset_info.json").write_text("{")
     with pytest.raises(VideoError, match="dataset_info.json cannot be read"):
         ucf101.videos(folder)

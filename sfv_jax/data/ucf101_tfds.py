@@ -43,25 +43,32 @@ class Recorded:
 
         Frames of another size are stretched to `SIZE`, bicubic. Raises VideoError.
         """
-        try:
-            example = tf_example_pb2.Example.FromString(self.records[self.index])
-        except (DecodeError, RuntimeError, ValueError, OSError) as error:
-            raise VideoError(f"{self.name}: cannot read the record: {str(error).partition(chr(10))[0]}") from error
-        stored = example.features.feature["video"].bytes_list.value
+        stored = self.stored()
         # As for files: a millisecond for clocks that round.
         picked = [int(time * FPS) for time in np.arange(num_frames) / fps + 1e-3]
         if picked[-1] >= len(stored):
             have = sum(n < len(stored) for n in picked)
             raise VideoError(f"{self.name}: too short: {have} of {num_frames} frames at {fps:g} fps from 0 s")
-        return np.stack([self._frame(stored[n]) for n in picked])
+        frames = [self.picture(stored[n]).convert("RGB") for n in picked]
+        size = SIZE[::-1]
+        return np.stack([np.asarray(x if x.size == size else x.resize(size, Image.Resampling.BICUBIC)) for x in frames])
 
-    def _frame(self, jpeg: bytes) -> np.ndarray:
+    def stored(self) -> Sequence[bytes]:
+        """The encoded frames. Raises VideoError."""
         try:
-            with Image.open(io.BytesIO(jpeg)) as image:
-                frame = image.convert("RGB")
+            example = tf_example_pb2.Example.FromString(self.records[self.index])
+        except (DecodeError, RuntimeError, ValueError, OSError) as error:
+            raise VideoError(f"{self.name}: cannot read the record: {str(error).partition(chr(10))[0]}") from error
+        return example.features.feature["video"].bytes_list.value
+
+    def picture(self, encoded: bytes) -> Image.Image:
+        """One of `stored`, decoded. Raises VideoError."""
+        try:
+            image = Image.open(io.BytesIO(encoded))
+            image.load()
         except OSError as error:
             raise VideoError(f"{self.name}: cannot read a frame: {error}") from error
-        return np.asarray(frame if frame.size == SIZE[::-1] else frame.resize(SIZE[::-1], Image.Resampling.BICUBIC))
+        return image
 
 
 def folders(root: Path) -> list[Path]:
@@ -81,7 +88,7 @@ def videos(root: Path, split: str) -> tuple[dict[str, Recorded], dict]:
       VideoError: if no dataset there has the split, several have it, or shards are missing or cut short.
     """
     found = {folder: _json(folder / "dataset_info.json") for folder in folders(root)}
-    fitting = {k: info for k, info in found.items() if split == "all" or split[-1] == _number(info)}
+    fitting = {k: info for k, info in found.items() if split == "all" or split[-1] == _number(k, info)}
     if len(fitting) != 1:
         which = "several folders hold" if fitting else "no folder holds"
         names = ", ".join(str(folder) for folder in fitting or found)
@@ -95,31 +102,36 @@ def videos(root: Path, split: str) -> tuple[dict[str, Recorded], dict]:
             raise VideoError(f"{folder} has no split {part}: its preparation did not finish; {PREPARE}")
         records = _records(folder, part, info.get("fileFormat") or "tfrecord", lengths[part])
         clips |= {f"{part}-{n:05d}": Recorded(records, n, f"{part}-{n:05d}") for n in range(len(records))}
-    return clips, {"split": split} | _about(folder, info)
+    return clips, {"split": split} | _about(folder, info, next(iter(clips.values())))
 
 
-def _number(info: dict) -> str | None:
+def _config(folder: Path, info: dict) -> str:
+    """The name of the configuration; the path tells it too."""
+    return info.get("configName") or folder.absolute().parent.name
+
+
+def _number(folder: Path, info: dict) -> str | None:
     """Which of the three official splits a configuration holds."""
-    match = re.match(r"ucf101_([123])", info.get("configName", ""))
+    match = re.match(r"ucf101_([123])", _config(folder, info))
     return match and match[1]
 
 
-def _about(folder: Path, info: dict) -> dict:
-    try:
-        video = _json(folder / "features.json")["featuresDict"]["features"]["video"]["video"]
-        _, height, width, _ = video["shape"]["dimensions"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise VideoError(f"{folder / 'features.json'} has no feature video of frames: {PREPARE}") from error
-    stored = "the videos' own" if height == "-1" else f"{width}x{height} stretched to {SIZE[1]}x{SIZE[0]} (bicubic)"
+def _about(folder: Path, info: dict, first: Recorded) -> dict:
+    encoded = first.stored()
+    if not encoded:
+        raise VideoError(f"{folder}: {first.name} has no frames: {PREPARE}")
+    picture = first.picture(encoded[0])
+    (width, height), (h, w) = picture.size, SIZE
+    stretched = "" if (height, width) == SIZE else f" stretched to {w}x{h} (bicubic)"
     return {
         "form": "prepared by tensorflow-datasets",
-        "config": info.get("configName"),
+        "config": _config(folder, info),
         "version": info.get("version"),
         "file_format": info.get("fileFormat") or "tfrecord",
         "frame_rate": f"{FPS:g} (assumed; not stored)",
         "file_names": "not stored; clips are numbered",
-        "frame_size": stored,
-        "frame_encoding": video.get("encodingFormat", "png"),
+        "frame_size": f"{width}x{height}{stretched}",
+        "frame_encoding": picture.format,
     }
 
 
