@@ -24,6 +24,7 @@ from sfv_jax import config as configs
 from sfv_jax.config import ConfigError
 from sfv_jax.cost import Cost, measure, planner_rss
 from sfv_jax.data.video import replacing
+from sfv_jax.models.vae import VAEConfig
 from sfv_jax.sharding import make_mesh
 from sfv_jax.state import DTYPES
 from sfv_jax.targets import GIB, Target, TargetError
@@ -66,13 +67,16 @@ def build(config: ConfigDict, target: Target, devices: list, what: str, size: tu
     return mesh, programs.sample_programs(mesh, sizes, size, batch, **settings)
 
 
-def plan(config: ConfigDict, target: Target, what: str, size: tuple[int, int], options: dict, say=print) -> dict:
+def plan(
+    config: ConfigDict, target: Target, what: str, size: tuple[int, int], options: dict, say=print, *, trial=False
+) -> dict:
     """Compiles all programs of a job; what they cost, as `report.text` takes it.
 
     Args:
       options: "batch_size", "memory_gib" (a smaller chip), "efficiency", "hlo" (a folder for the text of the compiled
         programs), and of sampling; None where not given.
       say: told what is being compiled.
+      trial: stop at the first program that does not fit.
     """
     began = time.monotonic()
     mesh, jobs = build(config, target, targets.devices(target), what, size, options)
@@ -81,6 +85,8 @@ def plan(config: ConfigDict, target: Target, what: str, size: tuple[int, int], o
     for job in jobs:
         say(f"compiling {job.name} for {target.name} ...")
         costs.append(measure(job, target, mesh, limit, options["hlo"]))
+        if trial and not costs[-1].fits:
+            break
     videos = config.batch_size if what == "train" else options["batch_size"] or 1
     if what == "sample" and not options["batch_size"]:
         videos = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -129,7 +135,8 @@ def attempts(config: ConfigDict, target: Target, what: str, options: dict):
     """Settings for `--fit`, each on top of those before it, as (flags to copy, config, options).
 
     Training: recompute in the backward pass; one sample per chip and micro-batch; shard the stored state over more and
-    more chips; share the rows of a video. Sampling: bf16; one video at a time; then shares of the weights and rows.
+    more chips; share the rows of a video. Sampling: bf16; decoding in pieces where it was to be whole; one video on a
+    chip at a time; then shares of the weights and rows.
     """
     config, options, given = ConfigDict(config.to_dict()), dict(options), []
 
@@ -153,6 +160,11 @@ def attempts(config: ConfigDict, target: Target, what: str, options: dict):
         for name in ("dtype", "vae_dtype"):
             if options[name] == "float32":
                 yield add({}, {name: "bfloat16"})
+        if options["decode_pixels"] == 0:
+            yield add({}, {"decode_pixels": VAEConfig.decode_pixels})
+        shares = target.count // config.mesh.spatial
+        if (options["batch_size"] or 1) > shares:
+            yield add({}, {"batch_size": shares})
     if what == "prepare":
         if (options["batch_size"] or 1) > 1:
             yield add({}, {"batch_size": 1})
@@ -177,13 +189,14 @@ def fit(config: ConfigDict, target: Target, what: str, size: tuple[int, int], op
     """The first plan of `attempts` that fits, with the flags that make it, or None; says how each attempt went."""
     for given, changed, opts in attempts(config, target, what, options):
         try:
-            result = plan(changed, target, what, size, opts, say=lambda _: None)
+            result = plan(changed, target, what, size, opts, say=lambda _: None, trial=True)
         except (ConfigError, PlanError) as error:
             say(f"  {' '.join(given)}: {error}")
             continue
         worst = max(result["programs"], key=lambda cost: cost["needed"])
         verdict = "fits" if result["fits"] else "does not fit"
-        say(f"  {' '.join(given)}: {verdict}, {worst['needed'] / GIB:.1f} of {worst['limit'] / GIB:.1f} GiB")
+        needed = f"{worst['name']} needs {worst['needed'] / GIB:.1f} of {worst['limit'] / GIB:.1f} GiB"
+        say(f"  {' '.join(given)}: {verdict}, {needed}")
         if result["fits"]:
             return result | {"flags": given}
     return None

@@ -138,7 +138,7 @@ def test_settings_are_tried_in_their_order_until_one_fits(monkeypatch):
 
     def planned(config, *args, **kw):
         fits = config.unet.remat and config.accumulation_steps == 2 and config.mesh.fsdp == 4
-        return {"fits": fits, "programs": [{"needed": 2.0**30, "limit": 2.0**31}]}
+        return {"fits": fits, "programs": [{"name": "train step", "needed": 2.0**30, "limit": 2.0**31}]}
 
     monkeypatch.setattr(plan, "plan", planned)
     said = []
@@ -150,8 +150,33 @@ def test_settings_are_tried_in_their_order_until_one_fits(monkeypatch):
         "--config.mesh.fsdp=4",
     ]
     assert found["flags"] == final
-    assert [line.count("--config") for line in said] == [1, 2, 4, 4] and "does not fit" in said[2]
+    assert [line.count("--config") for line in said] == [1, 2, 4, 4]
+    assert "does not fit, train step needs 1.0 of 2.0 GiB" in said[2]
+        1,
+        2,
+        4,
+        4,
+    ] and "does not fit, train step needs 1.0 of 2.0" in said[2]
     assert not config.unet.remat  # the caller's config is left alone
+
+
+def test_settings_tried_for_sampling():
+    options = OPTIONS | dict(decode_pixels=0, batch_size=8)
+    tried = [given for given, *_ in plan.attempts(tiny("teacher"), targets.parse("cpu:4"), "sample", options)]
+    options = ["--dtype=bfloat16", "--vae_dtype=bfloat16", "--decode_pixels=262144", "--batch_size=4"]
+    assert tried[:4] == [options[: n + 1] for n in range(4)]
+    meshes = [[flag.rpartition(".")[2] for flag in given[4:]] for given in tried[4:]]
+    shares = [["data=-1", "fsdp=2"], ["data=-1", "fsdp=4"], ["data=1", "fsdp=2", "spatial=2"]]
+    assert meshes == [*shares, ["data=1", "fsdp=1", "spatial=4"]]
+
+
+def test_a_trial_ends_with_what_does_not_fit(monkeypatch):
+    said = []
+    monkeypatch.setattr(plan, "measure", lambda job, *_: cost.Cost(job.name, job.name == "clip", 2.0, 1.0, {}))
+    given = tiny("teacher"), targets.parse("cpu:1"), "sample", SIZE, OPTIONS
+    found = plan.plan(*given, say=said.append, trial=True)
+    assert [program["name"] for program in found["programs"]] == ["clip", "encode"] and not found["fits"]
+    assert len(plan.plan(*given, say=said.append)["programs"]) == 4
 
 
 @pytest.mark.parametrize(
