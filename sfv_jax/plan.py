@@ -136,7 +136,7 @@ def attempts(config: ConfigDict, target: Target, what: str, options: dict):
 
     Training: recompute in the backward pass; one sample per chip and micro-batch; shard the stored state over more and
     more chips; share the rows of a video. Sampling: bf16; decoding in pieces where it was to be whole; one video on a
-    chip at a time; then shares of the weights and rows.
+    chip at a time; then shares of the weights and rows. Preparing: half as many clips at a time, and again.
     """
     config, options, given = ConfigDict(config.to_dict()), dict(options), []
 
@@ -146,6 +146,7 @@ def attempts(config: ConfigDict, target: Target, what: str, options: dict):
             given.append(f"--config.{name}={value}")
             config.update_from_flattened_dict({name: value})
         for name, value in (extra or {}).items():
+            given[:] = [flag for flag in given if not flag.startswith(f"--{name}=")]
             given.append(f"--{name}={value}")
             options[name] = value
         return list(given), ConfigDict(config.to_dict()), dict(options)
@@ -166,8 +167,8 @@ def attempts(config: ConfigDict, target: Target, what: str, options: dict):
         if (options["batch_size"] or 1) > shares:
             yield add({}, {"batch_size": shares})
     if what == "prepare":
-        if (options["batch_size"] or 1) > 1:
-            yield add({}, {"batch_size": 1})
+        while (options["batch_size"] or 1) > 1:
+            yield add({}, {"batch_size": options["batch_size"] // 2})
         return
     n = 2 * config.mesh.fsdp
     while n * config.mesh.spatial <= target.count:

@@ -165,6 +165,12 @@ def test_settings_tried_for_sampling():
     assert meshes == [*shares, ["data=1", "fsdp=1", "spatial=4"]]
 
 
+def test_fewer_and_fewer_clips_are_tried_for_preparing():
+    options = OPTIONS | dict(batch_size=10)
+    tried = [given for given, *_ in plan.attempts(tiny("teacher"), targets.parse("cpu:1"), "prepare", options)]
+    assert tried == [["--batch_size=5"], ["--batch_size=2"], ["--batch_size=1"]]
+
+
 def test_a_trial_ends_with_what_does_not_fit(monkeypatch):
     said = []
     monkeypatch.setattr(plan, "measure", lambda job, *_: cost.Cost(job.name, job.name == "clip", 2.0, 1.0, {}))
