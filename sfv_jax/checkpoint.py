@@ -248,8 +248,8 @@ def restore_ema(workdir: Path, abstract_params: dict, name: str = "ema", shardin
       WorkdirError: if the run has not saved a checkpoint yet, or none is sound.
     """
     directory = (workdir / "checkpoints").resolve()
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
+    names = ocp.path.step.standard_name_format().find_all(directory)
+    steps = sorted((found.step for found in names), reverse=True)
     if not steps:
         raise WorkdirError(f"{workdir} has no checkpoint yet; train longer than config.checkpoint_every steps")
     if shardings is None:
