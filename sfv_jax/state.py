@@ -84,6 +84,7 @@ def accumulate(gradients: Callable, params, batch: dict, key: jax.Array, steps: 
         return gradients(params, batch, jax.random.fold_in(key, 0))
     micro = jax.tree.map(lambda x: x.reshape(size // steps, steps, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(steps))
+    gradients = jax.jit(gradients, inline=True)  # traced once, for the shapes and for the loop
 
     def body(total, inputs):
         # Tied to the turn, or XLA casts and gathers all parameters once before the loop and keeps them through it.

@@ -43,3 +43,14 @@ def test_accumulation_holds_no_copy_of_all_parameters():
     text = step.lower(noise(0, 64, 64), noise(1, 8, 64)).compile().as_text()
     (loop,) = re.findall(r"^(.*) while\(", text, re.MULTILINE)  # with the shapes it carries
     assert loop.count("f32[64,64]") <= 2  # the parameters and the sum of gradients
+
+
+def test_a_micro_batch_is_traced_once():
+    traced = []
+
+    def gradient(w, micro, key):
+        traced.append(1)
+        return micro.sum() * w
+
+    jax.make_jaxpr(lambda w, x: accumulate(gradient, w, x, jax.random.key(0), 4))(noise(0, 3), noise(1, 8))
+    assert traced == [1]
