@@ -279,6 +279,7 @@ def test_gradient_ratio_is_that_of_the_weighted_parts(trace):
     name = "ratio/adv_to_rec_gradient"
     other = Trace(shared_noise=trace.config.sfv.shared_noise, recon_weight=0.2, adv_weight=3.0)
     np.testing.assert_allclose(other.metrics[name], 1.5 * trace.metrics[name], rtol=1e-4)
+    assert np.isnan(Trace(shared_noise=trace.config.sfv.shared_noise, recon_weight=0.0).metrics[name])
 
 
 def plain_step(config, steps: int = 1) -> list[dict]:

@@ -125,7 +125,8 @@ def make_gradients(networks: Networks, config, draw: Callable, second_loss: Call
         def backward():  # Eq. 10
             adv_grad = method.adv_weight * to_fake(jnp.ones_like(adv))[0]
             rec_grad = method.recon_weight * jax.grad(reconstruction)(fake)
-            return to_generator(adv_grad + rec_grad)[0], global_norm(adv_grad) / (global_norm(rec_grad) + 1e-12)
+            ratio = global_norm(adv_grad) / (global_norm(rec_grad) + 1e-12)
+            return to_generator(adv_grad + rec_grad)[0], ratio if method.recon_weight else jnp.full((), jnp.nan)
 
         def nothing():
             return jax.tree.map(jnp.zeros_like, part), jnp.full((), jnp.nan)
