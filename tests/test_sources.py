@@ -227,9 +227,10 @@ def test_remains_of_killed_processes(tmp_path):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from sfv_jax import convert
 from sfv_jax.weights import diffusers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if the tests run in the background of a shell
 read = diffusers._read
 diffusers._read = lambda *a: (print("reading", flush=True), time.sleep(0.1), read(*a))[-1]
 sys.argv = ["convert", "--src", sys.argv[1], "--dst", sys.argv[2]]
