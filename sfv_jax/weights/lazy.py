@@ -40,24 +40,15 @@ class _LazyHandler(type_handlers.NumpyHandler):
     Attributes:
       error: what a leaf raised. Kept for `save_tree`, as orbax would report it with the traces of three threads.
       stopped: nobody waits for the rest.
-      idle: set when nothing is being written.
     """
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
         self.error: Exception | None = None
         self.stopped = False
-        self.idle = threading.Event()
-        self.idle.set()
 
     async def _background_serialize(self, values, infos, args=None):
-        self.idle.clear()
-        try:
-            await self._serialize(values, infos, args or [ocp.SaveArgs()] * len(values))
-        finally:
-            self.idle.set()
-
-    async def _serialize(self, values, infos, args):
+        args = args or [ocp.SaveArgs()] * len(values)
         for group in _groups([value.nbytes for value in values]):
             arrays = []
             for n in group:
@@ -122,10 +113,9 @@ def save_tree(path: Path, params: dict) -> None:
             checkpointer.save(path, ocp.args.PyTreeSave(params))
         except BaseException:  # orbax's threads go on writing: nobody may clear the folder before they end
             lazy.stopped = True
-            lazy.idle.wait(timeout=60)
             for thread in set(threading.enumerate()) - before:
                 if not thread.daemon:
-                    thread.join(timeout=2)  # the idle thread of a pool would never end
+                    thread.join(timeout=60)
             if lazy.error is None:
                 raise
     if lazy.error is not None:
