@@ -35,7 +35,7 @@ from sfv_jax.data.video import VideoError, replacing
 from sfv_jax.evaluation import fvd, world
 from sfv_jax.evaluation.collection import Reading, find_clips
 from sfv_jax.evaluation.features import compute
-from sfv_jax.evaluation.frechet import measure
+from sfv_jax.evaluation.frechet import MIN_SAMPLES, measure
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.experiments import BASE, TABLES, Row
@@ -133,8 +133,9 @@ def svd_bench(workdir: Path, svd: str, data: str, real: str, i3d: str, batch: in
     for _, clip in reading.frames(find_clips(real)):
         images.append(protocol.cut(clip[0]).copy())
         truth.append(protocol.real(clip))
-    if len(truth) < 20:
-        raise ReproduceError(f"--real={real}: {len(truth)} clips of {frames} frames can be read, FVD needs 20 or more")
+    if len(truth) < MIN_SAMPLES:
+        least = f"FVD needs {MIN_SAMPLES} or more"
+        raise ReproduceError(f"--real={real}: {len(truth)} clips of {frames} frames can be read, {least}")
     truth = np.stack(truth)
     known = compute(features, truth)
 

@@ -17,12 +17,11 @@ from einops import rearrange
 
 from sfv_jax.data.worlds import PALETTE, Label, World
 from sfv_jax.evaluation import worldnet
-from sfv_jax.evaluation.frechet import Moments, extrapolate, frechet_distance
+from sfv_jax.evaluation.frechet import MIN_SAMPLES, Moments, extrapolate, frechet_distance
 
 Network = tuple[Callable[[np.ndarray], np.ndarray], dict]  # features of clips, and what made them
 LEGAL = 1.0  # pixels: a path whose RMS distance to a legal one is less follows it
 _GRID = 0.5  # pixels between the places at which the object is looked for
-SMALLEST_FVD = 20  # clips
 
 MEANINGS = {
     "distance": "RMSE in grey levels (0..255) to the nearest legal continuation, 0 is perfect",
@@ -75,7 +74,7 @@ def score(
         "busiest_direction": busiest_direction([label for _, label in nearest], world.directions),
         "world_fvd": None,
     }
-    return result | (world_fvd(world, labels, clips, network=network, seed=seed) if len(clips) >= SMALLEST_FVD else {})
+    return result | (world_fvd(world, labels, clips, network=network, seed=seed) if len(clips) >= MIN_SAMPLES else {})
 
 
 def world_fvd(
