@@ -29,20 +29,24 @@ class Timing:
 
 def warm(call: Callable[[], object], repeats: int) -> Timing:
     """Times `call` once and then `repeats` times; each is waited for."""
-    return alternate({"": call}, repeats)[""]
+    first, *rest = (_seconds(call) for _ in range(1 + repeats))
+    return Timing(tuple(rest), first)
 
 
 def alternate(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """`warm` of several calls in turns, so that a machine's slow moments fall on all alike."""
+    """`warm` of several calls in turns, so that a machine's slow moments fall on all alike.
 
-    def seconds(call: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        return time.perf_counter() - began
-
-    first = {name: seconds(call) for name, call in calls.items()}
-    turns = [{name: seconds(call) for name, call in calls.items()} for _ in range(repeats)]
+    A turn is two calls, of which the second is timed: another program has just had the caches and the memory.
+    """
+    first = {name: _seconds(call) for name, call in calls.items()}
+    turns = [{name: (_seconds(call), _seconds(call))[1] for name, call in calls.items()} for _ in range(repeats)]
     return {name: Timing(tuple(turn[name] for turn in turns), first[name]) for name in calls}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - began
 
 
 def matmul_limit(dtype: str, size: int | None = None, repeats: int = 5) -> float:

@@ -14,6 +14,7 @@ from sfv_jax.models.layers import Upsample
 from sfv_jax.models.unet import UNet
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.sharding import make_mesh, on_mesh
+from sfv_jax.speed import count_flops
 from tests.conftest import CONFIGS, assert_equal, noise, value_and_gradients
 
 
@@ -188,6 +189,55 @@ def test_the_unet_attends_in_space_by_the_tpu_kernel_and_in_time_without(monkeyp
     attentions = 1  # the last level has none, but the middle does
     for kernel in ("fwd_residuals", "dkv_no_residuals", "dq_no_residuals"):
         assert len([name for name in names if kernel in name]) == attentions, names
+
+
+def test_attention_over_frames_is_attention(monkeypatch):
+    """On CPU by matrix products: the gradient of the other form would hold every query times every key, by channel."""
+    ranks = {}
+    with jax.enable_x64(True):
+        args = [jnp.asarray(noise(n, 2, 3, 5, 2, 8), jnp.float64) for n in range(3)]
+        each = [x.reshape(6, 5, 2, 8) for x in args]
+        y, *gradients = value_and_gradients(attention.einsum_attention, *each)
+        expected = tuple(x.reshape(args[0].shape) for x in (y, *gradients))
+        for platform in ("cpu", "tpu"):
+            monkeypatch.setattr(attention, "platform", lambda name=platform: name)
+            assert_equal(value_and_gradients(attention.attention, *args), expected, 1e-12)
+            gradient = jax.grad(lambda *args: jnp.sum(attention.attention(*args)), argnums=(0, 1, 2))
+            jaxpr = jax.make_jaxpr(gradient)(*args).jaxpr
+            ranks[platform] = max(v.aval.ndim for eqn in jaxpr.eqns for v in eqn.outvars)
+    assert ranks == {"cpu": 5, "tpu": 6}
+
+
+def test_blocks_of_queries_are_even_shares():
+    q = jax.ShapeDtypeStruct((1, 6, 2, 8), jnp.float32)
+    blocked = partial(attention.blocked_attention, block=4)  # 3 and 3, not 4 and 2 filled up
+    assert count_flops(blocked, q, q, q) == count_flops(attention.einsum_attention, q, q, q)
+
+
+# ---- feed-forward ----
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_geglu_is_the_value_times_gelu_of_the_gate(monkeypatch, platform):
+    monkeypatch.setattr(attention, "platform", lambda: platform)
+
+    def layer(x, kernel, bias):
+        graphdef, _ = tree.abstract(partial(attention.GEGLU, o=6, dtype=x.dtype, param_dtype=x.dtype), 4)
+        return tree.build(graphdef, {"proj": {"kernel": kernel, "bias": bias}})(x)
+
+    def plainly(x, kernel, bias):
+        value, gate = jnp.split(x @ kernel + bias, 2, axis=-1)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+    with jax.enable_x64(True):
+        args = [jnp.asarray(noise(n, *shape), jnp.float64) for n, shape in enumerate([(5, 4), (4, 12), (12,)])]
+        assert_equal(value_and_gradients(layer, *args), value_and_gradients(plainly, *args), 1e-12)
+
+
+def test_geglu_in_bf16_rounds_once():
+    x = jnp.asarray(3 * noise(0, 64, 64), jnp.bfloat16)
+    exact = attention.gated(x.astype(jnp.float32))
+    np.testing.assert_array_equal(attention.gated(x), exact.astype(jnp.bfloat16))
 
 
 # ---- decoding in pieces ----

@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from sfv_jax.models.layers import AlphaBlender, GroupNorm, LayerNorm, Linear, TimestepEmbedding, remat
+from sfv_jax.models.layers import AlphaBlender, GroupNorm, LayerNorm, Linear, TimestepEmbedding, fp32, remat
 from sfv_jax.models.layers import sinusoidal_embedding as sinusoid
 from sfv_jax.models.placing import flat, per_row, platform, rows, unflat
 
@@ -26,15 +26,16 @@ CUDNN_BATCH = 2**16 - 1  # above it cuDNN and other flash kernels fail or return
 
 
 def einsum_attention(q: Array, k: Array, v: Array) -> Array:
-    """softmax(q k^T / sqrt(d)) v with an fp32 softmax, the reference. All `[n, s, heads, d]`."""
-    scores = jnp.einsum("nqhd,nkhd->nhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    """softmax(q k^T / sqrt(d)) v with an fp32 softmax, the reference. All `[..., s, heads, d]`."""
+    scores = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
     weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1).astype(v.dtype)
-    return jnp.einsum("nhqk,nkhd->nqhd", weights, v)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, v)
 
 
 def blocked_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) -> Array:
     """`einsum_attention` over blocks of queries, so that the full score matrix never exists. `[n, s, heads, d]`."""
     n, s, heads, d = q.shape
+    block = math.ceil(s / math.ceil(s / block))  # even shares: the last is not filled up with work for nothing
     pad = -s % block
     blocks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(n, -1, block, heads, d).swapaxes(0, 1)
     out = lax.map(jax.checkpoint(lambda query: einsum_attention(query, k, v)), blocks)
@@ -45,7 +46,7 @@ def reduce_attention(q: Array, k: Array, v: Array) -> Array:
     """Attention for few keys (frames) by multiply-and-reduce: no limit on the batch. `[..., t, heads, d]`.
 
     Flash kernels refuse or corrupt batches above `CUDNN_BATCH`, which pixels x videos reach; matrix units waste most
-    of a 14 x 14 product. In fp32 the products fuse into the reductions.
+    of a 14 x 14 product. In fp32 the products fuse into the reductions; on CPU they do not in the gradient.
     """
     f32 = jnp.promote_types(q.dtype, jnp.float32)
     q, k, values = (jnp.expand_dims(x.astype(f32), axis) for x, axis in ((q, -3), (k, -4), (v, -4)))
@@ -87,7 +88,7 @@ def splash_attention(q: Array, k: Array, v: Array, block: int = SPLASH_BLOCK) ->
 
 
 def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
-    """Self-attention over `[n, s, heads, d]`; "reduce" takes more leading axes.
+    """Self-attention over `[n, s, heads, d]`, or over the frames of `[b, s, t, heads, d]` ("einsum" and "reduce").
 
     Args:
       kernel: "einsum", "blocked", "reduce", "cudnn" (GPU, fp16/bf16), "splash" (TPU) or "auto", see `choose_kernel`.
@@ -95,14 +96,16 @@ def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
       ValueError: for an unknown kernel name, or where the kernel named is known to fail.
     """
     kernel = choose_kernel(q) if kernel == "auto" else kernel
+    if kernel == "reduce":
+        return reduce_attention(q, k, v)
+    if q.ndim == 5 and kernel == "einsum":
+        return einsum_attention(q, k, v)
     if kernel == "cudnn":
         if q.shape[0] > CUDNN_BATCH:
             raise ValueError(f"attention kernel 'cudnn': a batch of {q.shape[0]} exceeds {CUDNN_BATCH}; choose auto")
         return per_row(partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v)
     if kernel == "splash":
         return per_row(splash_attention, q, k, v, partitioned=False)
-    if kernel == "reduce":
-        return reduce_attention(q, k, v)
     kernels = {"einsum": einsum_attention, "blocked": blocked_attention}
     if kernel not in kernels:
         raise ValueError(f"attention kernel {kernel!r}: choose auto, cudnn, splash, reduce or one of {sorted(kernels)}")
@@ -113,8 +116,11 @@ def choose_kernel(q: Array) -> str:
     """The kernel for spatial attention of `q [n, s, heads, d]`: a flash kernel where one is legal, never all scores.
 
     fp16 and bf16 heads of 64 or so: cuDNN on GPU, on TPU splash if the tokens are a multiple of 128. Else plain einsum
-    up to `QUERY_BLOCK` tokens and blocked above.
+    up to `QUERY_BLOCK` tokens and blocked above. Over the few frames of `[b, s, t, heads, d]`: einsum on CPU, else
+    reduce.
     """
+    if q.ndim == 5:
+        return "einsum" if platform() == "cpu" else "reduce"
     n, s, _, d = q.shape
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if half and platform() == "gpu" and d <= 128 and d % 8 == 0 and n <= CUDNN_BATCH:
@@ -146,7 +152,7 @@ class Attention(nnx.Module):
         self.heads, self.kernel = heads, kernel
 
     def __call__(self, x: Array) -> Array:
-        """`x [n, s, c] -> [n, s, c]`; with the "reduce" kernel `[..., s, c]`."""
+        """`x [n, s, c] -> [n, s, c]`, or over frames `[b, s, t, c] -> [b, s, t, c]`."""
         q, k, v = (
             rearrange(project(x), "... s (heads d) -> ... s heads d", heads=self.heads)
             for project in (self.to_q, self.to_k, self.to_v)
@@ -165,8 +171,14 @@ class GEGLU(nnx.Module):
         self.proj = Linear(i, 2 * o, **kw)
 
     def __call__(self, x: Array) -> Array:
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * nnx.gelu(gate, approximate=False)
+        # On CPU XLA keeps four more arrays of this width for the gradient; on TPU recomputing them costs a copy.
+        return remat(gated, platform() == "cpu")(self.proj(x))
+
+
+def gated(x: Array) -> Array:
+    """`[..., 2 c] -> [..., c]`: the first half times gelu of the second, inside in fp32 as torch computes it."""
+    value, gate = map(fp32, jnp.split(x, 2, axis=-1))  # split first: on TPU the product before would be fp32 too
+    return (value * (0.5 * gate * (1 + lax.erf(gate / math.sqrt(2))))).astype(x.dtype)
 
 
 class FeedForward(nnx.Module):
@@ -220,7 +232,7 @@ class TransformerSpatioTemporal(nnx.Module):
         self.norm = GroupNorm(channels, groups=groups, eps=1e-6, per_frame=True, **kw)
         self.proj_in = Linear(channels, channels, **kw)
         self.transformer_blocks = nnx.List([block(temporal=False, kernel=kernel)])
-        self.temporal_transformer_blocks = nnx.List([block(temporal=True, kernel="reduce")])
+        self.temporal_transformer_blocks = nnx.List([block(temporal=True, kernel="auto")])
         self.time_pos_embed = TimestepEmbedding(channels, 4 * channels, channels, **kw)
         self.time_mixer = AlphaBlender(0.5, **kw)
         self.proj_out = Linear(channels, channels, **kw)

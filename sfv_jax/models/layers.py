@@ -25,7 +25,8 @@ Linear = partial(nnx.Linear, promote_dtype=promote)
 LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
-def _fp32(x: Array) -> Array:
+def fp32(x: Array) -> Array:
+    """`x` in fp32 at least."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -53,13 +54,13 @@ class GroupNorm(nnx.Module):
         through memory on TPU.
         """
         axes = (2, 3) if self.per_frame else (1, 2, 3)
-        y = _fp32(x)
+        y = fp32(x)
         mean = self._over_groups(jnp.mean(y, axes, keepdims=True))
         return mean, self._over_groups(jnp.mean(jnp.square(y - mean), axes, keepdims=True))
 
     def normalise(self, x: Array, mean: Array, var: Array) -> Array:
         """`x [b, t, h, w, c]` with these statistics, scaled and shifted, in the compute dtype."""
-        y = (_fp32(x) - mean) * (lax.rsqrt(var + self.eps) * self.scale[...]) + self.bias[...]
+        y = (fp32(x) - mean) * (lax.rsqrt(var + self.eps) * self.scale[...]) + self.bias[...]
         return y.astype(self.dtype)
 
     def _over_groups(self, x: Array) -> Array:
