@@ -115,7 +115,7 @@ def runs_of(tables: list[str]) -> list[str]:
     return [name for name in RUNS if name in needed]
 
 
-def svd_config(run: str, model: str, cache: str, seed: int) -> ConfigDict:
+def svd_config(run: str, seed: int, model: str, cache: str) -> ConfigDict:
     """A run at full size, with the published numbers."""
     method, changes = RUNS[run]
     config = getattr(configs, method)()

@@ -3,6 +3,7 @@
     python -m sfv_jax.reproduce --fast --workdir runs/reproduce
     python -m sfv_jax.reproduce --seeds 0,1,2 --workdir runs/reproduce
     python -m sfv_jax.reproduce --scale svd --svd models/svd --data data/latents --real ucf101/ --i3d i3d.pt --dry_run
+    python -m sfv_jax.reproduce --scale svd ... --set mesh.fsdp=8 --set steps=20000
 
 `--scale world`, the default, has tiny networks and the procedural world; `--fast` less training. `--scale svd` is the
 published configuration on a model folder, a latent cache and, to score with FVD, a folder of real videos whose first
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -28,7 +30,7 @@ from ml_collections import ConfigDict
 from sfv_jax import compiling, experiments
 from sfv_jax import config as configs
 from sfv_jax.alarms import TrainingStopped
-from sfv_jax.checkpoint import WorkdirError, claim_workdir
+from sfv_jax.checkpoint import WorkdirError, claim_workdir, flat
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.video import VideoError, replacing
@@ -121,14 +123,19 @@ def world_bench(workdir: Path, fast: bool) -> Bench:
     return Bench(folder, config, base, True, truth, images, same, score, columns, notes, options, {}, 64)
 
 
-def svd_bench(workdir: Path, svd: str, data: str, real: str, i3d: str, batch: int) -> Bench:
-    """SVD on real videos, scored by the protocol of `evaluate` (evaluation/protocol.py) on all clips of `real`."""
+def svd_bench(
+    workdir: Path, svd: str, data: str, real: str, i3d: str, size: tuple[int, int] = (576, 1024), batch: int = 8
+) -> Bench:
+    """SVD on real videos, scored by the protocol of `evaluate` (evaluation/protocol.py) on all clips of `real`.
+
+    `size` (height, width) is that of the videos generated.
+    """
     for name, value in (("svd", svd), ("data", data), ("real", real), ("i3d", i3d)):
         if not value:
             raise ReproduceError(f"--scale svd needs --{name} (only --dry_run does without --real and --i3d)")
     features, about = fvd.load_i3d(i3d)
     frames = read_model(svd)[0]["unet"].num_frames
-    protocol, reading = Protocol(n=0, num_frames=frames), Reading(frames, Protocol.fps)
+    protocol, reading = Protocol(n=0, num_frames=frames, height=size[0], width=size[1]), Reading(frames, Protocol.fps)
     images, truth = [], []
     for _, clip in reading.frames(find_clips(real)):
         images.append(protocol.cut(clip[0]).copy())
@@ -146,7 +153,7 @@ def svd_bench(workdir: Path, svd: str, data: str, real: str, i3d: str, batch: in
     mesh = make_mesh() if jax.device_count() > 1 else None
     return Bench(
         folder=workdir / "svd",
-        config=lambda run, seed: experiments.svd_config(run, svd, data, seed),
+        config=partial(experiments.svd_config, model=svd, cache=data),
         base=Path(svd),
         trains_base=False,
         truth=truth,
@@ -162,6 +169,30 @@ def svd_bench(workdir: Path, svd: str, data: str, real: str, i3d: str, batch: in
         load=dict(dtype="bfloat16", mesh=mesh),
         batch=batch,
     )
+
+
+def with_settings(make: Callable[[str, int], ConfigDict], settings: list[str]) -> Callable[[str, int], ConfigDict]:
+    """`make` with config fields changed, "name=value" each, in every run.
+
+    Raises (when called):
+      ReproduceError: for a name that a config has not, or a value of another type.
+    """
+
+    def config(run: str, seed: int) -> ConfigDict:
+        made = make(run, seed)
+        for setting in settings:
+            name, _, text = setting.partition("=")
+            known = flat(made.to_dict())
+            if name not in known:
+                raise ReproduceError(f"--set {setting}: the config of {run} has no field {name!r}")
+            try:
+                value = text if isinstance(known[name], str) else json.loads(text)
+                made.update_from_flattened_dict({name: value})
+            except (TypeError, ValueError) as error:
+                raise ReproduceError(f"--set {setting}: {error}") from error
+        return made
+
+    return config
 
 
 # ---- stages ----
@@ -355,7 +386,7 @@ def plan(config: Callable, base: Path | None, tables: list[str], seeds: list[int
             lines.append(f"  {run}: {settings.steps} steps of {settings.batch_size}, {counted[key]:.3g} FLOPs each")
     lines.append(f"{len(todo)} training runs ({len(seeds)} seeds), {len(rows) * len(seeds)} rows to sample and score.")
     if scale == "world":
-        minutes = total / CPU_RATE / 60 + 0.5 * len(todo) + 0.2 * len(rows) * len(seeds)
+        minutes = total / CPU_RATE / 60 + 1.2 * len(todo) + 0.25 * len(rows) * len(seeds)  # most of it compiling
         lines.append(f"Training {total:.3g} FLOPs; about {minutes:.0f} minutes in all on two idle x86-64 cores.")
     else:
         hours = total / CHIP_RATE / 3600
@@ -401,17 +432,19 @@ def main(_):
         seeds = [int(seed) for seed in FLAGS.seeds]
         if FLAGS.scale == "world":
             bench = world_bench(workdir, FLAGS.fast)
-            lines = plan(bench.config, None, tables, seeds, "world")
+            make, base = bench.config, None
+        elif FLAGS.svd and FLAGS.data:
+            make, base = partial(experiments.svd_config, model=FLAGS.svd, cache=FLAGS.data), Path(FLAGS.svd)
         else:
-            if not (FLAGS.svd and FLAGS.data):
-                raise ReproduceError("--scale svd needs --svd MODEL and --data CACHE")
-            settings = lambda run, seed: experiments.svd_config(run, FLAGS.svd, FLAGS.data, seed)  # noqa: E731
-            lines = plan(settings, Path(FLAGS.svd), tables, seeds, "svd")
-        print("\n".join(lines), flush=True)
+            raise ReproduceError("--scale svd needs --svd MODEL and --data CACHE")
+        config = with_settings(make, FLAGS.set)
+        print("\n".join(plan(config, base, tables, seeds, FLAGS.scale)), flush=True)
         if FLAGS.dry_run:
             return
         if FLAGS.scale == "svd":
-            bench = svd_bench(workdir, FLAGS.svd, FLAGS.data, FLAGS.real, FLAGS.i3d, FLAGS.batch_size)
+            size = FLAGS.height, FLAGS.width
+            bench = svd_bench(workdir, FLAGS.svd, FLAGS.data, FLAGS.real, FLAGS.i3d, size, FLAGS.batch_size)
+        bench = dataclasses.replace(bench, config=config)
         reproduce(bench, tables, seeds)
     except (
         ConfigError,
@@ -440,7 +473,10 @@ def _define_flags() -> None:
     flags.DEFINE_string("data", None, "svd: latent cache to train on")
     flags.DEFINE_string("real", None, "svd: folder of real videos; their first frames are the conditions")
     flags.DEFINE_string("i3d", None, "svd: I3D weights for FVD")
+    flags.DEFINE_integer("height", 576, "svd: of the videos sampled, multiples of 64")
+    flags.DEFINE_integer("width", 1024, "svd: of the videos sampled, multiples of 64")
     flags.DEFINE_integer("batch_size", 8, "svd: videos sampled at a time", lower_bound=1)
+    flags.DEFINE_multi_string("set", [], "config field of every training run, such as mesh.fsdp=8; may be repeated")
 
 
 if __name__ == "__main__":

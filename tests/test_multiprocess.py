@@ -47,7 +47,7 @@ def launch(workdir: Path, *flags: str) -> subprocess.CompletedProcess:
 def run(workdir: Path, devices: int, steps: int, **mesh) -> dict:
     """Final state of the same run in this process, on the first `devices`."""
     config = small_run.get_config()
-    config.update(dict(steps=steps, mesh=mesh))
+    config.update(dict(steps=steps, mesh=mesh, sample_every=0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
         return jax.device_get(train.train(config, workdir))

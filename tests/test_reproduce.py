@@ -1,6 +1,7 @@
 """The command behind the paper's tables: its list of runs, and that stages are kept, continued and never repeated."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,7 +133,7 @@ def test_several_seeds_give_a_mean_and_a_range():
 def test_every_run_is_a_config_that_its_method_accepts(run):
     """At both scales; in the world all methods have the same budget."""
     method, changes = experiments.RUNS[run]
-    config = experiments.svd_config(run, "model", "cache", 3)
+    config = experiments.svd_config(run, 3, "model", "cache")
     default = getattr(configs, method)()
     assert (config.init, config.data.path, config.seed, config.steps) == ("model", "cache", 3, 50_000)
     for field, value in changes.items():
@@ -184,3 +185,19 @@ def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatc
     )
     assert abs(bench.score(bench.truth)["fvd"]) < 1e-6 < bench.score(bench.truth // 2)["fvd"]
     assert '"filter": "bilinear"' in bench.notes[0] and bench.options == dict(height=576, width=1024)
+
+
+def test_settings_of_every_run():
+    make = partial(experiments.svd_config, model="model", cache="cache")
+    changes = ["mesh.fsdp=8", "steps=100", "dtype=float32", "ema_decay=0"]
+    config = reproduce.with_settings(make, changes)("spatial heads", 1)
+    assert (config.mesh.fsdp, config.steps, config.dtype, config.ema_decay) == (8, 100, "float32", 0.0)
+    assert config.seed == 1 and not config.discriminator.temporal
+    for setting, message in [
+        ("mesh.fdsp=8", "--set mesh.fdsp=8: the config of sfv has no field 'mesh.fdsp'"),
+        ("steps=many", "--set steps=many: "),
+        ("steps=1.5", "--set steps=1.5: "),
+        ("steps", "--set steps: "),
+    ]:
+        with pytest.raises(reproduce.ReproduceError, match=message):
+            reproduce.with_settings(make, [setting])("sfv", 0)
