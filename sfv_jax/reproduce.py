@@ -15,6 +15,9 @@ changes nothing when all is there. `index.html` in the workdir shows tables, cli
 import dataclasses
 import hashlib
 import json
+import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -198,6 +201,11 @@ def with_settings(make: Callable[[str, int], ConfigDict], settings: list[str]) -
 # ---- stages ----
 
 
+def is_trained(bench: Bench, run: str, seed: int) -> bool:
+    """Whether a run has come to its last step."""
+    return (bench.workdir(run, seed) / "checkpoints" / str(bench.config(run, seed).steps)).is_dir()
+
+
 def ensure_trained(bench: Bench, run: str, seed: int) -> None:
     """Trains a run, or what is left of it.
 
@@ -205,12 +213,12 @@ def ensure_trained(bench: Bench, run: str, seed: int) -> None:
       WorkdirError: if its workdir holds another one.
     """
     path, config = bench.workdir(run, seed), bench.config(run, seed)
-    if (path / "checkpoints" / str(config.steps)).is_dir():
+    if is_trained(bench, run, seed):
         claim_workdir(path, config.to_dict())
         return
     print(f"training {path}: {config.method}, {config.steps} steps of {config.batch_size}", flush=True)
     train(config, path)
-    if not (path / "checkpoints" / str(config.steps)).is_dir():
+    if not is_trained(bench, run, seed):
         raise TrainingStopped(f"{path} was asked to stop; run the same command again to continue")
     jax.clear_caches()
 
@@ -400,22 +408,53 @@ def plan(config: Callable, base: Path | None, tables: list[str], seeds: list[int
 # ---- the command ----
 
 
+def ensure_run(bench: Bench, run: str, tables: list[str], seed: int) -> dict[str, tuple[dict, np.ndarray]]:
+    """Trains a run and makes its rows, or what is missing of them: (record, clips) by row key."""
+    if run != BASE or bench.trains_base:
+        ensure_trained(bench, run, 0 if run == BASE else seed)
+    rows = {row.key: row for name in tables for row in TABLES[name][1] if row.run == run}
+    samplers = {}
+    return {key: ensure_row(bench, row, seed, samplers) for key, row in rows.items()}
+
+
+def side_by_side(arguments: list[str], folder: Path, jobs: int) -> None:
+    """Runs this command `jobs` times at once, each with its share of the runs and of the cores; waits for all.
+
+    Raises:
+      TrainingStopped: if one fails, with the end of what it said (`folder/job0.log` and so on).
+    """
+    cores, running = sorted(os.sched_getaffinity(0)), []
+    for n in range(jobs):
+        log = (folder / f"job{n}.log").open("w")
+        command = [sys.executable, "-m", "sfv_jax.reproduce", *arguments, f"--share={n}/{jobs}"]
+        running.append(subprocess.Popen(command, stdout=log, stderr=log))
+        os.sched_setaffinity(running[-1].pid, cores[n::jobs] or cores)
+    try:
+        failed = [n for n, process in enumerate(running) if process.wait()]
+    finally:
+        for process in running:
+            process.terminate()
+    if failed:
+        log = folder / f"job{failed[0]}.log"
+        raise TrainingStopped(f"{log}: {log.read_text().strip().splitlines()[-1:]}; the same command continues")
+
+
 def reproduce(bench: Bench, tables: list[str], seeds: list[int]) -> Report:
     """All stages that are missing, and the report."""
-    records, clips, samplers = {}, {}, {}
-    if bench.trains_base:
-        ensure_trained(bench, BASE, 0)
+    records, clips = {}, {}
     for seed in seeds:
         for run in [BASE, *experiments.runs_of(tables)]:
-            if run != BASE:
-                ensure_trained(bench, run, seed)
-            for row in {row.key: row for name in tables for row in TABLES[name][1] if row.run == run}.values():
-                record, made = ensure_row(bench, row, seed, samplers)
-                records.setdefault(row.key, []).append(record)
-                clips.setdefault(row.key, made[:SHOWN])
+            for key, (record, made) in ensure_run(bench, run, tables, seed).items():
+                records.setdefault(key, []).append(record)
+                clips.setdefault(key, made[:SHOWN])
     report = make_report(bench, tables, seeds, records, clips)
     report.write(bench.folder)
     return report
+
+
+def default_jobs(scale: str) -> int:
+    """Processes side by side: one per core for tiny networks, which use two cores badly; else one, which uses all."""
+    return min(4, len(os.sched_getaffinity(0))) if scale == "world" and jax.default_backend() == "cpu" else 1
 
 
 FLAGS = flags.FLAGS
@@ -438,13 +477,29 @@ def main(_):
         else:
             raise ReproduceError("--scale svd needs --svd MODEL and --data CACHE")
         config = with_settings(make, FLAGS.set)
-        print("\n".join(plan(config, base, tables, seeds, FLAGS.scale)), flush=True)
+        if not FLAGS.share:
+            print("\n".join(plan(config, base, tables, seeds, FLAGS.scale)), flush=True)
         if FLAGS.dry_run:
             return
         if FLAGS.scale == "svd":
             size = FLAGS.height, FLAGS.width
             bench = svd_bench(workdir, FLAGS.svd, FLAGS.data, FLAGS.real, FLAGS.i3d, size, FLAGS.batch_size)
         bench = dataclasses.replace(bench, config=config)
+        runs = [(run, seed) for seed in seeds for run in experiments.runs_of(tables)]
+        if FLAGS.share:
+            if not re.fullmatch(r"\d+/[1-9]\d*", FLAGS.share):
+                raise ReproduceError(
+                    f"--share={FLAGS.share}: write K/N, such as 0/2 for every second run from the first"
+                )
+            first, of = map(int, FLAGS.share.split("/"))
+            for run, seed in runs[first::of]:
+                ensure_run(bench, run, tables, seed)
+            return
+        jobs = min(FLAGS.jobs or default_jobs(FLAGS.scale), len(runs))
+        if jobs > 1 and not all(is_trained(bench, run, seed) for run, seed in runs):
+            ensure_run(bench, BASE, tables, seeds[0])
+            print(f"{len(runs)} runs, {jobs} at a time: see {bench.folder}/job*.log", flush=True)
+            side_by_side(sys.argv[1:], bench.folder, jobs)
         reproduce(bench, tables, seeds)
     except (
         ConfigError,
@@ -476,6 +531,10 @@ def _define_flags() -> None:
     flags.DEFINE_integer("height", 576, "svd: of the videos sampled, multiples of 64")
     flags.DEFINE_integer("width", 1024, "svd: of the videos sampled, multiples of 64")
     flags.DEFINE_integer("batch_size", 8, "svd: videos sampled at a time", lower_bound=1)
+    flags.DEFINE_integer(
+        "jobs", None, "runs at a time; default: in the world on CPU one per core, at most 4", lower_bound=1
+    )
+    flags.DEFINE_string("share", None, "K/N: only every Nth run, from run K, and no tables: what --jobs starts")
     flags.DEFINE_multi_string("set", [], "config field of every training run, such as mesh.fsdp=8; may be repeated")
 
 

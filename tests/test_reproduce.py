@@ -9,6 +9,7 @@ import pytest
 
 from sfv_jax import config as configs
 from sfv_jax import experiments, reproduce
+from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import patch_codec_of, unet_of, world_of
 from sfv_jax.data.video import write_video
@@ -201,3 +202,16 @@ def test_settings_of_every_run():
     ]:
         with pytest.raises(reproduce.ReproduceError, match=message):
             reproduce.with_settings(make, [setting])("sfv", 0)
+
+
+def test_runs_side_by_side(tmp_path, monkeypatch):
+    """Each process gets its share of runs and cores, and one that fails stops the command with what it said last."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *bad*1/2) echo it broke; exit 1; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(reproduce.sys, "executable", str(program))
+    reproduce.side_by_side(["--fast"], tmp_path, 2)
+    said = [(tmp_path / f"job{n}.log").read_text() for n in (0, 1)]
+    assert said == [f"-m sfv_jax.reproduce --fast --share={n}/2\n" for n in (0, 1)]
+    with pytest.raises(TrainingStopped, match=r"job1.log: \['it broke'\]; the same command continues"):
+        reproduce.side_by_side(["--bad"], tmp_path, 2)
