@@ -97,7 +97,12 @@ class Bench:
 
     def workdir(self, run: str, seed: int) -> Path:
         """Of a trained model."""
-        return self.base if run == BASE else self.folder / f"seed{seed}" / run.replace(" ", "_")
+        return self.base if run == BASE else workdir_of(self.folder, run, seed)
+
+
+def workdir_of(folder: Path, run: str, seed: int) -> Path:
+    """Where a run that starts from the base model is trained."""
+    return folder / f"seed{seed}" / run.replace(" ", "_")
 
 
 # ---- the two scales ----
@@ -201,9 +206,9 @@ def with_settings(make: Callable[[str, int], ConfigDict], settings: list[str]) -
 # ---- stages ----
 
 
-def is_trained(bench: Bench, run: str, seed: int) -> bool:
-    """Whether a run has come to its last step."""
-    return (bench.workdir(run, seed) / "checkpoints" / str(bench.config(run, seed).steps)).is_dir()
+def is_trained(path: Path, config: ConfigDict) -> bool:
+    """Whether the run of a workdir has come to its last step."""
+    return (path / "checkpoints" / str(config.steps)).is_dir()
 
 
 def ensure_trained(bench: Bench, run: str, seed: int) -> None:
@@ -213,12 +218,12 @@ def ensure_trained(bench: Bench, run: str, seed: int) -> None:
       WorkdirError: if its workdir holds another one.
     """
     path, config = bench.workdir(run, seed), bench.config(run, seed)
-    if is_trained(bench, run, seed):
+    if is_trained(path, config):
         claim_workdir(path, config.to_dict())
         return
     print(f"training {path}: {config.method}, {config.steps} steps of {config.batch_size}", flush=True)
     train(config, path)
-    if not is_trained(bench, run, seed):
+    if not is_trained(path, config):
         raise TrainingStopped(f"{path} was asked to stop; run the same command again to continue")
     jax.clear_caches()
 
@@ -377,11 +382,21 @@ def step_flops(config: ConfigDict, base: Path | None) -> float:
     return count_flops(method.make_train_step(networks, config), *state, batch)
 
 
-def plan(config: Callable, base: Path | None, tables: list[str], seeds: list[int], scale: str) -> list[str]:
-    """What the command will do and what training costs, in lines of text."""
+def plan(
+    config: Callable,
+    base: Path | None,
+    tables: list[str],
+    seeds: list[int],
+    scale: str,
+    done: Callable[[str, int], bool],
+) -> list[str]:
+    """What the command will do and what training costs, in lines of text; `done(run, seed)`: no more of it."""
     runs = experiments.runs_of(tables)
     rows = {row.key for name in tables for row in TABLES[name][1]}
     todo = ([(BASE, 0)] if scale == "world" else []) + [(run, seed) for seed in seeds for run in runs]
+    todo, trained = [x for x in todo if not done(*x)], [x for x in todo if done(*x)]
+    if not todo:
+        return [f"All {len(trained)} training runs are there."]
     lines, total, counted = [], 0.0, {}
     for run, seed in todo:
         settings = config(run, seed)
@@ -390,9 +405,10 @@ def plan(config: Callable, base: Path | None, tables: list[str], seeds: list[int
             counted[key] = step_flops(settings, base)
         flops = settings.steps * counted[key]
         total += flops
-        if seed == seeds[0] or run == BASE:
-            lines.append(f"  {run}: {settings.steps} steps of {settings.batch_size}, {counted[key]:.3g} FLOPs each")
-    lines.append(f"{len(todo)} training runs ({len(seeds)} seeds), {len(rows) * len(seeds)} rows to sample and score.")
+        line = f"  {run}: {settings.steps} steps of {settings.batch_size}, {counted[key]:.3g} FLOPs each"
+        lines += [] if line in lines else [line]
+    there = f", {len(trained)} are there" if trained else ""
+    lines.append(f"{len(todo)} training runs ({len(seeds)} seeds){there}, {len(rows) * len(seeds)} rows in all.")
     if scale == "world":
         minutes = total / CPU_RATE / 60 + 1.2 * len(todo) + 0.25 * len(rows) * len(seeds)  # most of it compiling
         lines.append(f"Training {total:.3g} FLOPs; about {minutes:.0f} minutes in all on two idle x86-64 cores.")
@@ -477,8 +493,13 @@ def main(_):
         else:
             raise ReproduceError("--scale svd needs --svd MODEL and --data CACHE")
         config = with_settings(make, FLAGS.set)
+        folder = bench.folder if FLAGS.scale == "world" else workdir / "svd"
+
+        def done(run: str, seed: int) -> bool:
+            return is_trained(folder / BASE if run == BASE else workdir_of(folder, run, seed), config(run, seed))
+
         if not FLAGS.share:
-            print("\n".join(plan(config, base, tables, seeds, FLAGS.scale)), flush=True)
+            print("\n".join(plan(config, base, tables, seeds, FLAGS.scale, done)), flush=True)
         if FLAGS.dry_run:
             return
         if FLAGS.scale == "svd":
@@ -496,7 +517,7 @@ def main(_):
                 ensure_run(bench, run, tables, seed)
             return
         jobs = min(FLAGS.jobs or default_jobs(FLAGS.scale), len(runs))
-        if jobs > 1 and not all(is_trained(bench, run, seed) for run, seed in runs):
+        if jobs > 1 and not all(done(run, seed) for run, seed in runs):
             ensure_run(bench, BASE, tables, seeds[0])
             print(f"{len(runs)} runs, {jobs} at a time: see {bench.folder}/job*.log", flush=True)
             side_by_side(sys.argv[1:], bench.folder, jobs)

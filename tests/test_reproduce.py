@@ -162,8 +162,12 @@ def test_the_plan_counts_steps_and_flops(tmp_path):
     def config(run, seed):
         return small_config(BASE if run == BASE else "animatelcm", seed, "")
 
-    lines = "\n".join(reproduce.plan(config, None, ["table1"], [0, 1], "world"))
-    assert "teacher: 2 steps of 4" in lines and "9 training runs (2 seeds)" in lines
+    lines = "\n".join(reproduce.plan(config, None, ["table1"], [0, 1], "world", lambda run, seed: False))
+    assert "teacher: 2 steps of 4" in lines and "9 training runs (2 seeds)," in lines
+    assert reproduce.plan(config, None, ["table1"], [0], "world", lambda *_: True) == ["All 5 training runs are there."]
+    first = lambda run, seed: run == BASE or seed == 0  # noqa: E731
+    lines = "\n".join(reproduce.plan(config, None, ["table1"], [0, 1], "world", first))
+    assert "teacher" not in lines and "4 training runs (2 seeds), 5 are there" in lines
     one, two = (reproduce.step_flops(config(run, 0), None) for run in (BASE, "animatelcm"))
     assert one > 1e6 and 1.5 * one < two < 2.5 * one  # student (3 passes), guided teacher (2) and target (1)
 
