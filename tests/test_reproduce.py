@@ -182,7 +182,7 @@ def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatc
     monkeypatch.setattr(reproduce.fvd, "load_i3d", lambda path: (features, about))
     svd = SimpleNamespace(num_frames=14)
     monkeypatch.setattr(reproduce, "read_model", lambda path: ({"unet": svd}, {}))
-    bench = reproduce.svd_bench(tmp_path, "svd", "data", str(tmp_path / "real"), "i3d.pt", 8)
+    bench = reproduce.svd_bench(tmp_path, "svd", "data", str(tmp_path / "real"), "i3d.pt")
     assert bench.truth.shape == (21, 14, 240, 320, 3) and {x.shape for x in bench.images} == {(48, 64, 3)}
     protocol = Protocol()
     np.testing.assert_array_equal(
