@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tables at `--scale svd` from beginning to end with small random networks: what a pod will do, in minutes on CPU.
 #
-#     launch/tables_small.sh VIDEOS OUT
+#     launch/tables_small.sh VIDEOS OUT [--only=table2]
 #
 # VIDEOS is a folder of 20 or more video files of 14 frames, which stand for the training data and for UCF-101; OUT a new
 # folder. Networks and I3D are random (needs the [test] extra), so the numbers say nothing; that they come out does.
@@ -10,6 +10,7 @@ videos=${1:?folder of videos} out=${2:?new folder}
 here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 size=(--height=64 --width=128)
+shift 2
 mkdir -p "$out"
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 
@@ -33,5 +34,5 @@ torch.save(content, sys.argv[1])
 PY
 tables=("$python" -m sfv_jax.reproduce --scale svd --svd "$out/model" --data "$out/cache" --real "$videos"
   --i3d "$out/i3d.pt" --workdir "$out/tables" "${size[@]}" --set steps=2 --set batch_size=2 --set accumulation_steps=1
-  --set log_every=1 --set sample_every=0 --set unet.temporal_conv=matmul)
-run "${tables[@]}"
+  --set dtype=float32 --set log_every=1 --set sample_every=0 --set unet.temporal_conv=matmul)
+run "${tables[@]}" "$@"
