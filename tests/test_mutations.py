@@ -84,7 +84,13 @@ def omit_frame_embedding(model, inputs, patch):
 
 def tanh_gelu(model, inputs, patch):
     patch.setattr(nnx, "gelu", lambda x, approximate: jax.nn.gelu(x, approximate=True))
+    patch.setattr(attention, "gated", gated_by_tanh)
     return inputs
+
+
+def gated_by_tanh(x):
+    value, gate = jnp.split(x, 2, axis=-1)
+    return value * jax.nn.gelu(gate, approximate=True)
 
 
 def quick_gelu(model, inputs, patch):
