@@ -23,10 +23,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     jax.config.update("jax_compilation_cache_dir", _compiled.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-# A worker has about one core: parts of a program to be compiled side by side only cost (an eighth of the time).
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=2".strip()
-if "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # of the workers: memory in large pages, see README
 jax.config.update("jax_num_cpu_devices", 8)  # meshes of several devices on any machine
 jax.config.update("jax_default_matmul_precision", "highest")
 
