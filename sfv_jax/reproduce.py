@@ -12,7 +12,6 @@ models are ordinary workdirs, samples and scores files, so the same command cont
 changes nothing when all is there. `index.html` in the workdir shows tables, clips side by side and training curves.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,18 +21,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
 from sfv_jax import compiling, experiments
-from sfv_jax import config as configs
 from sfv_jax.alarms import TrainingStopped
-from sfv_jax.checkpoint import WorkdirError, claim_workdir, flat
+from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.video import VideoError, replacing
@@ -43,24 +40,15 @@ from sfv_jax.evaluation.features import compute
 from sfv_jax.evaluation.frechet import MIN_SAMPLES, measure
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
-from sfv_jax.experiments import BASE, TABLES, Row
-from sfv_jax.methods import METHODS
+from sfv_jax.experiments import BASE, FAST, FULL, TABLES, Budget, Row
 from sfv_jax.quickstart import picture
-from sfv_jax.runs import read_run
 from sfv_jax.sampler import Sampler
 from sfv_jax.sharding import make_mesh
-from sfv_jax.speed import count_flops
-from sfv_jax.train import train
+from sfv_jax.trainings import ReproduceError, Runs, plan, svd_runs, world_runs
 from sfv_jax.weights.checkpoint import read_model
 from sfv_jax.weights.folders import WeightsError, write_json
 
 SHOWN = 4  # conditions in strips and on the page
-CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, an assumption: see docs/reproduction.md
-CHIP_RATE = 0.4 * 989e12  # of an H100 in bf16, at 40 % of its peak: an assumption
-
-
-class ReproduceError(ValueError):
-    """The command line asks for something impossible; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +56,7 @@ class Bench:
     """Where the tables are made.
 
     Attributes:
-      folder: of all that is kept.
-      config: `(run, seed) -> ` training config.
-      base: what the methods start from and SVD's rows are sampled from: a workdir or a model folder.
-      trains_base: whether it has to be trained, too.
+      runs: the models, and where all is kept.
       truth: real clips uint8 `[n, t, h, w, 3]` at the size they are scored at; their first frames are the conditions.
       images: the conditions at full size.
       resize: of a generated clip to that size.
@@ -81,10 +66,7 @@ class Bench:
       batch: videos sampled at a time.
     """
 
-    folder: Path
-    config: Callable[[str, int], ConfigDict]
-    base: Path
-    trains_base: bool
+    runs: Runs
     truth: np.ndarray
     images: list[np.ndarray]
     resize: Callable[[np.ndarray], np.ndarray]
@@ -95,29 +77,14 @@ class Bench:
     load: dict
     batch: int
 
-    def workdir(self, run: str, seed: int) -> Path:
-        """Of a trained model."""
-        return self.base if run == BASE else workdir_of(self.folder, run, seed)
-
-
-def workdir_of(folder: Path, run: str, seed: int) -> Path:
-    """Where a run that starts from the base model is trained."""
-    return folder / f"seed{seed}" / run.replace(" ", "_")
-
 
 # ---- the two scales ----
 
 
-def world_bench(workdir: Path, fast: bool) -> Bench:
+def world_bench(workdir: Path, runs: Runs, budget: Budget) -> Bench:
     """The procedural world."""
-    budget = experiments.FAST if fast else experiments.FULL
-    folder = workdir / ("fast" if fast else "full")
-    base = folder / BASE
-    rules = world_of(experiments.world_config(BASE, budget, 0))
+    rules = world_of(runs.config(BASE, 0))
     truth, labels = rules.batch(range(budget.conditions), "heldout")
-
-    def config(run, seed):
-        return experiments.world_config(run, budget, seed, "" if run == BASE else str(base))
 
     def score(clips):
         found = world.score(rules, labels, clips, network=workdir / "worldnet")
@@ -128,21 +95,19 @@ def world_bench(workdir: Path, fast: bool) -> Bench:
     notes.append(f"FVD: {world.MEANINGS['world_fvd']}.")
     options = dict(noise_aug_strength=0.0)
     images, same = list(truth[:, 0]), lambda clip: clip
-    return Bench(folder, config, base, True, truth, images, same, score, columns, notes, options, {}, 64)
+    return Bench(runs, truth, images, same, score, columns, notes, options, {}, 64)
 
 
-def svd_bench(
-    workdir: Path, svd: str, data: str, real: str, i3d: str, size: tuple[int, int] = (576, 1024), batch: int = 8
-) -> Bench:
+def svd_bench(runs: Runs, real: str, i3d: str, size: tuple[int, int] = (576, 1024), batch: int = 8) -> Bench:
     """SVD on real videos, scored by the protocol of `evaluate` (evaluation/protocol.py) on all clips of `real`.
 
     `size` (height, width) is that of the videos generated.
     """
-    for name, value in (("svd", svd), ("data", data), ("real", real), ("i3d", i3d)):
+    for name, value in (("real", real), ("i3d", i3d)):
         if not value:
             raise ReproduceError(f"--scale svd needs --{name} (only --dry_run does without --real and --i3d)")
     features, about = fvd.load_i3d(i3d)
-    frames = read_model(svd)[0]["unet"].num_frames
+    frames = read_model(runs.base)[0]["unet"].num_frames
     protocol, reading = Protocol(n=0, num_frames=frames, height=size[0], width=size[1]), Reading(frames, Protocol.fps)
     images, truth = [], []
     for _, clip in reading.frames(find_clips(real)):
@@ -160,10 +125,7 @@ def svd_bench(
 
     mesh = make_mesh() if jax.device_count() > 1 else None
     return Bench(
-        folder=workdir / "svd",
-        config=partial(experiments.svd_config, model=svd, cache=data),
-        base=Path(svd),
-        trains_base=False,
+        runs=runs,
         truth=truth,
         images=images,
         resize=protocol.score,
@@ -179,70 +141,22 @@ def svd_bench(
     )
 
 
-def with_settings(make: Callable[[str, int], ConfigDict], settings: list[str]) -> Callable[[str, int], ConfigDict]:
-    """`make` with config fields changed, "name=value" each, in every run.
-
-    Raises (when called):
-      ReproduceError: for a name that a config has not, or a value of another type.
-    """
-
-    def config(run: str, seed: int) -> ConfigDict:
-        made = make(run, seed)
-        for setting in settings:
-            name, _, text = setting.partition("=")
-            known = flat(made.to_dict())
-            if name not in known:
-                raise ReproduceError(f"--set {setting}: the config of {run} has no field {name!r}")
-            try:
-                value = text if isinstance(known[name], str) else json.loads(text)
-                made.update_from_flattened_dict({name: value})
-            except (TypeError, ValueError) as error:
-                raise ReproduceError(f"--set {setting}: {error}") from error
-        return made
-
-    return config
-
-
 # ---- stages ----
 
 
-def is_trained(path: Path, config: ConfigDict) -> bool:
-    """Whether the run of a workdir has come to its last step."""
-    return (path / "checkpoints" / str(config.steps)).is_dir()
-
-
-def ensure_trained(bench: Bench, run: str, seed: int) -> None:
-    """Trains a run, or what is left of it.
-
-    Raises:
-      WorkdirError: if its workdir holds another one.
-    """
-    path, config = bench.workdir(run, seed), bench.config(run, seed)
-    if is_trained(path, config):
-        claim_workdir(path, config.to_dict())
-        return
-    print(f"training {path}: {config.method}, {config.steps} steps of {config.batch_size}", flush=True)
-    train(config, path)
-    if not is_trained(path, config):
-        raise TrainingStopped(f"{path} was asked to stop; run the same command again to continue")
-    jax.clear_caches()
-
-
-def ensure_row(bench: Bench, row: Row, seed: int, samplers: dict) -> tuple[dict, np.ndarray]:
-    """(record, clips) of a row: as kept, or made now. `samplers` holds the last one loaded."""
-    folder = bench.folder / f"seed{seed}" / "rows" / row.key
-    path = bench.workdir(row.run, seed)
+def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -> tuple[dict, np.ndarray]:
+    """(record, clips) of a row: as kept, or made now by the sampler that `load` returns."""
+    folder = bench.runs.folder / f"seed{seed}" / "rows" / row.key
+    path = bench.runs.workdir(row.run, seed)
     trained = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else None
     origin = [str(path), trained, row.run, row.steps, row.sampler, row.guidance, seed, bench.options]
     digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode() + bench.truth.tobytes()).hexdigest()
     kept = folder / "row.json"
     if kept.is_file() and (record := json.loads(kept.read_text()))["digest"] == digest:
         return record, read_clips(folder, bench)
-    if path not in samplers:
-        samplers.clear()
-        samplers[path] = Sampler.load(path, **bench.load)
-    clips = sample_clips(bench, samplers[path], row, seed, folder, digest)
-    record = {"digest": digest} | bench.score(clips) | latency(bench, samplers[path], row)
+    sampler = load()
+    clips = sample_clips(bench, sampler, row, seed, folder, digest)
+    record = {"digest": digest} | bench.score(clips) | latency(bench, sampler, row)
     write_json(kept, record)
     return record, clips
 
@@ -326,7 +240,7 @@ def curves(bench: Bench, runs: list[str], seed: int) -> dict[str, dict[str, list
     """`{loss: {run: values}}` over log intervals."""
     plots = {}
     for run in runs:
-        file = bench.workdir(run, seed) / "metrics.jsonl"
+        file = bench.runs.workdir(run, seed) / "metrics.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         for name in ("loss/denoising", "loss/consistency", "loss/adversarial", "loss/reconstruction", "loss/hinge"):
             if values := [line[name] for line in lines if line.get(name) is not None]:
@@ -356,69 +270,8 @@ def make_report(bench: Bench, tables: list[str], seeds: list[int], records: dict
     for loss, series in curves(bench, runs, seeds[0]).items():
         report.lines(f"Training: {loss}", series, "log interval", loss)
     report.record = {"tables": tables, "seeds": seeds, "rows": records}
-    picture(shown, bench.folder / "strips.png")
+    picture(shown, bench.runs.folder / "strips.png")
     return report
-
-
-# ---- cost ----
-
-
-def step_flops(config: ConfigDict, base: Path | None) -> float:
-    """FLOPs of a train step: matrix products and convolutions, from its jaxpr; nothing is allocated."""
-    size, codec = (448, 768), None
-    if config.data.source == "world":
-        unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
-        size = (world_of(config).size,) * 2
-    else:
-        unet = read_run(base)[0] if (base / "network.json").is_file() else read_model(base)[0]["unet"]
-    down = codec.downscale if codec else 8
-    method = METHODS[config.method]
-    networks = method.make_networks(dataclasses.replace(unet, attention_kernel="einsum", remat=False), config)
-    state = jax.eval_shape(lambda p: method.init_state(networks, config, p), networks.abstract["generator"])
-    n, t, c = config.batch_size, unet.num_frames, unet.out_channels
-    h, w = (side // down for side in size)
-    shapes = dict(latents=(n, t, h, w, c), cond_latent=(n, h, w, c), image_embed=(n, unet.cross_attention_dim))
-    batch = {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in (shapes | {"ids": (n, 3)}).items()}
-    return count_flops(method.make_train_step(networks, config), *state, batch)
-
-
-def plan(
-    config: Callable,
-    base: Path | None,
-    tables: list[str],
-    seeds: list[int],
-    scale: str,
-    done: Callable[[str, int], bool],
-) -> list[str]:
-    """What the command will do and what training costs, in lines of text; `done(run, seed)`: no more of it."""
-    runs = experiments.runs_of(tables)
-    rows = {row.key for name in tables for row in TABLES[name][1]}
-    todo = ([(BASE, 0)] if scale == "world" else []) + [(run, seed) for seed in seeds for run in runs]
-    todo, trained = [x for x in todo if not done(*x)], [x for x in todo if done(*x)]
-    if not todo:
-        return [f"All {len(trained)} training runs are there."]
-    lines, total, counted = [], 0.0, {}
-    for run, seed in todo:
-        settings = config(run, seed)
-        key = (settings.method, settings.discriminator.to_json() if "discriminator" in settings else "")
-        if key not in counted:
-            counted[key] = step_flops(settings, base)
-        flops = settings.steps * counted[key]
-        total += flops
-        line = f"  {run}: {settings.steps} steps of {settings.batch_size}, {counted[key]:.3g} FLOPs each"
-        lines += [] if line in lines else [line]
-    there = f", {len(trained)} are there" if trained else ""
-    lines.append(f"{len(todo)} training runs ({len(seeds)} seeds){there}, {len(rows) * len(seeds)} rows in all.")
-    if scale == "world":
-        minutes = total / CPU_RATE / 60 + 1.2 * len(todo) + 0.25 * len(rows) * len(seeds)  # most of it compiling
-        lines.append(f"Training {total:.3g} FLOPs; about {minutes:.0f} minutes in all on two idle x86-64 cores.")
-    else:
-        hours = total / CHIP_RATE / 3600
-        lines.append(
-            f"Training {total:.3g} FLOPs: about {hours:.0f} hours of one H100 at 40 % of its peak (an assumption; "
-            "python -m sfv_jax.plan knows more), one process. Sampling and scoring come on top."
-        )
-    return ["Training:", *lines]
 
 
 # ---- the command ----
@@ -426,11 +279,15 @@ def plan(
 
 def ensure_run(bench: Bench, run: str, tables: list[str], seed: int) -> dict[str, tuple[dict, np.ndarray]]:
     """Trains a run and makes its rows, or what is missing of them: (record, clips) by row key."""
-    if run != BASE or bench.trains_base:
-        ensure_trained(bench, run, 0 if run == BASE else seed)
+    bench.runs.ensure(run, seed)
     rows = {row.key: row for name in tables for row in TABLES[name][1] if row.run == run}
-    samplers = {}
-    return {key: ensure_row(bench, row, seed, samplers) for key, row in rows.items()}
+    load = cache(lambda: Sampler.load(bench.runs.workdir(run, seed), **bench.load))
+    return {key: ensure_row(bench, row, seed, load) for key, row in rows.items()}
+
+
+def cores() -> list[int]:
+    """What this process may run on; empty where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def side_by_side(arguments: list[str], folder: Path, jobs: int) -> None:
@@ -439,12 +296,13 @@ def side_by_side(arguments: list[str], folder: Path, jobs: int) -> None:
     Raises:
       TrainingStopped: if one fails, with the end of what it said (`folder/job0.log` and so on).
     """
-    cores, running = sorted(os.sched_getaffinity(0)), []
+    mine, running = cores(), []
     for n in range(jobs):
-        log = (folder / f"job{n}.log").open("w")
         command = [sys.executable, "-m", "sfv_jax.reproduce", *arguments, f"--share={n}/{jobs}"]
-        running.append(subprocess.Popen(command, stdout=log, stderr=log))
-        os.sched_setaffinity(running[-1].pid, cores[n::jobs] or cores)
+        with (folder / f"job{n}.log").open("w") as log:
+            running.append(subprocess.Popen(command, stdout=log, stderr=log))
+        if mine[n::jobs]:
+            os.sched_setaffinity(running[-1].pid, mine[n::jobs])
     try:
         failed = [n for n, process in enumerate(running) if process.wait()]
     finally:
@@ -464,13 +322,13 @@ def reproduce(bench: Bench, tables: list[str], seeds: list[int]) -> Report:
                 records.setdefault(key, []).append(record)
                 clips.setdefault(key, made[:SHOWN])
     report = make_report(bench, tables, seeds, records, clips)
-    report.write(bench.folder)
+    report.write(bench.runs.folder)
     return report
 
 
 def default_jobs(scale: str) -> int:
     """Processes side by side: one per core for tiny networks, which use two cores badly; else one, which uses all."""
-    return min(4, len(os.sched_getaffinity(0))) if scale == "world" and jax.default_backend() == "cpu" else 1
+    return min(4, len(cores()) or os.cpu_count() or 1) if scale == "world" and jax.default_backend() == "cpu" else 1
 
 
 FLAGS = flags.FLAGS
@@ -485,42 +343,34 @@ def main(_):
         if unknown or not FLAGS.seeds:
             raise ReproduceError(f"--only={','.join(unknown)}: choose from {', '.join(TABLES)}; --seeds: one or more")
         seeds = [int(seed) for seed in FLAGS.seeds]
+        if FLAGS.share and not re.fullmatch(r"\d+/[1-9]\d*", FLAGS.share):
+            raise ReproduceError(f"--share={FLAGS.share}: write K/N, such as 0/2 for every second run from the first")
+        budget = FAST if FLAGS.fast else FULL
         if FLAGS.scale == "world":
-            bench = world_bench(workdir, FLAGS.fast)
-            make, base = bench.config, None
+            runs = world_runs(workdir / ("fast" if FLAGS.fast else "full"), budget, FLAGS.set)
         elif FLAGS.svd and FLAGS.data:
-            make, base = partial(experiments.svd_config, model=FLAGS.svd, cache=FLAGS.data), Path(FLAGS.svd)
+            runs = svd_runs(workdir / "svd", FLAGS.svd, FLAGS.data, FLAGS.set)
         else:
             raise ReproduceError("--scale svd needs --svd MODEL and --data CACHE")
-        config = with_settings(make, FLAGS.set)
-        folder = bench.folder if FLAGS.scale == "world" else workdir / "svd"
-
-        def done(run: str, seed: int) -> bool:
-            return is_trained(folder / BASE if run == BASE else workdir_of(folder, run, seed), config(run, seed))
-
         if not FLAGS.share:
-            print("\n".join(plan(config, base, tables, seeds, FLAGS.scale, done)), flush=True)
+            print("\n".join(plan(runs, tables, seeds)), flush=True)
         if FLAGS.dry_run:
             return
-        if FLAGS.scale == "svd":
-            size = FLAGS.height, FLAGS.width
-            bench = svd_bench(workdir, FLAGS.svd, FLAGS.data, FLAGS.real, FLAGS.i3d, size, FLAGS.batch_size)
-        bench = dataclasses.replace(bench, config=config)
-        runs = [(run, seed) for seed in seeds for run in experiments.runs_of(tables)]
+        if FLAGS.scale == "world":
+            bench = world_bench(workdir, runs, budget)
+        else:
+            bench = svd_bench(runs, FLAGS.real, FLAGS.i3d, (FLAGS.height, FLAGS.width), FLAGS.batch_size)
+        todo = [(run, seed) for seed in seeds for run in experiments.runs_of(tables)]
         if FLAGS.share:
-            if not re.fullmatch(r"\d+/[1-9]\d*", FLAGS.share):
-                raise ReproduceError(
-                    f"--share={FLAGS.share}: write K/N, such as 0/2 for every second run from the first"
-                )
             first, of = map(int, FLAGS.share.split("/"))
-            for run, seed in runs[first::of]:
+            for run, seed in todo[first::of]:
                 ensure_run(bench, run, tables, seed)
             return
-        jobs = min(FLAGS.jobs or default_jobs(FLAGS.scale), len(runs))
-        if jobs > 1 and not all(done(run, seed) for run, seed in runs):
+        jobs = min(FLAGS.jobs or default_jobs(FLAGS.scale), len(todo))
+        if jobs > 1 and not all(runs.done(run, seed) for run, seed in todo):
             ensure_run(bench, BASE, tables, seeds[0])
-            print(f"{len(runs)} runs, {jobs} at a time: see {bench.folder}/job*.log", flush=True)
-            side_by_side(sys.argv[1:], bench.folder, jobs)
+            print(f"{len(todo)} runs, {jobs} at a time: see {runs.folder}/job*.log", flush=True)
+            side_by_side(sys.argv[1:], runs.folder, jobs)
         reproduce(bench, tables, seeds)
     except (
         ConfigError,
@@ -533,9 +383,9 @@ def main(_):
         ValueError,
     ) as error:
         sys.exit(f"reproduce: {error}")
-    print("\n" + (bench.folder / "scores.md").read_text())
+    print("\n" + (bench.runs.folder / "scores.md").read_text())
     minutes = (time.monotonic() - began) / 60
-    print(f"Look at {bench.folder / 'index.html'} and strips.png. {minutes:.1f} minutes this time.")
+    print(f"Look at {bench.runs.folder / 'index.html'} and strips.png. {minutes:.1f} minutes this time.")
 
 
 def _define_flags() -> None:

@@ -13,25 +13,14 @@ from sfv_jax.models import i3d, tree
 from sfv_jax.weights.folders import WeightsError
 
 torch = pytest.importorskip("torch")
+from tests import random_i3d  # noqa: E402 (needs torch)
+
 F = torch.nn.functional
 
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, np.ndarray]:
-    """By our paths; kernels keep the variance of their input, statistics are not trivial."""
-    rng = np.random.default_rng(0)
-    _, shapes = tree.abstract(i3d.I3D, i3d.I3DConfig())
-    flat = {}
-    for path, x in tree.flatten(shapes).items():
-        noise = rng.standard_normal(x.shape)
-        if path.endswith("kernel"):
-            noise *= np.sqrt(2 / np.prod(x.shape[:-1]))
-        elif path.endswith(("scale", "var")):
-            noise = 1 + 0.2 * np.abs(noise)
-        else:
-            noise *= 0.1
-        flat[path] = noise.astype(np.float32)
-    return flat
+    return random_i3d.weights()
 
 
 def reference(weights: dict, frames: np.ndarray, eps: float) -> np.ndarray:
@@ -129,14 +118,8 @@ def test_resize_policy_is_that_of_torch(antialias):
 @pytest.fixture(scope="module")
 def state_dict(weights, tmp_path_factory):
     """The random weights under the names and in the layout of the PyTorch port."""
-    leaves = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var", "bias": "bias"}
-    content = {"Conv3d_1a_7x7.bn.num_batches_tracked": torch.tensor(7)}
-    for path, value in weights.items():
-        module, leaf = path.rsplit(".", 1)
-        value = torch.from_numpy(value)
-        content[f"{module}.{leaves[leaf]}"] = value.permute(4, 3, 0, 1, 2) if value.ndim == 5 else value
     path = tmp_path_factory.mktemp("i3d") / "i3d.pt"
-    torch.save(content, path)
+    random_i3d.save(path, weights)
     return path
 
 

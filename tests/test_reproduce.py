@@ -1,5 +1,6 @@
 """The command behind the paper's tables: its list of runs, and that stages are kept, continued and never repeated."""
 
+import dataclasses
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from sfv_jax import config as configs
-from sfv_jax import experiments, reproduce
+from sfv_jax import experiments, reproduce, trainings
 from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import patch_codec_of, unet_of, world_of
@@ -16,6 +17,7 @@ from sfv_jax.data.video import write_video
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.experiments import BASE, Row
 from sfv_jax.methods import METHODS
+from sfv_jax.trainings import Runs
 from tests import small_run
 
 ROWS = [Row("base, 1 step", BASE, published=2.0), Row("lcm, 2 steps", "animatelcm", 2, "animatelcm", published=1.0)]
@@ -62,15 +64,12 @@ class Made:
 def bench(tmp_path, monkeypatch) -> reproduce.Bench:
     """Two rows in the smallest world; the score is the mean brightness."""
     monkeypatch.setitem(experiments.TABLES, "small", ("Small", ROWS))
-    monkeypatch.setattr(reproduce, "train", trained)
+    monkeypatch.setattr(trainings, "train", trained)
     monkeypatch.setattr(reproduce, "Sampler", Made)
     base = tmp_path / "base"
     truth, _ = world_of(small_config(BASE, 0, "")).batch(range(4), "heldout")
     return reproduce.Bench(
-        folder=tmp_path,
-        config=lambda run, seed: small_config(run, seed, str(base)),
-        base=base,
-        trains_base=True,
+        runs=Runs(tmp_path, lambda run, seed: small_config(run, seed, str(base)), base, True),
         truth=truth,
         images=list(truth[:, 0]),
         resize=lambda clip: clip,
@@ -95,33 +94,34 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
     object.__setattr__(bench, "score", scored)
     with pytest.raises(KeyboardInterrupt):
         reproduce.reproduce(bench, ["small"], [0])
-    assert not (bench.folder / "scores.md").exists()
+    assert not (bench.runs.folder / "scores.md").exists()
 
     def never(*_, **__):
         raise AssertionError("made again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "train", never)
+        patch.setattr(trainings, "train", never)
         patch.setattr(reproduce, "sample_clips", lambda *_: reproduce.read_clips(_[4], bench))
         reproduce.reproduce(bench, ["small"], [0])
-        table = (bench.folder / "scores.md").read_text()
+        table = (bench.runs.folder / "scores.md").read_text()
         assert calls == [4, 4, 4]
         reproduce.reproduce(bench, ["small"], [0])
-        assert calls == [4, 4, 4] and (bench.folder / "scores.md").read_text() == table
+        assert calls == [4, 4, 4] and (bench.runs.folder / "scores.md").read_text() == table
     assert "| base, 1 step | 2 |" in table and "published: lcm, 2 steps < base, 1 step" in table
-    page = (bench.folder / "index.html").read_text()
+    page = (bench.runs.folder / "index.html").read_text()
     assert page.count("<video") == 4 * 3 and "Training: consistency" in page
-    assert (bench.folder / "strips.png").stat().st_size > 0
+    assert (bench.runs.folder / "strips.png").stat().st_size > 0
+    load = partial(Made.load, bench.runs.base)
     # A row whose model was trained otherwise is made anew, and a workdir of another config is refused.
-    _, first = reproduce.ensure_row(bench, ROWS[0], 0, {})
-    _, second = reproduce.ensure_row(bench, ROWS[0], 1, {})
+    _, first = reproduce.ensure_row(bench, ROWS[0], 0, load)
+    _, second = reproduce.ensure_row(bench, ROWS[0], 1, load)
     assert calls == [4] * 4 and not np.array_equal(first, second)
-    (bench.base / "config.json").write_text(json.dumps(small_config(BASE, 1, "").to_dict()))
-    reproduce.ensure_row(bench, ROWS[0], 0, {})
+    (bench.runs.base / "config.json").write_text(json.dumps(small_config(BASE, 1, "").to_dict()))
+    reproduce.ensure_row(bench, ROWS[0], 0, load)
     assert calls == [4] * 5
-    object.__setattr__(bench, "config", lambda run, seed: small_config(run, seed + 2, str(bench.base)))
+    runs = dataclasses.replace(bench.runs, config=lambda run, seed: small_config(run, seed + 2, str(bench.runs.base)))
     with pytest.raises(WorkdirError, match="seed"):
-        reproduce.ensure_trained(bench, BASE, 0)
+        runs.ensure(BASE, 0)
 
 
 def test_several_seeds_give_a_mean_and_a_range():
@@ -162,13 +162,15 @@ def test_the_plan_counts_steps_and_flops(tmp_path):
     def config(run, seed):
         return small_config(BASE if run == BASE else "animatelcm", seed, "")
 
-    lines = "\n".join(reproduce.plan(config, None, ["table1"], [0, 1], "world", lambda run, seed: False))
+    runs = Runs(tmp_path, config, tmp_path / "base", True)
+    lines = "\n".join(trainings.plan(runs, ["table1"], [0, 1]))
     assert "teacher: 2 steps of 4" in lines and "9 training runs (2 seeds)," in lines
-    assert reproduce.plan(config, None, ["table1"], [0], "world", lambda *_: True) == ["All 5 training runs are there."]
-    first = lambda run, seed: run == BASE or seed == 0  # noqa: E731
-    lines = "\n".join(reproduce.plan(config, None, ["table1"], [0, 1], "world", first))
+    for run in (BASE, *experiments.runs_of(["table1"])):
+        (runs.workdir(run, 0) / "checkpoints/2").mkdir(parents=True)
+    assert trainings.plan(runs, ["table1"], [0]) == ["All 5 training runs are there."]
+    lines = "\n".join(trainings.plan(runs, ["table1"], [0, 1]))
     assert "teacher" not in lines and "4 training runs (2 seeds), 5 are there" in lines
-    one, two = (reproduce.step_flops(config(run, 0), None) for run in (BASE, "animatelcm"))
+    one, two = (trainings.step_flops(config(run, 0), None) for run in (BASE, "animatelcm"))
     assert one > 1e6 and 1.5 * one < two < 2.5 * one  # student (3 passes), guided teacher (2) and target (1)
 
 
@@ -182,7 +184,8 @@ def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatc
     monkeypatch.setattr(reproduce.fvd, "load_i3d", lambda path: (features, about))
     svd = SimpleNamespace(num_frames=14)
     monkeypatch.setattr(reproduce, "read_model", lambda path: ({"unet": svd}, {}))
-    bench = reproduce.svd_bench(tmp_path, "svd", "data", str(tmp_path / "real"), "i3d.pt")
+    runs = trainings.svd_runs(tmp_path, "svd", "data", [])
+    bench = reproduce.svd_bench(runs, str(tmp_path / "real"), "i3d.pt")
     assert bench.truth.shape == (21, 14, 240, 320, 3) and {x.shape for x in bench.images} == {(48, 64, 3)}
     protocol = Protocol()
     np.testing.assert_array_equal(
@@ -195,7 +198,7 @@ def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatc
 def test_settings_of_every_run():
     make = partial(experiments.svd_config, model="model", cache="cache")
     changes = ["mesh.fsdp=8", "steps=100", "dtype=float32", "ema_decay=0"]
-    config = reproduce.with_settings(make, changes)("spatial heads", 1)
+    config = trainings.with_settings(make, changes)("spatial heads", 1)
     assert (config.mesh.fsdp, config.steps, config.dtype, config.ema_decay) == (8, 100, "float32", 0.0)
     assert config.seed == 1 and not config.discriminator.temporal
     for setting, message in [
@@ -204,8 +207,8 @@ def test_settings_of_every_run():
         ("steps=1.5", "--set steps=1.5: "),
         ("steps", "--set steps: "),
     ]:
-        with pytest.raises(reproduce.ReproduceError, match=message):
-            reproduce.with_settings(make, [setting])("sfv", 0)
+        with pytest.raises(trainings.ReproduceError, match=message):
+            trainings.with_settings(make, [setting])("sfv", 0)
 
 
 def test_runs_side_by_side(tmp_path, monkeypatch):

@@ -48,8 +48,7 @@ def reduce_attention(q: Array, k: Array, v: Array) -> Array:
     Flash kernels refuse or corrupt batches above `CUDNN_BATCH`, which pixels x videos reach; matrix units waste most
     of a 14 x 14 product. In fp32 the products fuse into the reductions; on CPU they do not in the gradient.
     """
-    f32 = jnp.promote_types(q.dtype, jnp.float32)
-    q, k, values = (jnp.expand_dims(x.astype(f32), axis) for x, axis in ((q, -3), (k, -4), (v, -4)))
+    q, k, values = (jnp.expand_dims(fp32(x), axis) for x, axis in ((q, -3), (k, -4), (v, -4)))
     weights = jax.nn.softmax(jnp.sum(q * k, axis=-1) / math.sqrt(q.shape[-1]), axis=-2)
     return jnp.sum(weights[..., None] * values, axis=-3).astype(v.dtype)
 

@@ -284,7 +284,7 @@ def merged_taps(kernel: Array) -> Array:
     Along an axis the three taps (a, b, c) become (a, a + b, b + c, c): two neighbours of a doubled axis are equal.
     Summed in fp32 at least, so that rounding to the compute dtype comes once, after it.
     """
-    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    kernel = fp32(kernel)
     for axis in (0, 1):
         first, last = ([(0, 0)] * axis + [pad] + [(0, 0)] * (3 - axis) for pad in ((0, 1), (1, 0)))
         kernel = jnp.pad(kernel, first) + jnp.pad(kernel, last)

@@ -1,0 +1,165 @@
+"""The training runs behind the paper's tables: where each is kept, what is left of them, and what that costs."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from sfv_jax import config as configs
+from sfv_jax.alarms import TrainingStopped
+from sfv_jax.checkpoint import claim_workdir, flat
+from sfv_jax.config import world_of
+from sfv_jax.experiments import BASE, TABLES, Budget, runs_of, svd_config, world_config
+from sfv_jax.methods import METHODS
+from sfv_jax.runs import read_run
+from sfv_jax.speed import count_flops
+from sfv_jax.train import train
+from sfv_jax.weights.checkpoint import read_model
+
+CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, an assumption: see docs/reproduction.md
+CHIP_RATE = 0.4 * 989e12  # of an H100 in bf16, at 40 % of its peak: an assumption
+
+
+class ReproduceError(ValueError):
+    """The command line asks for something impossible; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The models of the tables.
+
+    Attributes:
+      folder: of all that is kept.
+      config: `(run, seed) -> ` training config.
+      base: what the methods start from and SVD's rows are sampled from: a workdir or a model folder.
+      trains_base: whether it has to be trained, too.
+    """
+
+    folder: Path
+    config: Callable[[str, int], ConfigDict]
+    base: Path
+    trains_base: bool
+
+    def workdir(self, run: str, seed: int) -> Path:
+        """Of a trained model."""
+        return self.base if run == BASE else self.folder / f"seed{seed}" / run.replace(" ", "_")
+
+    def done(self, run: str, seed: int) -> bool:
+        """Whether a run has come to its last step."""
+        return (self.workdir(run, seed) / "checkpoints" / str(self.config(run, seed).steps)).is_dir()
+
+    def ensure(self, run: str, seed: int) -> None:
+        """Trains a run, or what is left of it; the base model, which has one seed, only where it is to be trained.
+
+        Raises:
+          WorkdirError: if its workdir holds another one.
+          TrainingStopped: if it was told to stop before its last step.
+        """
+        if run == BASE:
+            if not self.trains_base:
+                return
+            seed = 0
+        path, config = self.workdir(run, seed), self.config(run, seed)
+        if self.done(run, seed):
+            claim_workdir(path, config.to_dict())
+            return
+        print(f"training {path}: {config.method}, {config.steps} steps of {config.batch_size}", flush=True)
+        train(config, path)
+        if not self.done(run, seed):
+            raise TrainingStopped(f"{path} was asked to stop; run the same command again to continue")
+        jax.clear_caches()
+
+
+def world_runs(folder: Path, budget: Budget, settings: list[str]) -> Runs:
+    """Tiny networks in the procedural world, with config fields changed as in `with_settings`."""
+    base = folder / BASE
+
+    def config(run, seed):
+        return world_config(run, budget, seed, "" if run == BASE else str(base))
+
+    return Runs(folder, with_settings(config, settings), base, True)
+
+
+def svd_runs(folder: Path, svd: str, data: str, settings: list[str]) -> Runs:
+    """The published configuration from a model folder, on a latent cache."""
+    return Runs(folder, with_settings(partial(svd_config, model=svd, cache=data), settings), Path(svd), False)
+
+
+def with_settings(make: Callable[[str, int], ConfigDict], settings: list[str]) -> Callable[[str, int], ConfigDict]:
+    """`make` with config fields changed, "name=value" each, in every run.
+
+    Raises (when called):
+      ReproduceError: for a name that a config has not, or a value of another type.
+    """
+
+    def config(run: str, seed: int) -> ConfigDict:
+        made = make(run, seed)
+        known = flat(made.to_dict())
+        for setting in settings:
+            name, _, text = setting.partition("=")
+            if name not in known:
+                raise ReproduceError(f"--set {setting}: the config of {run} has no field {name!r}")
+            try:
+                value = text if isinstance(known[name], str) else json.loads(text)
+                made.update_from_flattened_dict({name: value})
+            except (TypeError, ValueError) as error:
+                raise ReproduceError(f"--set {setting}: {error}") from error
+        return made
+
+    return config
+
+
+def step_flops(config: ConfigDict, base: Path | None) -> float:
+    """FLOPs of a train step: matrix products and convolutions, from its jaxpr; nothing is allocated."""
+    size, codec = (448, 768), None
+    if config.data.source == "world":
+        unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
+        size = (world_of(config).size,) * 2
+    else:
+        unet = read_run(base)[0] if (base / "network.json").is_file() else read_model(base)[0]["unet"]
+    down = codec.downscale if codec else 8
+    method = METHODS[config.method]
+    networks = method.make_networks(dataclasses.replace(unet, attention_kernel="einsum", remat=False), config)
+    state = jax.eval_shape(lambda p: method.init_state(networks, config, p), networks.abstract["generator"])
+    n, t, c = config.batch_size, unet.num_frames, unet.out_channels
+    h, w = (side // down for side in size)
+    shapes = dict(latents=(n, t, h, w, c), cond_latent=(n, h, w, c), image_embed=(n, unet.cross_attention_dim))
+    batch = {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in (shapes | {"ids": (n, 3)}).items()}
+    return count_flops(method.make_train_step(networks, config), *state, batch)
+
+
+def plan(runs: Runs, tables: list[str], seeds: list[int]) -> list[str]:
+    """What is left to train for these tables, and what that costs, in lines of text."""
+    rows = {row.key for name in tables for row in TABLES[name][1]}
+    wanted = ([(BASE, 0)] if runs.trains_base else []) + [(run, seed) for seed in seeds for run in runs_of(tables)]
+    todo = [(run, seed) for run, seed in wanted if not runs.done(run, seed)]
+    if not todo:
+        return [f"All {len(wanted)} training runs are there."]
+    lines, total, counted = [], 0.0, {}
+    for run, seed in todo:
+        settings = runs.config(run, seed)
+        key = (settings.method, settings.discriminator.to_json() if "discriminator" in settings else "")
+        if key not in counted:
+            counted[key] = step_flops(settings, runs.base)
+        flops = settings.steps * counted[key]
+        total += flops
+        line = f"  {run}: {settings.steps} steps of {settings.batch_size}, {counted[key]:.3g} FLOPs each"
+        lines += [] if line in lines else [line]
+    there = f", {len(wanted) - len(todo)} are there" if len(todo) < len(wanted) else ""
+    lines.append(f"{len(todo)} training runs ({len(seeds)} seeds){there}, {len(rows) * len(seeds)} rows in all.")
+    if runs.trains_base:
+        minutes = total / CPU_RATE / 60 + 1.2 * len(todo) + 0.25 * len(rows) * len(seeds)  # most of it compiling
+        lines.append(f"Training {total:.3g} FLOPs; about {minutes:.0f} minutes in all on two idle x86-64 cores.")
+    else:
+        hours = total / CHIP_RATE / 3600
+        lines.append(
+            f"Training {total:.3g} FLOPs: about {hours:.0f} hours of one H100 at 40 % of its peak (an assumption; "
+            "python -m sfv_jax.plan knows more), one process. Sampling and scoring come on top."
+        )
+    return ["Training:", *lines]
