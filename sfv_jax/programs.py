@@ -4,7 +4,9 @@
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.runs import is_run, read_run
 from sfv_jax.sampler import Sampler
 from sfv_jax.sharding import batch_sharding, local_rows, param_shardings, replicated_sharding, with_shardings
+from sfv_jax.speed import count_flops
 from sfv_jax.state import DTYPES, Networks
 from sfv_jax.weights.checkpoint import read_model
 
@@ -71,6 +74,22 @@ def jit_train_step(method, networks: Networks, config: ConfigDict, mesh: Mesh, s
         out_shardings=(shardings[0], replicated_sharding(mesh)),
         donate_argnums=0,
     )
+
+
+def step_flops(config: ConfigDict, unet: UNetConfig, example: dict) -> float:
+    """FLOPs of a train step on all devices together: matrix products and convolutions, from its jaxpr.
+
+    Recomputation (`remat`) is not counted, as is usual for model FLOPs; a step in which the generator waits
+    (`sfv.generator_every`) counts like one in which it learns.
+
+    Args:
+      example: one example of the data, numpy.
+    """
+    method = METHODS[config.method]
+    networks = method.make_networks(configs.plain_unet(unet), config)
+    state = jax.eval_shape(lambda params: method.init_state(networks, config, params), networks.abstract["generator"])
+    batch = {k: jax.ShapeDtypeStruct((config.batch_size, *v.shape), v.dtype) for k, v in example.items()}
+    return count_flops(method.make_train_step(networks, config), *state, batch)
 
 
 def sizes_of(config: ConfigDict) -> Sizes:
@@ -162,12 +181,23 @@ def sample_programs(
     unet, frames, (height, width) = sizes.unet, sizes.unet.num_frames, size
     weights = _sampling_weights(mesh, sizes, dtype)
 
-    def sampler(weights, unet=unet):
+    @cache
+    def described(unet: UNetConfig) -> Sampler:
         codec = sizes.patch
         if codec is None:
             options = dict(decode_dtype=DTYPES[vae_dtype], pixels=decode_pixels, memory=memory)
-            codec = SVDCodec(sizes.vae, sizes.clip, weights, **options)
-        return Sampler(unet, weights.get("unet"), codec, dtype)
+            codec = SVDCodec(sizes.vae, sizes.clip, {}, **options)
+        return Sampler(unet, {}, codec, dtype)
+
+    described(unet)  # now, not while a program is traced: it takes seconds
+
+    def sampler(weights, unet=unet) -> Sampler:
+        one = copy(described(unet))
+        one.params = weights.get("unet")
+        if sizes.patch is None:
+            one.codec = copy(one.codec)
+            one.codec.params = weights
+        return one
 
     def embed(weights, images):
         return sampler(weights).codec.embed(images)
@@ -235,8 +265,12 @@ def prepare_programs(mesh: Mesh, sizes: Sizes, size: tuple[int, int], batch: int
     weights = with_shardings(weights, param_shardings(mesh, weights))
     shape = (batch, sizes.unet.num_frames, *size, 3)
 
+    described = SVDCodec(sizes.vae, sizes.clip, {})
+
     def codec(weights):
-        return SVDCodec(sizes.vae, sizes.clip, weights)
+        one = copy(described)
+        one.params = weights
+        return one
 
     def condition(weights, images, noise):
         return codec(weights).condition(images, None, 0.02, noise)

@@ -32,7 +32,7 @@ from sfv_jax.methods import METHODS
 from sfv_jax.metrics import MetricWriter, ProgressReport
 from sfv_jax.pictures import Pictures
 from sfv_jax.processes import ProcessError, agree, join, once
-from sfv_jax.programs import jit_train_step
+from sfv_jax.programs import jit_train_step, step_flops
 from sfv_jax.runs import Base, describe_run, load_generator
 from sfv_jax.sharding import (
     local_rows,
@@ -42,7 +42,7 @@ from sfv_jax.sharding import (
     put_batch,
     with_shardings,
 )
-from sfv_jax.speed import Clock, Trace, count_flops, peak_flops
+from sfv_jax.speed import Clock, Trace, peak_flops
 from sfv_jax.state import Networks
 from sfv_jax.stopping import StopRequest
 from sfv_jax.weights.checkpoint import encoders_identity, read_model
@@ -173,7 +173,9 @@ def train(config: ConfigDict, workdir: Path) -> dict:
             held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
             pictures = Pictures(config, base, held_out, workdir, writer, mesh)
         report = stack.enter_context(closing(ProgressReport(config.steps, latest or 0, chief, config.method)))
-        flops = count_step(config, method, base, abstract, source[0])
+        flops = None  # on CPU nobody asks
+        if jax.default_backend() != "cpu":
+            flops = step_flops(config, base.unet, source[0]) / jax.device_count()
         clock = Clock(report.first, flops, peak_flops(jax.devices()[0].device_kind))
         out = Outputs(
             Journal(config, clock, writer, report, checkpoints.latest),
@@ -235,23 +237,6 @@ def loop(config, step_fn, state, loader, put, out: Outputs, stop: StopRequest) -
             report.print(f"asked to stop: saved step {step}; run the same command again to continue")
             break
     return state
-
-
-def count_step(config: ConfigDict, method, base: Base, abstract: tuple, example: dict) -> float | None:
-    """FLOPs of a train step per device: matrix products and convolutions. None on CPU, where nobody asks.
-
-    Recomputation (`remat`) is not counted, as is usual for model FLOPs; a step in which the generator waits
-    (`sfv.generator_every`) counts like one in which it learns.
-
-    Args:
-      abstract: (state, frozen), shapes.
-      example: one example of the data, numpy.
-    """
-    if jax.default_backend() == "cpu":
-        return None
-    step = method.make_train_step(method.make_networks(configs.plain_unet(base.unet), config), config)
-    batch = {k: jax.ShapeDtypeStruct((config.batch_size, *v.shape), v.dtype) for k, v in example.items()}
-    return count_flops(step, *abstract, batch) / jax.device_count()
 
 
 FLAGS = flags.FLAGS

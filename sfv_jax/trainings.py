@@ -1,6 +1,5 @@
 """The training runs behind the paper's tables: where each is kept, what is left of them, and what that costs."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,17 +7,16 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
 from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoint import claim_workdir, flat
 from sfv_jax.config import world_of
+from sfv_jax.data.loader import latent_source, world_source
 from sfv_jax.experiments import BASE, TABLES, Budget, runs_of, svd_config, world_config
-from sfv_jax.methods import METHODS
-from sfv_jax.runs import read_run
-from sfv_jax.speed import count_flops
+from sfv_jax.programs import step_flops
+from sfv_jax.runs import is_run, read_run
 from sfv_jax.train import train
 from sfv_jax.weights.checkpoint import read_model
 
@@ -115,23 +113,15 @@ def with_settings(make: Callable[[str, int], ConfigDict], settings: list[str]) -
     return config
 
 
-def step_flops(config: ConfigDict, base: Path | None) -> float:
-    """FLOPs of a train step: matrix products and convolutions, from its jaxpr; nothing is allocated."""
-    size, codec = (448, 768), None
+def cost_of_step(config: ConfigDict, base: Path) -> float:
+    """FLOPs of a train step of `config`, from the shapes of its data; `base` is what it starts from."""
     if config.data.source == "world":
         unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
-        size = (world_of(config).size,) * 2
+        example = world_source(world_of(config), config.data.split, 1, codec)[0]
     else:
-        unet = read_run(base)[0] if (base / "network.json").is_file() else read_model(base)[0]["unet"]
-    down = codec.downscale if codec else 8
-    method = METHODS[config.method]
-    networks = method.make_networks(dataclasses.replace(unet, attention_kernel="einsum", remat=False), config)
-    state = jax.eval_shape(lambda p: method.init_state(networks, config, p), networks.abstract["generator"])
-    n, t, c = config.batch_size, unet.num_frames, unet.out_channels
-    h, w = (side // down for side in size)
-    shapes = dict(latents=(n, t, h, w, c), cond_latent=(n, h, w, c), image_embed=(n, unet.cross_attention_dim))
-    batch = {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in (shapes | {"ids": (n, 3)}).items()}
-    return count_flops(method.make_train_step(networks, config), *state, batch)
+        unet = read_run(base)[0] if is_run(base) else read_model(base)[0]["unet"]
+        example = latent_source(config.data.path, config.data.split)[0]
+    return step_flops(config, unet, example)
 
 
 def plan(runs: Runs, tables: list[str], seeds: list[int]) -> list[str]:
@@ -146,7 +136,7 @@ def plan(runs: Runs, tables: list[str], seeds: list[int]) -> list[str]:
         settings = runs.config(run, seed)
         key = (settings.method, settings.discriminator.to_json() if "discriminator" in settings else "")
         if key not in counted:
-            counted[key] = step_flops(settings, runs.base)
+            counted[key] = cost_of_step(settings, runs.base)
         flops = settings.steps * counted[key]
         total += flops
         line = f"  {run}: {settings.steps} steps of {settings.batch_size}, {counted[key]:.3g} FLOPs each"

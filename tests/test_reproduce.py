@@ -170,7 +170,7 @@ def test_the_plan_counts_steps_and_flops(tmp_path):
     assert trainings.plan(runs, ["table1"], [0]) == ["All 5 training runs are there."]
     lines = "\n".join(trainings.plan(runs, ["table1"], [0, 1]))
     assert "teacher" not in lines and "4 training runs (2 seeds), 5 are there" in lines
-    one, two = (trainings.step_flops(config(run, 0), None) for run in (BASE, "animatelcm"))
+    one, two = (trainings.cost_of_step(config(run, 0), tmp_path) for run in (BASE, "animatelcm"))
     assert one > 1e6 and 1.5 * one < two < 2.5 * one  # student (3 passes), guided teacher (2) and target (1)
 
 
