@@ -157,10 +157,16 @@ def assert_equal(found: tuple, expected: tuple, tolerance: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def small_things_in_parts():
-    """Programs compile soon and run slowly; arrays of 64 elements are sharded, else nothing in small networks is."""
+def compile_little():
+    """Programs that compile soon and run slowly."""
     jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def small_things_in_parts(compile_little):
+    """Arrays of 64 elements are sharded, else nothing in small networks is."""
     small, sharding.SMALL = sharding.SMALL, 64
     yield
     sharding.SMALL = small
-    jax.config.update("jax_disable_most_optimizations", False)

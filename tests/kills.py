@@ -123,11 +123,12 @@ def _wait_to_strike(process, folder: Path, turn: int, rng: random.Random, progre
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """That of this process, with a compilation cache so that a restart costs seconds."""
+    """That of this process, with a compilation cache and little to compile, so that a restart costs seconds."""
     return os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": "",
     }
 

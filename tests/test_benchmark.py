@@ -106,15 +106,7 @@ def test_sizes_that_cannot_be(tmp_path):
     assert "benchmark: --height 60 --width 1024: both must be multiples of 8" in done.stderr
 
 
-@pytest.fixture
-def quick_compile():
-    """Programs that compile soon and run slowly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.usefixtures("compile_little")
 def test_diffusers_computes_the_same(reference, capsys):
     """What is timed in turns has equal results: forward and decoder; forward, and forward and backward."""
     from sfv_jax import peer
@@ -132,7 +124,7 @@ def test_diffusers_computes_the_same(reference, capsys):
     assert capsys.readouterr().out.count("times ours") == 4
 
 
-@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.usefixtures("compile_little")
 def test_sampling_from_end_to_end():
     """Every stage is that of the sampler; the whole is run on what the stages hand on."""
     sizes = benchmark.NETWORKS["tiny"]

@@ -37,12 +37,7 @@ CODEC = PatchCodec(patch=2, embed_cell=4)
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile():
-    """Programs that compile soon and run slowly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_little")
 
 
 def random_weights(shapes):

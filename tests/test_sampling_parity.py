@@ -115,7 +115,7 @@ def test_nan_in_a_network_is_named(sampler, images, start, monkeypatch, message)
         sampler(images, height=SIZE[0], width=SIZE[1], num_frames=FRAMES, noise=start, **MICRO)
 
 
-def test_a_mesh_makes_the_same_frames(sampler, model_folder, images, monkeypatch):
+def test_a_mesh_makes_the_same_frames(sampler, model_folder, images, monkeypatch, compile_little):
     """Two devices share the batch and two more all parameters, those of VAE and CLIP as well."""
     monkeypatch.setattr("sfv_jax.sharding.SMALL", 0)
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])

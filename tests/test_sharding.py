@@ -99,7 +99,7 @@ def one_device() -> Steps:
     return Steps(1, 1, 1)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 def test_any_mesh_gives_the_numbers_of_one_device(one_device, shape):
     """Twenty adversarial steps; after the first, parameters agree ten times better."""
     steps = Steps(*shape)

@@ -61,12 +61,7 @@ def tiny(**changes):
     return config
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_little():
-    """Without optimising; of the runs that compile the same step only the first does, the others find it cached."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_little")
 
 
 def run(config, workdir: Path, devices: int = 1, *, fail_at: int = 0, stop_at: int = 0, poison_at: int = 0) -> dict:
