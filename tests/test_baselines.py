@@ -20,6 +20,8 @@ from sfv_jax.models.unet import UNetConfig
 from tests.conftest import noise
 from tests.test_methods import C, D, Plain, assert_trees_close, moved, unscaled, wide
 
+pytestmark = pytest.mark.usefixtures("compile_little")
+
 torch = pytest.importorskip("torch")
 SIZE, FRAMES = 48, 3
 
