@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,8 +88,11 @@ def measure(program: Program, target: Target, mesh: jax.sharding.Mesh, limit: fl
     if (state := sum(memory.values())) > limit:
         return Cost(program.name, False, state, limit, memory, refused="the arguments alone do not fit")
     began = time.monotonic()
+    lowered = on_mesh(mesh, lambda: program.function.lower(*program.args))()
     try:
-        compiled = on_mesh(mesh, lambda: program.function.lower(*program.args).compile())()
+        with ThreadPoolExecutor(1) as beside:  # tracing once more takes half a minute, compiling keeps one core busy
+            model_flops = beside.submit(count_flops, program.plain, *program.args)
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
@@ -102,7 +106,7 @@ def measure(program: Program, target: Target, mesh: jax.sharding.Mesh, limit: fl
         keep.mkdir(parents=True, exist_ok=True)
         (keep / f"{program.name.replace(' ', '_')}.hlo").write_text(compiled.as_text())
     cost = read(program, compiled, target, mesh.size, limit)
-    cost.compile_seconds, cost.model_flops = seconds, count_flops(program.plain, *program.args) / mesh.size
+    cost.compile_seconds, cost.model_flops = seconds, model_flops.result() / mesh.size
     return cost
 
 
