@@ -152,7 +152,7 @@ class Budget:
     conditions: int
 
 
-FAST = Budget(base_steps=1400, steps=240, batch=8, conditions=128)
+FAST = Budget(base_steps=1100, steps=220, batch=8, conditions=128)
 FULL = Budget(base_steps=4000, steps=800, batch=8, conditions=256)
 
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -360,16 +361,25 @@ def main(_):
             bench = world_bench(workdir, runs, budget)
         else:
             bench = svd_bench(runs, FLAGS.real, FLAGS.i3d, (FLAGS.height, FLAGS.width), FLAGS.batch_size)
-        todo = [(run, seed) for seed in seeds for run in experiments.runs_of(tables)]
+        methods = [(run, seed) for seed in seeds for run in experiments.runs_of(tables)]
+        todo = methods + [(BASE, seed) for seed in seeds]  # of the base model only the rows
         if FLAGS.share:
             first, of = map(int, FLAGS.share.split("/"))
+            if first and runs.trains_base and not runs.done(BASE, 0):
+                raise ReproduceError(
+                    f"--share={FLAGS.share}: {runs.base} is not trained yet; --share=0/{of} does it first"
+                )
+            runs.ensure(BASE, 0)
             for run, seed in todo[first::of]:
                 ensure_run(bench, run, tables, seed)
             return
-        jobs = min(FLAGS.jobs or default_jobs(FLAGS.scale), len(todo))
-        if jobs > 1 and not all(runs.done(run, seed) for run, seed in todo):
-            ensure_run(bench, BASE, tables, seeds[0])
-            print(f"{len(todo)} runs, {jobs} at a time: see {runs.folder}/job*.log", flush=True)
+        jobs = min(FLAGS.jobs or default_jobs(FLAGS.scale), len(methods))
+        if jobs > 1 and not all(runs.done(run, seed) for run, seed in methods):
+            with ThreadPoolExecutor(1) as beside:
+                scored = beside.submit(bench.score, bench.truth)  # trains what scores: all jobs would at once
+                runs.ensure(BASE, 0)
+            scored.result()
+            print(f"{len(methods)} runs, {jobs} at a time: see {runs.folder}/job*.log", flush=True)
             side_by_side(sys.argv[1:], runs.folder, jobs)
         reproduce(bench, tables, seeds)
     except (
