@@ -353,16 +353,17 @@ def main(_):
             runs = svd_runs(workdir / "svd", FLAGS.svd, FLAGS.data, FLAGS.set)
         else:
             raise ReproduceError("--scale svd needs --svd MODEL and --data CACHE")
+        methods = [(run, seed) for seed in seeds for run in experiments.runs_of(tables)]
+        todo = methods + [(BASE, seed) for seed in seeds]  # of the base model only the rows
+        jobs = min(FLAGS.jobs or default_jobs(FLAGS.scale), len(methods))
         if not FLAGS.share:
-            print("\n".join(plan(runs, tables, seeds)), flush=True)
+            print("\n".join(plan(runs, tables, seeds, jobs)), flush=True)
         if FLAGS.dry_run:
             return
         if FLAGS.scale == "world":
             bench = world_bench(workdir, runs, budget)
         else:
             bench = svd_bench(runs, FLAGS.real, FLAGS.i3d, (FLAGS.height, FLAGS.width), FLAGS.batch_size)
-        methods = [(run, seed) for seed in seeds for run in experiments.runs_of(tables)]
-        todo = methods + [(BASE, seed) for seed in seeds]  # of the base model only the rows
         if FLAGS.share:
             first, of = map(int, FLAGS.share.split("/"))
             if first and runs.trains_base and not runs.done(BASE, 0):
@@ -373,7 +374,6 @@ def main(_):
             for run, seed in todo[first::of]:
                 ensure_run(bench, run, tables, seed)
             return
-        jobs = min(FLAGS.jobs or default_jobs(FLAGS.scale), len(methods))
         if jobs > 1 and not all(runs.done(run, seed) for run, seed in methods):
             with ThreadPoolExecutor(1) as beside:
                 scored = beside.submit(bench.score, bench.truth)  # trains what scores: all jobs would at once

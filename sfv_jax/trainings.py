@@ -124,14 +124,14 @@ def cost_of_step(config: ConfigDict, base: Path) -> float:
     return step_flops(config, unet, example)
 
 
-def plan(runs: Runs, tables: list[str], seeds: list[int]) -> list[str]:
-    """What is left to train for these tables, and what that costs, in lines of text."""
+def plan(runs: Runs, tables: list[str], seeds: list[int], jobs: int = 1) -> list[str]:
+    """What is left to train for these tables, `jobs` runs at a time, and what that costs, in lines of text."""
     rows = {row.key for name in tables for row in TABLES[name][1]}
     wanted = ([(BASE, 0)] if runs.trains_base else []) + [(run, seed) for seed in seeds for run in runs_of(tables)]
     todo = [(run, seed) for run, seed in wanted if not runs.done(run, seed)]
     if not todo:
         return [f"All {len(wanted)} training runs are there."]
-    lines, total, counted = [], 0.0, {}
+    lines, total, alone, counted = [], 0.0, 0.0, {}
     for run, seed in todo:
         settings = runs.config(run, seed)
         key = (settings.method, settings.discriminator.to_json() if "discriminator" in settings else "")
@@ -139,13 +139,19 @@ def plan(runs: Runs, tables: list[str], seeds: list[int]) -> list[str]:
             counted[key] = cost_of_step(settings, runs.base)
         flops = settings.steps * counted[key]
         total += flops
+        alone += flops if run == BASE else 0.0
         line = f"  {run}: {settings.steps} steps of {settings.batch_size}, {counted[key]:.3g} FLOPs each"
         lines += [] if line in lines else [line]
     there = f", {len(wanted) - len(todo)} are there" if len(todo) < len(wanted) else ""
     lines.append(f"{len(todo)} training runs ({len(seeds)} seeds){there}, {len(rows) * len(seeds)} rows in all.")
     if runs.trains_base:
-        minutes = total / CPU_RATE / 60 + 1.2 * len(todo) + 0.25 * len(rows) * len(seeds)  # most of it compiling
-        lines.append(f"Training {total:.3g} FLOPs; about {minutes:.0f} minutes in all on two idle x86-64 cores.")
+        # A run compiles for a minute, a row for a quarter.
+        shared = (total - alone) / CPU_RATE / 60 + 1.2 * len(todo) + 0.25 * len(rows) * len(seeds)
+        minutes = alone / CPU_RATE / 60 + shared / jobs
+        lines.append(
+            f"Training {total:.3g} FLOPs; about {minutes:.0f} minutes in all on two or more idle x86-64 cores, "
+            f"{jobs} at a time."
+        )
     else:
         hours = total / CHIP_RATE / 3600
         lines.append(
