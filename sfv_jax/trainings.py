@@ -155,7 +155,7 @@ def plan(runs: Runs, tables: list[str], seeds: list[int], jobs: int = 1) -> list
     else:
         hours = total / CHIP_RATE / 3600
         lines.append(
-            f"Training {total:.3g} FLOPs: about {hours:.0f} hours of one H100 at 40 % of its peak (an assumption; "
+            f"Training {total:.3g} FLOPs: about {hours:.2g} hours of one H100 at 40 % of its peak (an assumption; "
             "python -m sfv_jax.plan knows more), one process. Sampling and scoring come on top."
         )
     return ["Training:", *lines]
