@@ -192,11 +192,9 @@ def sample_programs(
     described(unet)  # now, not while a program is traced: it takes seconds
 
     def sampler(weights, unet=unet) -> Sampler:
-        one = copy(described(unet))
-        one.params = weights.get("unet")
+        one = _holding(described(unet), weights.get("unet"))
         if sizes.patch is None:
-            one.codec = copy(one.codec)
-            one.codec.params = weights
+            one.codec = _holding(one.codec, weights)
         return one
 
     def embed(weights, images):
@@ -228,6 +226,13 @@ def sample_programs(
         _stage("denoise", denoise, weights, ("unet",), (latents, given), plain),
         _stage("decode", decode, weights, ("vae",), (latents,)),
     ]
+
+
+def _holding(described, params):
+    """A sampler or codec like `described`, with other parameters."""
+    one = copy(described)
+    one.params = params
+    return one
 
 
 def _stage(name, function, weights, used, inputs, plain=None) -> Program:
@@ -268,9 +273,7 @@ def prepare_programs(mesh: Mesh, sizes: Sizes, size: tuple[int, int], batch: int
     described = SVDCodec(sizes.vae, sizes.clip, {})
 
     def codec(weights):
-        one = copy(described)
-        one.params = weights
-        return one
+        return _holding(described, weights)
 
     def condition(weights, images, noise):
         return codec(weights).condition(images, None, 0.02, noise)
