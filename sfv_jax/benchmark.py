@@ -5,9 +5,10 @@
     python -m sfv_jax.benchmark --networks mid --num_frames 8 --height 256 --width 384 --dtype float32 \
         --compare diffusers                                                  # against torch, on the same weights
 
-`--compare` times the UNet and the VAE decoder in turns with diffusers'; with `--train` the UNet's forward pass, and its
-forward and backward pass. Weights are random: time does not depend on them. The programs are those that `sample` and
-`train` run. Needs jax, flax, optax, orbax, einops and numpy; `--compare` also torch and diffusers.
+`--compare` times the UNet, the VAE decoder and the whole way from images to frames in turns with diffusers'; with
+`--train` the UNet's forward pass, and its forward and backward pass. Weights are random: time does not depend on them.
+The programs are those that `sample` and `train` run. Needs jax, flax, optax, orbax, einops and numpy; `--compare` also
+torch and diffusers.
 """
 
 import json
@@ -284,8 +285,8 @@ if __name__ == "__main__":
         "compare",
         None,
         ["diffusers"],
-        "time that package's UNet and decoder instead, in turns with ours, on the same weights; with --train the UNet"
-        " forward, and forward and backward",
+        "time that package's UNet, decoder and pipeline instead, in turns with ours, on the same weights; with --train"
+        " the UNet forward, and forward and backward",
     )
     flags.DEFINE_string("json", None, "write what was measured to this file")
     app.run(main)
