@@ -1,6 +1,8 @@
 """Optimisers: SM3 as SF-V uses it, AdamW, and the moving average of parameters."""
 
+import functools
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +17,11 @@ TRAINABLE = {"all": "", "temporal": TEMPORAL, "spatial": f"^(?!.*{TEMPORAL})"}
 
 
 class SM3State(NamedTuple):
-    """Per parameter: `accumulators`, a tuple of fp32 arrays `[1, .., n_r, .., 1]`, one per axis r; `momentum`, fp32."""
+    """Per parameter: `accumulators`, fp32 `[n_r]` by the axis r (`{"0": .., "3": ..}`); `momentum`, fp32.
+
+    Axes of one element have none: it would be the largest of each other's, and the smallest is what counts. A scalar
+    has one accumulator like itself.
+    """
 
     accumulators: optax.Params
     momentum: optax.Params
@@ -35,21 +41,20 @@ def scale_by_sm3(momentum: float = 0.5, beta: float = 0.999, eps: float = 1e-30)
 
     def init(params):
         def accumulators(p):
-            shapes = [tuple(n if r == axis else 1 for r, n in enumerate(p.shape)) for axis in range(p.ndim)]
-            return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes or [()])
+            zeros = {str(r): jnp.zeros(n, jnp.float32) for r, n in enumerate(p.shape) if n > 1 or p.size == 1}
+            return zeros or {"0": jnp.zeros((), jnp.float32)}
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         return SM3State(jax.tree.map(accumulators, params), zeros)
 
     def second_moment(g, mus):
-        cover = mus[0]
-        for mu in mus[1:]:
-            cover = jnp.minimum(cover, mu)
+        covers = [jax.lax.broadcast_in_dim(mu, g.shape, (int(r),)[: g.ndim]) for r, mu in mus.items()]
+        cover = functools.reduce(jnp.minimum, covers)
         return beta * cover + (1 - beta) * g**2 if beta else cover + g**2
 
-    def cover_update(mu, nu):
-        others = tuple(r for r in range(nu.ndim) if mu.shape[r] != nu.shape[r])
-        return jnp.maximum(mu, jnp.max(nu, axis=others, keepdims=True) if others else nu)
+    def cover_update(mus, nu):
+        others = {r: tuple(axis for axis in range(nu.ndim) if axis != int(r)) for r in mus}
+        return {r: jnp.maximum(mu, jnp.max(nu, axis=others[r])) for r, mu in mus.items()}
 
     def update(grads, state, params=None):
         del params
@@ -60,7 +65,7 @@ def scale_by_sm3(momentum: float = 0.5, beta: float = 0.999, eps: float = 1e-30)
             momentum * m + (1 - momentum) * g * jax.lax.rsqrt(nu + eps)
             for m, g, nu in zip(moments, grads, nus, strict=True)
         ]
-        covers = [tuple(cover_update(mu, nu) for mu in mus) for mus, nu in zip(covers, nus, strict=True)]
+        covers = [cover_update(mus, nu) for mus, nu in zip(covers, nus, strict=True)]
         return tree.unflatten(steps), SM3State(tree.unflatten(covers), tree.unflatten(steps))
 
     return optax.GradientTransformation(init, update)
@@ -123,4 +128,21 @@ def trainable(params: tree.Params, which: str) -> tree.Params:
 def apply(optimizer: optax.GradientTransformation, grads, opt_state, params) -> tuple:
     """One step: (new params, new optimiser state, Euclidean norm of the update, fp32)."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, optax.global_norm(updates)
+    return optax.apply_updates(params, updates), opt_state, global_norm(updates)
+
+
+def global_norm(tree_: optax.Params) -> Array:
+    """Euclidean norm of all leaves together, fp32."""
+    return jnp.sqrt(sum_of_squares(jax.tree.leaves(tree_)))
+
+
+def sum_of_squares(arrays: Iterable[Array]) -> Array:
+    """Of all elements of `arrays`, fp32.
+
+    Vectors of one length are added before they are summed: a network has hundreds of them, and a sum of each, and of
+    these sums, takes a compiler and a device longer than what is summed.
+    """
+    groups: dict = {}
+    for n, x in enumerate(arrays):
+        groups.setdefault(x.shape if x.ndim == 1 else n, []).append(jnp.square(x.astype(jnp.float32)))
+    return sum(jnp.sum(sum(group[1:], start=group[0])) for group in groups.values())

@@ -35,7 +35,7 @@ RULES: tuple[tuple[str, Callable], ...] = (
     (r"(^|\.)(kernel|embedding)$", split),  # linear maps, convolutions, position tables
     (r"(^|\.)(step|count)$", replicated),
 )
-ACCUMULATOR = re.compile(r"(^|\.)accumulators\.(?P<parameter>.*)\.\d+$")
+ACCUMULATOR = re.compile(r"((?:^|.*\.)accumulators\..*)\.(\d+)$")  # of an axis of a parameter
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, spatial: int = 1, devices=None) -> jax.sharding.Mesh:
@@ -56,27 +56,28 @@ def make_mesh(data: int = -1, fsdp: int = 1, spatial: int = 1, devices=None) -> 
 def param_shardings(mesh: jax.sharding.Mesh, abstract):
     """Tree of shardings for parameters, optimiser state and EMA (arrays or shapes), by `RULES`.
 
-    Accumulator r of SM3, `[1, .., n_r, .., 1]`, is placed like axis r of its parameter.
+    Accumulator r of SM3, `[n_r]`, is placed like axis r of its parameter.
 
     Raises:
       ValueError: naming the paths that no rule covers.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    shapes = [leaf.shape for _, leaf in leaves]
-    parents = [path.rpartition(".")[0] if ACCUMULATOR.search(path) else path for path in paths]
-    whole = {}  # shape of the parameter behind a path
-    for parent, shape in zip(parents, shapes, strict=True):
-        whole[parent] = tuple(np.maximum(whole.get(parent, 1), shape)) if shape else ()
-    rules = {parent: _rule(parent) for parent in whole}
-    if uncovered := sorted(parent for parent, rule in rules.items() if rule is None):
+    whole: dict[str, dict[int, int]] = {}  # sizes of the axes of the parameter behind a path
+    parts = []  # (parameter's path, its axes that an array has)
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        found = ACCUMULATOR.match(path)
+        parts.append((found[1], (int(found[2]),)[: leaf.ndim]) if found else (path, range(leaf.ndim)))
+        whole.setdefault(parts[-1][0], {}).update(zip(parts[-1][1], leaf.shape, strict=True))
+    rules = {path: _rule(path) for path in whole}
+    if uncovered := sorted(path for path, rule in rules.items() if rule is None):
         raise ValueError("no rule of sharding.RULES covers " + ", ".join(uncovered))
-
-    def place(parent, shape):
-        axis = rules[parent](whole[parent], mesh.shape["fsdp"]) if mesh.shape["fsdp"] > 1 else None
-        return NamedSharding(mesh, P(*("fsdp" if r == axis and size > 1 else None for r, size in enumerate(shape))))
-
-    return structure.unflatten([place(*pair) for pair in zip(parents, shapes, strict=True)])
+    n, shared = mesh.shape["fsdp"], {}
+    for path, sizes in whole.items():
+        shape = [sizes.get(r, 1) for r in range(max(sizes, default=-1) + 1)]
+        shared[path] = rules[path](shape, n) if n > 1 else None
+    specs = [P(*("fsdp" if axis == shared[path] else None for axis in axes)) for path, axes in parts]
+    return structure.unflatten([NamedSharding(mesh, spec) for spec in specs])
 
 
 def _rule(path: str) -> Callable | None:

@@ -137,7 +137,7 @@ def update_generator(config, state: Params, grads: Params, ema_decay) -> tuple[P
     optimizer = optim.make_optimizer(config.generator_optimizer)
     part, opt_g, moved = optim.apply(optimizer, grads, state["opt_g"], tree.subtree(generator, grads))
     average = optim.ema_update(tree.subtree(ema, grads), part, ema_decay)
-    distance = global_norm(jax.tree.map(jnp.subtract, part, average))
+    distance = optim.global_norm(jax.tree.map(jnp.subtract, part, average))
     new = {"generator": tree.merge(generator, part), "ema": tree.merge(ema, average), "opt_g": opt_g}
     return new, {"norm/generator_update": moved, "norm/ema_distance": distance}
 
@@ -150,17 +150,13 @@ def watch(**trees: Params) -> dict[str, jax.Array]:
     """
     metrics = {}
     for name, params in trees.items():
-        blocks = {}
+        blocks: dict[str, list] = {}
         for path, x in tree.flatten(params).items():
             parts = path.split(".")
             block = ".".join(parts[: 2 if parts[1:] and parts[1].isdigit() else 1])
-            blocks[block] = blocks.get(block, 0.0) + jnp.sum(jnp.square(x.astype(jnp.float32)))
+            blocks.setdefault(block, []).append(x)
+        squares = {block: optim.sum_of_squares(arrays) for block, arrays in blocks.items()}
         if name != "batch":
-            metrics[f"norm/{name}"] = jnp.sqrt(sum(blocks.values()))
-        metrics |= {f"nonfinite/{name}/{block}": ~jnp.isfinite(square) for block, square in blocks.items()}
+            metrics[f"norm/{name}"] = jnp.sqrt(sum(squares.values()))
+        metrics |= {f"nonfinite/{name}/{block}": ~jnp.isfinite(square) for block, square in squares.items()}
     return metrics
-
-
-def global_norm(tree_: Params) -> jax.Array:
-    """Euclidean norm of all leaves together, fp32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree_)))

@@ -127,6 +127,35 @@ def test_temporal_convolution_on_gpu_is_two_dimensional(monkeypatch):
         assert convolutions(partial(convolve, "conv"), *args) == [((3, 1, 2, 3), (1, 1))]
 
 
+# ---- group norms ----
+
+
+@pytest.mark.parametrize("per_frame", [True, False])
+def test_group_norms_on_tpu_never_split_the_channels(monkeypatch, per_frame):
+    """There the mean over a group is two products with the channels' membership; it equals the plain norm."""
+
+    def normalise(x, scale, bias):
+        build = partial(layers.GroupNorm, groups=3, eps=1e-6, per_frame=per_frame, dtype=x.dtype, param_dtype=x.dtype)
+        return tree.build(tree.abstract(build, 12)[0], {"scale": scale, "bias": bias})(x)
+
+    def plainly(x, scale, bias):
+        groups = x.reshape(*x.shape[:-1], 3, 4)
+        axes = (2, 3, 5) if per_frame else (1, 2, 3, 5)
+        centred = groups - groups.mean(axes, keepdims=True)
+        y = centred / jnp.sqrt(jnp.square(centred).mean(axes, keepdims=True) + 1e-6)
+        return y.reshape(x.shape) * scale + bias
+
+    with jax.enable_x64(True):
+        shapes = [(2, 3, 4, 5, 12), (12,), (12,)]
+        args = [jnp.asarray(3 + noise(n, *shape), jnp.float64) for n, shape in enumerate(shapes)]
+        expected = value_and_gradients(plainly, *args)
+        for platform in ("cpu", "tpu"):
+            monkeypatch.setattr(layers, "platform", lambda name=platform: name)
+            assert_equal(value_and_gradients(normalise, *args), expected, 1e-12)
+        program = str(jax.make_jaxpr(jax.grad(lambda *args: jnp.sum(normalise(*args))))(*args))
+    assert "reshape" not in program and program.count("dot_general[") == 8
+
+
 # ---- attention ----
 
 

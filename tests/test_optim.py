@@ -49,8 +49,11 @@ def test_sm3_follows_its_definition(beta):
         for found, reference, g in zip(updates, plain, grads, strict=True):
             expected = reference.update(np.asarray(g, np.float64))
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6, err_msg=f"step {step} {g.shape}")
-    for found, reference in zip(state.accumulators, plain, strict=True):
-        for mu, cover in zip(found, reference.covers.values(), strict=True):
+    for found, reference, shape in zip(state.accumulators, plain, SHAPES, strict=True):
+        assert list(found) == ([str(axis) for axis, n in enumerate(shape) if n > 1] or ["0"])
+        for axis, cover in reference.covers.items():
+            largest = np.max([np.max(mu) for mu in found.values()])  # an axis of one element needs no accumulator
+            mu = found.get(str(axis or 0), largest)
             np.testing.assert_allclose(np.ravel(mu), np.ravel(cover), rtol=1e-4)
 
 
@@ -58,8 +61,7 @@ def test_accumulators_never_shrink():
     optimizer = optim.scale_by_sm3(0.5, 0.999)
     _, state = optimizer.update([jnp.full((2, 3), 10.0)], optimizer.init([jnp.zeros((2, 3))]))
     _, later = optimizer.update([jnp.full((2, 3), 0.1)], state)
-    for before, after in zip(state.accumulators[0], later.accumulators[0], strict=True):
-        np.testing.assert_array_equal(before, after)
+    jax.tree.map(np.testing.assert_array_equal, state.accumulators, later.accumulators)
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e3])
@@ -80,7 +82,7 @@ def test_state_is_fp32_and_small():
     assert moved["w"].dtype == jnp.bfloat16
     arrays = [x for x in jax.tree.leaves(state) if x.ndim]
     assert all(x.dtype == jnp.float32 for x in arrays)
-    assert sorted(x.shape for x in arrays) == [(1, 16), (8, 1), (8, 16)]
+    assert sorted(x.shape for x in arrays) == [(8,), (8, 16), (16,)]
 
 
 def test_zero_gradients_move_nothing():
@@ -131,6 +133,19 @@ def test_weight_decay_is_decoupled():
     params = jnp.full((2, 2), 4.0)
     moved, *_ = optim.apply(optimizer, jnp.zeros((2, 2)), optimizer.init(params), params)
     np.testing.assert_allclose(moved, 4.0 - 0.1 * 0.5 * 4.0, rtol=1e-6)
+
+
+def test_the_norm_is_that_of_all_elements():
+    """Vectors of one length are added before they are summed; bf16 is squared in fp32."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in [(), (7,), (7,), (7,), (5,), (7, 7), (7, 7)]]
+    expected = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in arrays))
+    np.testing.assert_allclose(optim.global_norm(arrays), expected, rtol=1e-6)
+    assert float(optim.global_norm({"w": jnp.full(300, 1 + 2**-7, jnp.bfloat16)})) == np.float32(
+        np.sqrt(300) * (1 + 2**-7)
+    )
+    sums = str(jax.make_jaxpr(optim.sum_of_squares)(arrays)).count("reduce_sum")
+    assert sums == 5  # of the scalar, of each length of vectors, of each matrix
 
 
 def test_moving_average():

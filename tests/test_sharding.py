@@ -214,7 +214,10 @@ def test_full_network_is_stored_in_parts():
     assert not any(kernels["conv_in.bias"]) and not any(kernels["down_blocks.0.resnets.0.time_mixer.mix_factor"])
     # Accumulator r of SM3 lies like axis r of its parameter.
     accumulators = tree.flatten(placed["opt_g"][1].accumulators)
-    assert [tuple(s.spec) for s in accumulators["conv_in.kernel"]] == [(None,) * 4] * 3 + [(None, None, None, "fsdp")]
+    specs = {axis: tuple(accumulators[f"conv_in.kernel.{axis}"].spec) for axis in range(4)}
+    assert specs == {0: (None,), 1: (None,), 2: (None,), 3: ("fsdp",)}
+    temporal = "down_blocks.0.resnets.0.temporal_res_block.conv1.kernel"  # [3, 1, 1, 320, 320]
+    assert [k for k in accumulators if k.startswith(temporal)] == [f"{temporal}.{axis}" for axis in (0, 3, 4)]
 
 
 def test_a_parameter_without_a_rule_is_an_error():

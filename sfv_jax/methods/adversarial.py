@@ -22,7 +22,6 @@ from sfv_jax.state import (
     accumulate,
     check_recipe,
     generator_state,
-    global_norm,
     update_generator,
     watch,
 )
@@ -125,7 +124,7 @@ def make_gradients(networks: Networks, config, draw: Callable, second_loss: Call
         def backward():  # Eq. 10
             adv_grad = method.adv_weight * to_fake(jnp.ones_like(adv))[0]
             rec_grad = method.recon_weight * jax.grad(reconstruction)(fake)
-            ratio = global_norm(adv_grad) / (global_norm(rec_grad) + 1e-12)
+            ratio = optim.global_norm(adv_grad) / (optim.global_norm(rec_grad) + 1e-12)
             return to_generator(adv_grad + rec_grad)[0], ratio if method.recon_weight else jnp.full((), jnp.nan)
 
         def nothing():
