@@ -287,6 +287,34 @@ def test_a_feed_forward_layer_has_no_kernels_to_spare(name, wanted, kernels):
     assert done.stdout.split() == kernels
 
 
+GATHER = """
+import re, sys, jax, jax.numpy as jnp
+from sfv_jax import plan, sharding, targets
+from sfv_jax.models import tree
+from sfv_jax.models.attention import FeedForward
+
+target = targets.parse(sys.argv[1])
+targets.prepare(target)
+jax.config.update("jax_exec_time_optimization_effort", plan.QUICK)
+mesh = sharding.make_mesh(1, 4, 1, devices=targets.devices(target))
+graph, params = tree.abstract(FeedForward, 512, dtype=jnp.bfloat16)
+params = sharding.with_shardings(params, sharding.param_shardings(mesh, params))
+x = jax.ShapeDtypeStruct((8, 64, 512), jnp.bfloat16, sharding=sharding.batch_sharding(mesh))
+call = jax.jit(jax.grad(lambda params, x: jnp.sum(tree.build(graph, params)(x).astype(jnp.float32) ** 2)))
+text = sharding.on_mesh(mesh, call.lower)(params, x).compile().as_text()
+print(*re.findall(r"= \\(?(.*) all-gather(?:-start)?\\(", text))
+"""
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("v5e:2x2", "tpu"), ("h100:4", "gpu")])
+def test_weights_are_gathered_in_the_dtype_of_their_use(name, wanted):
+    """Stored in fp32; at the effort of plans libtpu gathered them so and converted them afterwards."""
+    needs(wanted)
+    command = [sys.executable, "-c", GATHER, name]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "bf16[" in done.stdout and "f32[" not in done.stdout
+
+
 @pytest.mark.parametrize(("name", "wanted"), [("v5e:2x2", "tpu"), ("h100:2", "gpu")])
 def test_real_compilers_plan_a_small_network(name, wanted, tmp_path):
     needs(wanted)

@@ -14,6 +14,8 @@ from flax.nnx.nn import dtypes
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from sfv_jax.sharding import split
+
 Array = jax.Array
 BATCH = ("data", "fsdp")
 
@@ -37,7 +39,13 @@ def gathered(weight: Array) -> Array:
     To be called on the copy in compute dtype. Without this XLA may leave the weight in its parts and exchange
     activations instead, which is far more. Under remat the backward pass gathers again.
     """
-    return lax.with_sharding_constraint(weight, P()) if axis_size("fsdp") > 1 else weight
+    devices = axis_size("fsdp")
+    if devices == 1:
+        return weight
+    axis = split(weight.shape, devices)
+    parts = P(*("fsdp" if n == axis else None for n in range(weight.ndim)))
+    # In its parts first, said of the copy itself: else XLA gathers what it was made from and then converts it, on TPU.
+    return lax.with_sharding_constraint(lax.with_sharding_constraint(weight, parts), P())
 
 
 def rows(x: Array, *sizes: tuple[int, int]) -> Array:
@@ -94,7 +102,8 @@ def per_row(attend: Callable, q: Array, k: Array, v: Array, *, partitioned: bool
         return attend(q, k, v)
     whole = P(BATCH if samples else None)
     mine = P(*whole, "spatial" if tokens else None)
-    keys = whole
+    # Devices along `spatial` that hold the same keys add their gradients up; a single one would copy them.
+    keys = whole if axis_size("spatial") > 1 else mine
     units = q.shape[0] // (axis_size(*BATCH) if samples else 1) * q.shape[2]
     if tokens and axis_size("spatial") > 1 and -units % axis_size("spatial") <= units / 4:
         attend, keys = partial(_exchanged, attend), mine
