@@ -91,7 +91,7 @@ class Conv2d(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         frames = x.reshape(-1, *x.shape[-3:]).astype(self.dtype)
-        kernel = gathered(self.kernel[...].astype(self.dtype))
+        kernel = gathered(self.kernel[...], self.dtype)
         _, h, w, i = frames.shape
         if platform() == "cpu" and self.padding == ((1, 1),) * 2 and self.stride == (1, 1) and h * w <= 32 and i >= 256:
             y = self.biased(conv3x3_by_matmul(frames, kernel))
@@ -138,7 +138,7 @@ class TemporalConv(nnx.Module):
         self.form, self.dtype = form, dtype
 
     def __call__(self, x: Array) -> Array:
-        x, kernel = x.astype(self.dtype), gathered(self.kernel[...].astype(self.dtype))
+        x, kernel = x.astype(self.dtype), gathered(self.kernel[...], self.dtype)
         k, (t, h, w) = kernel.shape[0], x.shape[1:4]
         pad = (k // 2, k // 2)
         if self.form == "conv" and platform() == "gpu" and shared_axis(h, w) != 3:
@@ -275,7 +275,7 @@ class Upsample(nnx.Module):
         x = rows(x, size)
         if size == (2 * h, 2 * w):
             frames = x.reshape(-1, h, w, x.shape[-1]).astype(self.conv.dtype)
-            kernel = gathered(merged_taps(self.conv.kernel[...]).astype(self.conv.dtype))
+            kernel = gathered(merged_taps(self.conv.kernel[...]), self.conv.dtype)
             y = self.conv.biased(doubled(frames, kernel))
             y = y.reshape(*x.shape[:-3], *y.shape[1:])
         else:

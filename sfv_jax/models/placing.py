@@ -33,19 +33,20 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def gathered(weight: Array) -> Array:
-    """`weight` whole on every device, right before it is used.
+def gathered(weight: Array, dtype) -> Array:
+    """`weight` in the compute dtype, whole on every device, right before it is used.
 
-    To be called on the copy in compute dtype. Without this XLA may leave the weight in its parts and exchange
-    activations instead, which is far more. Under remat the backward pass gathers again.
+    Without this XLA may leave the weight in its parts and exchange activations instead, which is far more. Under remat
+    the backward pass gathers again.
     """
     devices = axis_size("fsdp")
     if devices == 1:
-        return weight
-    axis = split(weight.shape, devices)
-    parts = P(*("fsdp" if n == axis else None for n in range(weight.ndim)))
-    # In its parts first, said of the copy itself: else XLA gathers what it was made from and then converts it, on TPU.
-    return lax.with_sharding_constraint(lax.with_sharding_constraint(weight, parts), P())
+        return weight.astype(dtype)
+    if weight.dtype != dtype:  # say that the copy is in parts, or XLA may gather what it is made from and then convert
+        axis = split(weight.shape, devices)
+        parts = P(*("fsdp" if n == axis else None for n in range(weight.ndim)))
+        weight = lax.with_sharding_constraint(weight.astype(dtype), parts)
+    return lax.with_sharding_constraint(weight, P())
 
 
 def rows(x: Array, *sizes: tuple[int, int]) -> Array:
@@ -129,5 +130,5 @@ def _exchanged(attend: Callable, q: Array, k: Array, v: Array) -> Array:
 
 def promote(arrays: tuple, *, dtype=None, inexact: bool = True) -> tuple:
     """Flax's promotion of (input, kernel, bias) to the compute dtype, with the kernel gathered."""
-    x, kernel, bias = dtypes.promote_dtype(arrays, dtype=dtype, inexact=inexact)
-    return x, gathered(kernel), bias
+    x, _, bias = dtypes.promote_dtype(arrays, dtype=dtype, inexact=inexact)
+    return x, gathered(arrays[1], x.dtype), bias
