@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import jaxlib
 from absl import app, flags, logging
 
+from sfv_jax import compiling, edm, timing
 from sfv_jax import config as configs
-from sfv_jax import edm, timing
 from sfv_jax.config import ConfigError
 from sfv_jax.methods import METHODS
 from sfv_jax.models.clip import CLIPConfig
@@ -239,6 +239,7 @@ def stages(mesh, sizes: Sizes, size: tuple[int, int]) -> list[Row]:
 
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)
+    compiling.keep_memory()
     if FLAGS.compare:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room on the same GPU
     try:

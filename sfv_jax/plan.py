@@ -227,7 +227,7 @@ def main(_):
             raise PlanError(f"--efficiency={FLAGS.efficiency}: a share above 0, at most 1")
         target = targets.parse(FLAGS.target)
         targets.prepare(target)
-        compiling.set_up()
+        compiling.set_up(runs=False)
         if FLAGS.compile_effort is None and target.chip.platform == "tpu":
             jax.config.update("jax_exec_time_optimization_effort", QUICK)
         size = (FLAGS.height or WHAT[FLAGS.what][0], FLAGS.width or WHAT[FLAGS.what][1])
