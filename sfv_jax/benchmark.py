@@ -202,7 +202,10 @@ def surroundings() -> dict:
     device = jax.devices()[0]
     about = {"date": time.strftime("%Y-%m-%d"), "device": device.device_kind, "devices": jax.device_count()}
     about |= {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-    return about | {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "command": " ".join(sys.argv)}
+    command = " ".join(["python -m sfv_jax.benchmark", *sys.argv[1:]])
+    if tunables := os.environ.get("GLIBC_TUNABLES"):
+        command = f"GLIBC_TUNABLES={tunables} {command}"
+    return about | {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "command": command}
 
 
 FLAGS = flags.FLAGS

@@ -89,6 +89,15 @@ def test_a_program_is_compiled_once_timed_and_counted(monkeypatch):
     assert timing.matmul_limit("float32", 16) == 2 * 16**3 * 8
 
 
+def test_a_measurement_says_how_it_was_made(monkeypatch):
+    """Without the folders of the machine."""
+    monkeypatch.setattr(sys, "argv", ["/home/me/sfv_jax/benchmark.py", "--train", "--repeats=3"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    about = benchmark.surroundings()
+    assert about["command"] == "GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m sfv_jax.benchmark --train --repeats=3"
+    assert about["cores"] == os.cpu_count() and about["device"] == "cpu" and len(about["date"]) == 10
+
+
 def test_parts_of_a_step_are_differences():
     names = ["G forward", "G forward and backward", "gradients without R1", "gradients", "train step"]
     rows = [
