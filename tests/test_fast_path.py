@@ -175,6 +175,20 @@ def test_the_tpu_kernel_is_attention(devices):
         assert_equal(on_mesh(mesh, value_and_gradients)(splash, *args), expected, 1e-5)
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_attention_of_one_head_at_a_time_is_attention(devices):
+    """In one piece and in blocks of queries; on four devices each loops over its own frames."""
+    with jax.enable_x64(True):
+        args = [jnp.asarray(noise(n, 4, 6, 2, 8), jnp.float64) for n in range(3)]
+        expected = value_and_gradients(attention.einsum_attention, *args)
+        mesh = make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
+        for block in (6, 4):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(attention.looped_attention, "__defaults__", (block,))
+                looped = partial(attention.attention, kernel="looped")
+                assert_equal(on_mesh(mesh, value_and_gradients)(looped, *args), expected, 1e-12)
+
+
 @pytest.mark.parametrize(
     ("platform", "tokens", "dtype", "kernel"),
     [
@@ -186,7 +200,9 @@ def test_the_tpu_kernel_is_attention(devices):
         ("gpu", 9216, jnp.bfloat16, "cudnn"),
         ("gpu", 336, jnp.bfloat16, "cudnn"),
         ("gpu", 9216, jnp.float32, "blocked"),
-        ("cpu", 9216, jnp.bfloat16, "blocked"),
+        ("cpu", 9216, jnp.bfloat16, "looped"),
+        ("cpu", 257, jnp.float32, "looped"),
+        ("cpu", 256, jnp.float32, "einsum"),
     ],
 )
 def test_the_kernel_fits_the_platform(monkeypatch, platform, tokens, dtype, kernel):

@@ -21,6 +21,7 @@ QUERY_BLOCK = 1024  # queries per step of the blocked kernel: 9 steps at 9216 to
 SPLASH_BLOCK = (
     1024  # most queries and keys of one step of the TPU kernel: 1024 of 9216, 896 of 5376, 768 of 2304 tokens
 )
+FEW_TOKENS = 256  # up to them on CPU all heads at once: their scores lie in its caches anyway
 LANES = 128  # of a TPU: its kernel's blocks are multiples
 CUDNN_BATCH = 2**16 - 1  # above it cuDNN and other flash kernels fail or return wrong numbers
 
@@ -40,6 +41,29 @@ def blocked_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) ->
     blocks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(n, -1, block, heads, d).swapaxes(0, 1)
     out = lax.map(jax.checkpoint(lambda query: einsum_attention(query, k, v)), blocks)
     return out.swapaxes(0, 1).reshape(n, s + pad, heads, d)[:, :s]
+
+
+def looped_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) -> Array:
+    """`blocked_attention` of one frame and head at a time. `[n, s, heads, d]`.
+
+    Products of plain matrices, whose scores stay in the caches: on CPU XLA's batched products take twice the time.
+    """
+    frames, s, heads, d = q.shape
+    size = math.ceil(s / math.ceil(s / block))
+    pad = -s % size
+
+    @jax.checkpoint
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+        return jax.nn.softmax(scores / math.sqrt(d), axis=-1).astype(v.dtype) @ v
+
+    def one(qkv: tuple) -> Array:
+        q, k, v = qkv
+        queries = jnp.pad(q, ((0, pad), (0, 0))).reshape(-1, size, d)
+        return lax.map(lambda query: attend(query, k, v), queries).reshape(-1, d)[:s]
+
+    out = lax.map(one, tuple(rearrange(x, "n s h d -> (n h) s d") for x in (q, k, v)))
+    return rearrange(out, "(n h) s d -> n s h d", n=frames, h=heads)
 
 
 def reduce_attention(q: Array, k: Array, v: Array) -> Array:
@@ -90,7 +114,8 @@ def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
     """Self-attention over `[n, s, heads, d]`, or over the frames of `[b, s, t, heads, d]` ("einsum" and "reduce").
 
     Args:
-      kernel: "einsum", "blocked", "reduce", "cudnn" (GPU, fp16/bf16), "splash" (TPU) or "auto", see `choose_kernel`.
+      kernel: "einsum", "blocked", "looped" (CPU), "reduce", "cudnn" (GPU, fp16/bf16), "splash" (TPU) or "auto", see
+        `choose_kernel`.
     Raises:
       ValueError: for an unknown kernel name, or where the kernel named is known to fail.
     """
@@ -103,20 +128,23 @@ def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
         if q.shape[0] > CUDNN_BATCH:
             raise ValueError(f"attention kernel 'cudnn': a batch of {q.shape[0]} exceeds {CUDNN_BATCH}; choose auto")
         return per_row(partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v)
-    if kernel == "splash":
-        return per_row(splash_attention, q, k, v, partitioned=False)
+    if kernel in ("splash", "looped"):
+        kernels = {"splash": splash_attention, "looped": looped_attention}
+        return per_row(kernels[kernel], q, k, v, partitioned=False)
     kernels = {"einsum": einsum_attention, "blocked": blocked_attention}
     if kernel not in kernels:
-        raise ValueError(f"attention kernel {kernel!r}: choose auto, cudnn, splash, reduce or one of {sorted(kernels)}")
+        raise ValueError(
+            f"attention kernel {kernel!r}: choose auto, cudnn, splash, looped, reduce or one of {sorted(kernels)}"
+        )
     return per_row(kernels[kernel], q, k, v)
 
 
 def choose_kernel(q: Array) -> str:
     """The kernel for spatial attention of `q [n, s, heads, d]`: a flash kernel where one is legal, never all scores.
 
-    fp16 and bf16 heads of 64 or so: cuDNN on GPU, on TPU splash if the tokens are a multiple of 128. Else plain einsum
-    up to `QUERY_BLOCK` tokens and blocked above. Over the few frames of `[b, s, t, heads, d]`: einsum on CPU, else
-    reduce.
+    fp16 and bf16 heads of 64 or so: cuDNN on GPU, on TPU splash if the tokens are a multiple of 128. On CPU a loop over
+    frames and heads above `FEW_TOKENS`. Else plain einsum up to `QUERY_BLOCK` tokens and blocked above. Over the few
+    frames of `[b, s, t, heads, d]`: einsum on CPU, else reduce.
     """
     if q.ndim == 5:
         return "einsum" if platform() == "cpu" else "reduce"
@@ -126,6 +154,8 @@ def choose_kernel(q: Array) -> str:
         return "cudnn"
     if half and platform() == "tpu" and d in (64, 128) and s % LANES == 0:
         return "splash"
+    if platform() == "cpu" and s > FEW_TOKENS:
+        return "looped"
     return "blocked" if s > QUERY_BLOCK else "einsum"
 
 
