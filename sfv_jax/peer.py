@@ -38,8 +38,8 @@ def against_diffusers(sizes, size: tuple[int, int], batch: int, dtype: str, repe
       ConfigError: if torch or diffusers is not installed.
     """
     try:
+        import diffusers  # noqa: F401
         import torch
-        from diffusers import StableVideoDiffusionPipeline  # noqa: F401
     except ImportError as error:
         raise ConfigError("--compare diffusers needs torch and diffusers: pip install torch diffusers") from error
     gpu = torch.cuda.is_available()

@@ -128,15 +128,11 @@ def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
         if q.shape[0] > CUDNN_BATCH:
             raise ValueError(f"attention kernel 'cudnn': a batch of {q.shape[0]} exceeds {CUDNN_BATCH}; choose auto")
         return per_row(partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v)
-    if kernel in ("splash", "looped"):
-        kernels = {"splash": splash_attention, "looped": looped_attention}
-        return per_row(kernels[kernel], q, k, v, partitioned=False)
-    kernels = {"einsum": einsum_attention, "blocked": blocked_attention}
+    alone = {"splash": splash_attention, "looped": looped_attention}  # XLA cannot share them out
+    kernels = {"einsum": einsum_attention, "blocked": blocked_attention} | alone
     if kernel not in kernels:
-        raise ValueError(
-            f"attention kernel {kernel!r}: choose auto, cudnn, splash, looped, reduce or one of {sorted(kernels)}"
-        )
-    return per_row(kernels[kernel], q, k, v)
+        raise ValueError(f"attention kernel {kernel!r}: choose auto, cudnn, reduce or one of {sorted(kernels)}")
+    return per_row(kernels[kernel], q, k, v, partitioned=kernel not in alone)
 
 
 def choose_kernel(q: Array) -> str:
