@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sfv_jax import hlo
 from sfv_jax.models import attention, layers, tree
 from sfv_jax.models.layers import Upsample
 from sfv_jax.models.unet import UNet
@@ -31,7 +32,7 @@ def convolutions(function, *args) -> list[tuple]:
                 if hasattr(inner, "eqns"):
                     walk(inner)
 
-    walk(jax.make_jaxpr(function)(*args).jaxpr)
+    walk(jax.make_jaxpr(lambda *args: function(*args))(*args).jaxpr)  # a new one is traced, a known one looked up
     return found
 
 
@@ -108,6 +109,41 @@ def test_few_pixels_and_many_channels_are_a_matrix_product_on_cpu(monkeypatch):
         monkeypatch.setattr(layers, "platform", lambda: "gpu")
         expected = value_and_gradients(convolve, *args)
         assert_equal(found, expected, 1e-12)
+
+
+# ---- matrix products ----
+
+
+def test_the_gradient_of_a_kernel_on_cpu_copies_no_activations():
+    """One axis of rows: for several, XLA writes the cotangent out transposed (see layers.matmul)."""
+    x, kernel = jnp.asarray(noise(0, 1, 8, 96, 32)), jnp.asarray(noise(1, 32, 64))
+
+    def moved(product) -> list[str]:
+        gradients = jax.grad(lambda x, kernel: jnp.sum(jnp.sin(product(jnp.sin(x), kernel))), (0, 1))
+        program = hlo.parse(jax.jit(gradients).lower(x, kernel).compile().as_text())
+        return [op.opcode for ops in program.computations.values() for op in ops.values() if op.opcode == "transpose"]
+
+    assert moved(jnp.matmul)  # else XLA has learnt it, and matmul may go
+    assert not moved(layers.matmul)
+    with jax.enable_x64(True):
+        args = jnp.float64(x), jnp.float64(kernel)
+        assert_equal(value_and_gradients(layers.matmul, *args), value_and_gradients(jnp.matmul, *args), 1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_1x1_convolution_on_cpu_is_a_matrix_product(monkeypatch, bias):
+    def convolve(x, kernel):
+        build = partial(layers.Conv2d, o=3, kernel_size=1, use_bias=bias, dtype=x.dtype, param_dtype=x.dtype)
+        parameters = {"kernel": kernel} | ({"bias": jnp.ones(3, x.dtype)} if bias else {})
+        return tree.build(tree.abstract(build, 2)[0], parameters)(x)
+
+    with jax.enable_x64(True):
+        args = jnp.asarray(noise(0, 2, 5, 3, 4, 2), jnp.float64), jnp.asarray(noise(1, 1, 1, 2, 3), jnp.float64)
+        found = value_and_gradients(convolve, *args)
+        assert not convolutions(convolve, *args)
+        monkeypatch.setattr(layers, "platform", lambda: "gpu")
+        assert_equal(found, value_and_gradients(convolve, *args), 1e-12)
+        assert len(convolutions(convolve, *args)) == 1
 
 
 # ---- convolution along time ----
@@ -280,9 +316,9 @@ def test_geglu_is_the_value_times_gelu_of_the_gate(monkeypatch, platform):
 
 
 def test_geglu_in_bf16_rounds_once():
-    x = jnp.asarray(3 * noise(0, 64, 64), jnp.bfloat16)
-    exact = attention.gated(x.astype(jnp.float32))
-    np.testing.assert_array_equal(attention.gated(x), exact.astype(jnp.bfloat16))
+    halves = [jnp.asarray(3 * noise(n, 64, 32), jnp.bfloat16) for n in range(2)]
+    exact = attention.gated(*(x.astype(jnp.float32) for x in halves))
+    np.testing.assert_array_equal(attention.gated(*halves), exact.astype(jnp.bfloat16))
 
 
 # ---- decoding in pieces ----

@@ -88,8 +88,7 @@ def tanh_gelu(model, inputs, patch):
     return inputs
 
 
-def gated_by_tanh(x):
-    value, gate = jnp.split(x, 2, axis=-1)
+def gated_by_tanh(value, gate):
     return value * jax.nn.gelu(gate, approximate=True)
 
 

@@ -12,9 +12,9 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from sfv_jax.models.layers import AlphaBlender, GroupNorm, LayerNorm, Linear, TimestepEmbedding, fp32, remat
+from sfv_jax.models.layers import AlphaBlender, GroupNorm, LayerNorm, Linear, TimestepEmbedding, fp32, matmul, remat
 from sfv_jax.models.layers import sinusoidal_embedding as sinusoid
-from sfv_jax.models.placing import flat, per_row, platform, rows, unflat
+from sfv_jax.models.placing import flat, per_row, platform, promote, rows, unflat
 
 Array = jax.Array
 QUERY_BLOCK = 1024  # queries per step of the blocked kernel: 9 steps at 9216 tokens, scores of 5x1024x9216 per frame
@@ -196,14 +196,20 @@ class GEGLU(nnx.Module):
         self.proj = Linear(i, 2 * o, **kw)
 
     def __call__(self, x: Array) -> Array:
-        # On CPU XLA keeps four more arrays of this width for the gradient; on TPU recomputing them costs a copy.
-        return remat(gated, platform() == "cpu")(self.proj(x))
+        if platform() != "cpu":
+            return gated(*jnp.split(self.proj(x), 2, axis=-1))
+        # On CPU the kernel is split, so that the gradient need not join two arrays of this width; and XLA keeps four
+        # more of them for it. On TPU a second product and recomputing them cost copies.
+        x, kernel, bias = promote((x, self.proj.kernel[...], self.proj.bias[...]), dtype=self.proj.dtype)
+        halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)
+        return jax.checkpoint(gated)(*(matmul(x, part) + shift for part, shift in halves))
 
 
-def gated(x: Array) -> Array:
-    """`[..., 2 c] -> [..., c]`: the first half times gelu of the second, inside in fp32 as torch computes it."""
-    value, gate = map(fp32, jnp.split(x, 2, axis=-1))  # split first: on TPU the product before would be fp32 too
-    return (value * (0.5 * gate * (1 + lax.erf(gate / math.sqrt(2))))).astype(x.dtype)
+def gated(value: Array, gate: Array) -> Array:
+    """`value * gelu(gate)`, inside in fp32 as torch computes it."""
+    dtype = value.dtype
+    value, gate = fp32(value), fp32(gate)
+    return (value * (0.5 * gate * (1 + lax.erf(gate / math.sqrt(2))))).astype(dtype)
 
 
 class FeedForward(nnx.Module):

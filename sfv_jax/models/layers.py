@@ -15,12 +15,26 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import lax
 
-from sfv_jax.models.placing import gathered, platform, promote, rows, shared_axis
+from sfv_jax.models.placing import BATCH, axis_size, gathered, platform, promote, rows, shared_axis
 
 Array = jax.Array
 
 kernel_init = nnx.initializers.lecun_normal()
-Linear = partial(nnx.Linear, promote_dtype=promote)
+
+
+def matmul(x: Array, kernel: Array, *_, **settings) -> Array:
+    """`x [..., i] @ kernel [i, o]`, with the `settings` of lax.dot_general; Linear takes it for its `dot_general`.
+
+    On CPU without a mesh of several devices a product of two matrices: where rows have more axes than one, XLA makes
+    transposed copies of the activations for the gradient of the kernel. On a mesh those axes may be in parts.
+    """
+    matrix = platform() == "cpu" and axis_size(*BATCH, "spatial") == 1
+    rows = x.reshape(-1, x.shape[-1]) if matrix else x
+    y = lax.dot_general(rows, kernel, (((rows.ndim - 1,), (0,)), ((), ())), **settings)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+Linear = partial(nnx.Linear, promote_dtype=promote, dot_general=matmul)
 # Flax defaults (fast variance, eps 1e-6) match neither diffusers nor fp32 accuracy: two passes, and eps always named.
 LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
@@ -92,12 +106,18 @@ class Conv2d(nnx.Module):
     def __call__(self, x: Array) -> Array:
         frames = x.reshape(-1, *x.shape[-3:]).astype(self.dtype)
         kernel = gathered(self.kernel[...], self.dtype)
-        _, h, w, i = frames.shape
-        if platform() == "cpu" and self.padding == ((1, 1),) * 2 and self.stride == (1, 1) and h * w <= 32 and i >= 256:
-            y = self.biased(conv3x3_by_matmul(frames, kernel))
-        else:
-            y = self.biased(conv2d(frames, kernel, self.padding, strides=self.stride))
+        y = self.biased(self._form(frames.shape)(frames, kernel))
         return y.reshape(*x.shape[:-3], *y.shape[1:])
+
+    def _form(self, shape: tuple[int, ...]) -> Callable[[Array, Array], Array]:
+        """How to convolve frames of this shape `[n, h, w, i]`: on CPU, where it is faster, by matrix products."""
+        _, h, w, i = shape
+        sizes = self.kernel.shape[:2], self.padding, self.stride
+        if platform() == "cpu" and sizes == ((1, 1), ((0, 0), (0, 0)), (1, 1)):
+            return lambda x, kernel: matmul(x, kernel[0, 0])
+        if platform() == "cpu" and sizes == ((3, 3), ((1, 1), (1, 1)), (1, 1)) and h * w <= 32 and i >= 256:
+            return conv3x3_by_matmul
+        return partial(conv2d, padding=self.padding, strides=self.stride)
 
     def biased(self, y: Array) -> Array:
         """`y [..., o]` with the bias, if there is one."""
@@ -119,15 +139,15 @@ def conv3x3_by_matmul(x: Array, kernel: Array) -> Array:
     h, w = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     taps = jnp.concatenate([padded[:, j : j + h, k : k + w] for j in range(3) for k in range(3)], axis=-1)
-    return taps @ rearrange(kernel, "j k i o -> (j k i) o")
+    return matmul(taps, rearrange(kernel, "j k i o -> (j k i) o"))
 
 
 class TemporalConv(nnx.Module):
     """Convolution of odd length k along time, zero padded: `[b, t, h, w, i] -> [b, t, h, w, o]` (torch Conv3d, kx1x1).
 
     `form="conv"` is one convolution, the right choice on accelerators: 3-D on TPU, on GPU 2-D over time and all pixels,
-    because XLA moves the channels first for a 3-D one there. `form="matmul"` gathers the taps on the channel axis for
-    one matrix product, about twice as fast as XLA's 3-D convolution on CPU.
+    because XLA moves the channels first for a 3-D one there. `form="matmul"`, for CPU, adds up the shifted products of
+    every tap: about twice as fast as XLA's 3-D convolution, and nothing but `x` is held for the gradient.
     """
 
     def __init__(self, i: int, o: int, kernel_size: int = 3, *, form: str = "conv", dtype, param_dtype, rngs):
@@ -149,9 +169,8 @@ class TemporalConv(nnx.Module):
                 x, kernel, (1, 1, 1), (pad, (0, 0), (0, 0)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
             )
         else:
-            padded = jnp.pad(x, ((0, 0), pad, (0, 0), (0, 0), (0, 0)))
-            taps = jnp.concatenate([padded[:, j : j + t] for j in range(k)], axis=-1)
-            y = taps @ rearrange(kernel, "k 1 1 i o -> (k i) o")
+            products = (jnp.pad(matmul(x, tap[0, 0]), ((0, 0), pad, *((0, 0),) * 3)) for tap in kernel)
+            y = sum(y[:, j : j + t] for j, y in enumerate(products))
         return y + self.bias[...].astype(self.dtype)
 
 
