@@ -33,12 +33,17 @@ def einsum_attention(q: Array, k: Array, v: Array) -> Array:
     return jnp.einsum("...hqk,...khd->...qhd", weights, v)
 
 
+def even_blocks(queries: int, block: int) -> tuple[int, int]:
+    """(size, padding) of the fewest blocks of at most `block`: the last is not filled up with work for nothing."""
+    size = math.ceil(queries / math.ceil(queries / block))
+    return size, -queries % size
+
+
 def blocked_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) -> Array:
     """`einsum_attention` over blocks of queries, so that the full score matrix never exists. `[n, s, heads, d]`."""
     n, s, heads, d = q.shape
-    block = math.ceil(s / math.ceil(s / block))  # even shares: the last is not filled up with work for nothing
-    pad = -s % block
-    blocks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(n, -1, block, heads, d).swapaxes(0, 1)
+    size, pad = even_blocks(s, block)
+    blocks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(n, -1, size, heads, d).swapaxes(0, 1)
     out = lax.map(jax.checkpoint(lambda query: einsum_attention(query, k, v)), blocks)
     return out.swapaxes(0, 1).reshape(n, s + pad, heads, d)[:, :s]
 
@@ -46,11 +51,11 @@ def blocked_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) ->
 def looped_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) -> Array:
     """`blocked_attention` of one frame and head at a time. `[n, s, heads, d]`.
 
-    Products of plain matrices, whose scores stay in the caches: on CPU XLA's batched products take twice the time.
+    Products of plain matrices, whose scores stay in the caches: on CPU XLA's batched products take twice the time, and
+    so do those of `blocked_attention` on one head, whose axes of one element are still a batch.
     """
     frames, s, heads, d = q.shape
-    size = math.ceil(s / math.ceil(s / block))
-    pad = -s % size
+    size, pad = even_blocks(s, block)
 
     @jax.checkpoint
     def attend(q: Array, k: Array, v: Array) -> Array:
@@ -196,7 +201,7 @@ class GEGLU(nnx.Module):
         self.proj = Linear(i, 2 * o, **kw)
 
     def __call__(self, x: Array) -> Array:
-        if platform() != "cpu":
+        if platform() != "cpu":  # split before `gated` casts: on TPU the product would be fp32 too
             return gated(*jnp.split(self.proj(x), 2, axis=-1))
         # On CPU the kernel is split, so that the gradient need not join two arrays of this width; and XLA keeps four
         # more of them for it. On TPU a second product and recomputing them cost copies.

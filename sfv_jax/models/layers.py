@@ -29,8 +29,8 @@ def matmul(x: Array, kernel: Array, *_, **settings) -> Array:
     transposed copies of the activations for the gradient of the kernel. On a mesh those axes may be in parts.
     """
     matrix = platform() == "cpu" and axis_size(*BATCH, "spatial") == 1
-    rows = x.reshape(-1, x.shape[-1]) if matrix else x
-    y = lax.dot_general(rows, kernel, (((rows.ndim - 1,), (0,)), ((), ())), **settings)
+    lhs = x.reshape(-1, x.shape[-1]) if matrix else x
+    y = lax.dot_general(lhs, kernel, (((lhs.ndim - 1,), (0,)), ((), ())), **settings)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
