@@ -25,16 +25,17 @@ import jax.numpy as jnp
 import jaxlib
 from absl import app, flags, logging
 
-from sfv_jax import compiling, edm, timing
 from sfv_jax import config as configs
+from sfv_jax import edm, timing
 from sfv_jax.config import ConfigError
 from sfv_jax.methods import METHODS
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.programs import Program, Sizes, sample_programs, train_program
-from sfv_jax.sharding import make_mesh, on_mesh
-from sfv_jax.speed import count_flops, peak_flops, peak_memory
+from sfv_jax.runtime import compilation
+from sfv_jax.runtime.device import count_flops, peak_flops, peak_memory
+from sfv_jax.runtime.sharding import make_mesh, on_mesh
 
 
 def scaled(*channels: int) -> Sizes:
@@ -242,7 +243,7 @@ def stages(mesh, sizes: Sizes, size: tuple[int, int]) -> list[Row]:
 
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)
-    compiling.keep_memory()
+    compilation.keep_memory()
     if FLAGS.compare:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room on the same GPU
     try:

@@ -17,6 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from sfv_jax.runtime.files import replacing
+
 MAY_CHANGE = (
     "steps",
     "log_every",
@@ -64,9 +66,8 @@ def claim_workdir(workdir: Path, config: dict) -> None:
                 + "\n".join(lines)
             )
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def flat(config: dict, prefix: str = "") -> dict:

@@ -12,7 +12,7 @@ from absl import app
 try:
     from ml_collections import ConfigDict
 except ImportError:
-    from sfv_jax.plain_config import ConfigDict
+    from sfv_jax.runtime.plain_config import ConfigDict
 
 from sfv_jax.data.worlds import World
 from sfv_jax.models.codec import PatchCodec

@@ -16,8 +16,8 @@ import jax
 
 from sfv_jax import hlo
 from sfv_jax.programs import Program
-from sfv_jax.sharding import on_mesh
-from sfv_jax.speed import count_flops
+from sfv_jax.runtime.device import count_flops
+from sfv_jax.runtime.sharding import on_mesh
 from sfv_jax.targets import Target
 
 GIB = 2**30

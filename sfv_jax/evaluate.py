@@ -29,7 +29,6 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from sfv_jax import compiling
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data import ucf101
@@ -42,9 +41,10 @@ from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models.codec import SVDCodec
 from sfv_jax.runs import is_run
+from sfv_jax.runtime import compilation
+from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sample import numbers
 from sfv_jax.sampler import SAMPLERS, Sampler
-from sfv_jax.sharding import make_mesh
 from sfv_jax.state import DTYPES
 from sfv_jax.weights.checkpoint import load_codec, read_model
 from sfv_jax.weights.folders import WeightsError, read_json
@@ -177,7 +177,7 @@ FLAGS = flags.FLAGS
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    compiling.set_up()
+    compilation.set_up()
     values = {name: FLAGS[name].value for name in FLAGS}
     try:
         report = run(values)
@@ -204,7 +204,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("svd", None, "model folder whose CLIP tower compares frames of --videos with the condition")
     flags.DEFINE_bool("flow", True, "optical flow, which needs OpenCV")
     flags.DEFINE_integer("shown", 9, "clips of how many names the page plays", lower_bound=0)
-    compiling.define_flags()
+    compilation.define_flags()
     _define_protocol_flags()
     _define_sampler_flags()
 

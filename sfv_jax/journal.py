@@ -6,8 +6,10 @@ import jax
 import numpy as np
 
 from sfv_jax.alarms import Alarms, TrainingStopped, mean_of, not_finite
-from sfv_jax.metrics import MetricWriter, ProgressReport
-from sfv_jax.speed import Clock, peak_memory
+from sfv_jax.metrics import MetricWriter
+from sfv_jax.runtime.device import peak_memory
+from sfv_jax.runtime.progress import ProgressReport
+from sfv_jax.speed import Clock
 
 
 class Journal:

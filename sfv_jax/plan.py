@@ -19,13 +19,14 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sfv_jax import compiling, programs, report, targets
 from sfv_jax import config as configs
+from sfv_jax import programs, report, targets
 from sfv_jax.config import ConfigError
 from sfv_jax.cost import Cost, measure, planner_rss
-from sfv_jax.data.video import replacing
 from sfv_jax.models.vae import VAEConfig
-from sfv_jax.sharding import make_mesh
+from sfv_jax.runtime import compilation
+from sfv_jax.runtime.files import replacing
+from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.state import DTYPES
 from sfv_jax.targets import GIB, Target, TargetError
 from sfv_jax.weights.folders import WeightsError
@@ -227,7 +228,7 @@ def main(_):
             raise PlanError(f"--efficiency={FLAGS.efficiency}: a share above 0, at most 1")
         target = targets.parse(FLAGS.target)
         targets.prepare(target)
-        compiling.set_up(runs=False)
+        compilation.set_up(runs=False)
         if FLAGS.compile_effort is None and target.chip.platform == "tpu":
             jax.config.update("jax_exec_time_optimization_effort", QUICK)
         size = (FLAGS.height or WHAT[FLAGS.what][0], FLAGS.width or WHAT[FLAGS.what][1])
@@ -267,7 +268,7 @@ def _define_flags() -> None:
     flags.DEFINE_float("memory_gib", None, "memory of a chip, instead of the target's", lower_bound=0)
     flags.DEFINE_float("efficiency", 0.6, "share of the lower bound's speed that a run is assumed to reach")
     flags.mark_flags_as_required(["config", "target"])
-    compiling.define_flags()
+    compilation.define_flags()
 
 
 if __name__ == "__main__":

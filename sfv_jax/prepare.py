@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags, logging
 
-from sfv_jax import compiling
 from sfv_jax.data import latents, video
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.video import VideoError
-from sfv_jax.progress import progress
+from sfv_jax.runtime import compilation
+from sfv_jax.runtime.files import write_json
+from sfv_jax.runtime.progress import progress
 from sfv_jax.weights.folders import WeightsError
 
 
@@ -153,7 +154,7 @@ def run(
             decoded = _decode(Path(videos), shard.clips, settings, threads, skipped, advance)
             with contextlib.closing(decoded):
                 count, shapes = latents.write_shard(shard.path, _records(decoded, encode, settings, batch_size))
-            latents.write_json(shard.report_path, {"count": count, "shapes": shapes, "skipped": skipped})
+            write_json(shard.report_path, {"count": count, "shapes": shapes, "skipped": skipped})
     return _finish(out, shards, manifest)
 
 
@@ -210,7 +211,7 @@ def _claim(out: Path, plan: dict[str, list[Clip]], settings: Settings) -> dict:
     }
     earlier = latents.read_json(out / latents.MANIFEST)
     if earlier is None:
-        latents.write_json(out / latents.MANIFEST, manifest)
+        write_json(out / latents.MANIFEST, manifest)
         return manifest
     then, now = ({**m["settings"], "schema": m["schema"], "videos": m["videos"]} for m in (earlier, manifest))
     changed = [f"{name} (was {then.get(name)}, is {now[name]})" for name in now if then.get(name) != now[name]]
@@ -290,7 +291,7 @@ def _finish(out: Path, shards: list[Shard], manifest: dict) -> dict | None:
         raise VideoError(f"none of {len(skipped)} clips is usable:{reasons}")
     shapes = next(report["shapes"] for report in reports if report["count"])
     manifest |= {"clips": {split: sum(lengths) for split, lengths in counts.items()}, "skipped": skipped}
-    latents.write_json(out / latents.MANIFEST, manifest)
+    write_json(out / latents.MANIFEST, manifest)
     latents.write_metadata(out, shapes, counts)
     return manifest
 
@@ -317,9 +318,9 @@ def load_codec(svd: str | os.PathLike):
     import jax
 
     from sfv_jax.models.codec import SVDCodec
+    from sfv_jax.runtime.files import sha256
     from sfv_jax.weights import checkpoint
     from sfv_jax.weights.diffusers import load_component
-    from sfv_jax.weights.folders import sha256
 
     names = ("vae", "image_encoder")
     if (Path(svd) / "model.json").is_file():
@@ -356,7 +357,7 @@ def main(argv: list[str]) -> None:
     """Flags in, cache out. Exits with a message, not a traceback, for what the user can put right."""
     del argv
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of a load
-    compiling.set_up()
+    compilation.set_up()
     try:
         settings = Settings(**{field.name: _FLAGS[field.name].value for field in _settings_with_flags()})
         codec, model = load_codec(_FLAGS.svd)
@@ -374,5 +375,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    compiling.define_flags()
+    compilation.define_flags()
     app.run(main)

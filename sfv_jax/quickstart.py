@@ -18,12 +18,12 @@ from einops import rearrange
 from ml_collections import config_flags
 from PIL import Image, ImageDraw
 
-from sfv_jax import compiling
 from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.video import write_video
 from sfv_jax.evaluation.world import busiest_direction, nearest_future
+from sfv_jax.runtime import compilation
 from sfv_jax.sampler import Sampler
 from sfv_jax.train import train
 
@@ -118,7 +118,7 @@ FLAGS = flags.FLAGS
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    compiling.set_up()
+    compilation.set_up()
     workdir, began = Path(FLAGS.workdir), time.monotonic()
     student = FLAGS.sfv.copy_and_resolve_references()
     student.init = str(workdir / "teacher")
@@ -144,5 +144,5 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("teacher", "configs/quickstart.py:teacher", "the teacher's config")
     config_flags.DEFINE_config_file("sfv", "configs/quickstart.py:sfv", "SF-V's config")
     flags.DEFINE_string("workdir", "runs/quickstart", "folder for everything that is made")
-    compiling.define_flags()
+    compilation.define_flags()
     app.run(main)

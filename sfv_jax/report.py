@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from sfv_jax.data.video import replacing
+from sfv_jax.runtime.files import replacing
 
 GIB = 2**30
 COLORS = {

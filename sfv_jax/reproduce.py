@@ -29,12 +29,12 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from sfv_jax import compiling, experiments
+from sfv_jax import experiments
 from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.latents import LatentError
-from sfv_jax.data.video import VideoError, replacing
+from sfv_jax.data.video import VideoError
 from sfv_jax.evaluation import fvd, world
 from sfv_jax.evaluation.collection import Reading, find_clips
 from sfv_jax.evaluation.features import compute
@@ -43,11 +43,13 @@ from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.experiments import BASE, FAST, FULL, TABLES, Budget, Row
 from sfv_jax.quickstart import picture
+from sfv_jax.runtime import compilation
+from sfv_jax.runtime.files import replacing, write_json
+from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sampler import Sampler
-from sfv_jax.sharding import make_mesh
 from sfv_jax.trainings import ReproduceError, Runs, plan, svd_runs, world_runs
 from sfv_jax.weights.checkpoint import read_model
-from sfv_jax.weights.folders import WeightsError, write_json
+from sfv_jax.weights.folders import WeightsError
 
 SHOWN = 4  # conditions in strips and on the page
 
@@ -337,7 +339,7 @@ FLAGS = flags.FLAGS
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    compiling.set_up()
+    compilation.set_up()
     tables, began, workdir = FLAGS.only, time.monotonic(), Path(FLAGS.workdir)
     try:
         unknown = [name for name in tables if name not in TABLES]
@@ -421,5 +423,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    compiling.define_flags()
+    compilation.define_flags()
     app.run(main)

@@ -19,11 +19,12 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from sfv_jax import compiling
 from sfv_jax.checkpoint import WorkdirError
-from sfv_jax.data.video import VideoError, read_image, replacing, write_video
+from sfv_jax.data.video import VideoError, read_image, write_video
+from sfv_jax.runtime import compilation
+from sfv_jax.runtime.files import replacing
+from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sampler import SAMPLERS, Sampler
-from sfv_jax.sharding import make_mesh
 from sfv_jax.state import DTYPES
 from sfv_jax.weights.folders import WeightsError
 
@@ -129,7 +130,7 @@ FLAGS = flags.FLAGS
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    compiling.set_up()
+    compilation.set_up()
     try:
         pairs = jobs(Path(FLAGS.image), Path(FLAGS.out), f".{FLAGS.format}")
         options = {name: FLAGS[name].value for name in OPTIONS}
@@ -190,5 +191,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    compiling.define_flags()
+    compilation.define_flags()
     app.run(main)

@@ -1,79 +1,10 @@
 """How fast training is: where the time of a step goes, FLOP/s against what the device could do, memory."""
 
-import math
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-from jax.extend import core
-
-# Dense bf16 (V100: fp16) FLOP/s of one device, from the makers' data sheets, by a part of jax's `device_kind`.
-# The first that fits counts.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "V100": 125e12,
-    "TPU v6 lite": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak FLOP/s of a device; None if it is not known."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), None)
-
-
-def count_flops(function: Callable, *args) -> float:
-    """FLOPs of the matrix products and convolutions of one call, from its jaxpr: nothing is compiled or run.
-
-    A multiply-add is two. Scans count with their length, branches with the largest. Everything elementwise is left out,
-    and so is what custom calls (fused attention) do inside: count a function without them.
-
-    Args:
-      args: arrays or `jax.ShapeDtypeStruct`.
-    """
-    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _flops(jaxpr) -> float:
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        out = eqn.outvars[0].aval if eqn.outvars else None
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += 2 * out.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
-            total += 2 * out.size * kernel.size / kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-        elif eqn.primitive.name == "cond":
-            total += max(_flops(branch.jaxpr) for branch in eqn.params["branches"])
-        else:
-            total += eqn.params.get("length", 1) * sum(map(_flops, _inner(eqn.params))) if _inner(eqn.params) else 0
-    return total
-
-
-def _inner(params: dict) -> list:
-    values = [v for value in params.values() for v in (value if isinstance(value, (tuple, list)) else [value])]
-    return [
-        v.jaxpr if isinstance(v, core.ClosedJaxpr) else v
-        for v in values
-        if isinstance(v, (core.ClosedJaxpr, core.Jaxpr))
-    ]
-
-
-def peak_memory() -> dict[str, float]:
-    """`memory/peak_gib`: the most memory that any local device has used so far; empty where devices do not tell."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    return {"memory/peak_gib": max(peaks) / 2**30} if peaks else {}
 
 
 class Clock:

@@ -20,7 +20,6 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sfv_jax import compiling
 from sfv_jax import config as configs
 from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoint import Checkpoints, WorkdirError, claim_workdir, flat
@@ -29,22 +28,18 @@ from sfv_jax.data.latents import LatentError
 from sfv_jax.data.loader import encoders_of, latent_source, make_loader, world_source
 from sfv_jax.journal import Journal
 from sfv_jax.methods import METHODS
-from sfv_jax.metrics import MetricWriter, ProgressReport
+from sfv_jax.metrics import MetricWriter
 from sfv_jax.pictures import Pictures
-from sfv_jax.processes import ProcessError, agree, join, once
 from sfv_jax.programs import jit_train_step, step_flops
 from sfv_jax.runs import Base, describe_run, load_generator
-from sfv_jax.sharding import (
-    local_rows,
-    make_mesh,
-    on_mesh,
-    param_shardings,
-    put_batch,
-    with_shardings,
-)
-from sfv_jax.speed import Clock, Trace, peak_flops
+from sfv_jax.runtime import compilation
+from sfv_jax.runtime.device import peak_flops
+from sfv_jax.runtime.processes import ProcessError, agree, join, once
+from sfv_jax.runtime.progress import ProgressReport
+from sfv_jax.runtime.sharding import local_rows, make_mesh, on_mesh, param_shardings, put_batch, with_shardings
+from sfv_jax.runtime.stopping import StopRequest
+from sfv_jax.speed import Clock, Trace
 from sfv_jax.state import Networks
-from sfv_jax.stopping import StopRequest
 from sfv_jax.weights.checkpoint import encoders_identity, read_model
 from sfv_jax.weights.folders import WeightsError
 
@@ -244,7 +239,7 @@ FLAGS = flags.FLAGS
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # orbax reports every rename
-    compiling.set_up()
+    compilation.set_up()
     try:
         join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         train(FLAGS.config, Path(FLAGS.workdir))
@@ -263,6 +258,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_processes", None, "processes of this run, with --coordinator")
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0, with --coordinator")
     flags.mark_flags_as_required(["config", "workdir"])
-    compiling.define_flags()
+    compilation.define_flags()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     app.run(main, flags_parser=configs.parse_flags)

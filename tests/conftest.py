@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from sfv_jax import sharding
 from sfv_jax.models import tree
+from sfv_jax.runtime import sharding
 from tests import golden
 from tests.golden import CONFIGS, noise
 

@@ -14,7 +14,9 @@ from sfv_jax import speed
 from sfv_jax.alarms import Alarms, TrainingStopped, not_finite
 from sfv_jax.config import ConfigError
 from sfv_jax.journal import Journal, line, summary
-from sfv_jax.metrics import MetricWriter, ProgressReport
+from sfv_jax.metrics import MetricWriter
+from sfv_jax.runtime import device
+from sfv_jax.runtime.progress import ProgressReport
 
 HEALTHY = {
     "loss/hinge": 1.5,
@@ -206,19 +208,19 @@ def test_wandb_only_when_asked(tmp_path, monkeypatch):
 def test_flops_of_products_convolutions_loops_and_branches():
     a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
     product = lambda a, b: a @ b  # noqa: E731
-    assert speed.count_flops(product, a, b) == 2 * 3 * 4 * 5
+    assert device.count_flops(product, a, b) == 2 * 3 * 4 * 5
     # The gradient with respect to one factor of a product costs another product.
-    assert speed.count_flops(jax.value_and_grad(lambda a: jnp.sum(jnp.tanh(a @ b))), a) == 2 * 2 * 3 * 4 * 5
+    assert device.count_flops(jax.value_and_grad(lambda a: jnp.sum(jnp.tanh(a @ b))), a) == 2 * 2 * 3 * 4 * 5
     x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 2, 6))
     conv = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
         x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
     )
-    assert speed.count_flops(conv, x, kernel) == 2 * (2 * 8 * 8 * 6) * (3 * 3 * 2)
+    assert device.count_flops(conv, x, kernel) == 2 * (2 * 8 * 8 * 6) * (3 * 3 * 2)
     square = jnp.ones((4, 4))
     loop = lambda x: jax.lax.scan(lambda c, _: (jax.jit(jax.checkpoint(product))(c, square), None), x, length=7)[0]  # noqa: E731
-    assert speed.count_flops(loop, square) == 7 * 2 * 4**3
+    assert device.count_flops(loop, square) == 7 * 2 * 4**3
     branch = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)  # noqa: E731
-    assert speed.count_flops(branch, square) == 2 * 2 * 4**3
+    assert device.count_flops(branch, square) == 2 * 2 * 4**3
 
 
 def test_flops_of_xla():
@@ -226,7 +228,7 @@ def test_flops_of_xla():
     f = jax.jit(lambda x, w: jnp.sum((x @ w) @ (w.T @ w)))
     x, w = jnp.ones((64, 32)), jnp.ones((32, 48))
     xla = f.lower(x, w).compile().cost_analysis()["flops"]
-    np.testing.assert_allclose(speed.count_flops(f, x, w), xla, rtol=0.05)
+    np.testing.assert_allclose(device.count_flops(f, x, w), xla, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_flops_of_xla():
     ],
 )
 def test_peak(kind, peak):
-    assert speed.peak_flops(kind) == peak
+    assert device.peak_flops(kind) == peak
 
 
 def test_clock_splits_the_time_of_a_step(monkeypatch):

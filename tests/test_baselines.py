@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sfv_jax import config as configs
-from sfv_jax import sharding
 from sfv_jax.methods import METHODS, adversarial, animatelcm, ladd, sfv, ufogen
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.runtime import sharding
 from tests.conftest import noise
 from tests.test_methods import C, D, Plain, assert_trees_close, moved, unscaled, wide
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfv_jax import benchmark, config, plain_config, sharding, timing
+from sfv_jax import benchmark, config, timing
 from sfv_jax.programs import Program, Sizes
+from sfv_jax.runtime import plain_config, sharding
 
 ROOT = Path(__file__).parent.parent
 BLOCK = """
@@ -33,7 +34,7 @@ def test_it_starts_where_only_jax_and_its_kin_are():
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["-1.0", "sfv_jax.plain_config"], done.stderr[-2000:]
+    assert done.stdout.split() == ["-1.0", "sfv_jax.runtime.plain_config"], done.stderr[-2000:]
 
 
 def test_the_stand_in_for_config_dicts_holds_the_same_fields(monkeypatch):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from sfv_jax import compiling
+from sfv_jax.runtime import compilation
 
 COMMAND = """
 import jax
@@ -77,11 +77,11 @@ def test_memory_of_a_call_is_kept_for_the_next():
 def test_only_where_there_is_no_accelerator(config, monkeypatch, platforms, installed, kept):
     calls = []
     libc = SimpleNamespace(mallopt=lambda *args: calls.append(args))
-    monkeypatch.setattr(compiling, "find_spec", lambda name: name == installed)
-    monkeypatch.setattr(compiling.ctypes, "CDLL", lambda name: libc)
-    monkeypatch.setattr(compiling.sys, "platform", "linux")
+    monkeypatch.setattr(compilation, "find_spec", lambda name: name == installed)
+    monkeypatch.setattr(compilation.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(compilation.sys, "platform", "linux")
     config["jax_platforms"] = platforms
-    compiling.keep_memory()
+    compilation.keep_memory()
     assert calls == ([(-4, 0), (-1, -1)] if kept else [])
     assert config.get("jax_cpu_enable_async_dispatch", True) is not kept
 
@@ -96,13 +96,13 @@ def config(monkeypatch):
     config = Config(jax_compilation_cache_dir=None, jax_enable_compilation_cache=True, jax_platforms="tpu")
     config.update = lambda name, value: config.__setitem__(name, value)
     monkeypatch.setattr(jax, "config", config)
-    monkeypatch.setattr(compiling, "FLAGS", Config(compile_effort=None, compile_memory_effort=0.5))
+    monkeypatch.setattr(compilation, "FLAGS", Config(compile_effort=None, compile_memory_effort=0.5))
     return config
 
 
 def test_a_cache_that_was_named_stays(config):
     config["jax_compilation_cache_dir"] = "mine"
-    compiling.set_up()
+    compilation.set_up()
     assert config.jax_compilation_cache_dir == "mine" and config.jax_memory_fitting_effort == 0.5
     assert "jax_exec_time_optimization_effort" not in config
 
@@ -110,7 +110,7 @@ def test_a_cache_that_was_named_stays(config):
 def test_no_cache_where_it_cannot_be_written(config, monkeypatch, tmp_path, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    compiling.set_up()
+    compilation.set_up()
     assert config.jax_compilation_cache_dir is None
     assert "compiled programs are not kept" in capsys.readouterr().err
 
@@ -118,6 +118,6 @@ def test_no_cache_where_it_cannot_be_written(config, monkeypatch, tmp_path, caps
 def test_each_kind_of_cpu_has_its_own_folder(monkeypatch):
     folders = set()
     for features in ("flags : avx2", "flags : avx2 avx512f"):
-        monkeypatch.setattr(compiling, "_cpu", lambda features=features: features)
-        folders.add(compiling.cache_folder())
+        monkeypatch.setattr(compilation, "_cpu", lambda features=features: features)
+        folders.add(compilation.cache_folder())
     assert len(folders) == 2

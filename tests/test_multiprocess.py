@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from sfv_jax import processes, sharding, train
-from sfv_jax.processes import ProcessError, join
+from sfv_jax import train
 from sfv_jax.runs import load_generator
+from sfv_jax.runtime import processes, sharding
+from sfv_jax.runtime.processes import ProcessError, join
 from tests import small_run
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +100,7 @@ def test_processes_stop_together():
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     code = (
-        "import sys\nfrom sfv_jax.processes import ProcessError, agree, join, once\nnumber = int(sys.argv[1])\n"
+        "import sys\nfrom sfv_jax.runtime.processes import ProcessError, agree, join, once\nnumber = int(sys.argv[1])\n"
         f"join({address!r}, 3, number)\nagree({{'seed': 0, 'note': 'x' * 5000}})\n"
         "once(lambda: None)\ntry:\n  once(lambda: {}['workdir'])\n"
         "except (KeyError, ProcessError) as error:\n  print(repr(error))\n"

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from sfv_jax import config as configs
-from sfv_jax import cost, plan, programs, report, sharding, targets
-from sfv_jax.speed import count_flops
+from sfv_jax import cost, plan, programs, report, targets
+from sfv_jax.runtime import sharding
+from sfv_jax.runtime.device import count_flops
 
 ROOT = Path(__file__).parents[1]
 SIZE = (8, 8)

@@ -15,9 +15,9 @@ from sfv_jax.models.clip import CLIPConfig, CLIPVision
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
+from sfv_jax.runtime.sharding import make_mesh, param_shardings
 from sfv_jax.sample import SampleError, numbers
 from sfv_jax.sampler import NonFiniteError, Sampler, guidance_ramp, sample, step_noise
-from sfv_jax.sharding import make_mesh, param_shardings
 from sfv_jax.state import Networks
 from tests.conftest import noise
 
@@ -107,7 +107,7 @@ def test_any_batch_and_length(sampler):
 
 def test_a_mesh_changes_nothing(sampler, monkeypatch):
     """Three images over eight devices, a batch filled up to four, parameters over two: one device's frames."""
-    monkeypatch.setattr("sfv_jax.sharding.SMALL", 0)  # these parameters are too small to be worth sharding
+    monkeypatch.setattr("sfv_jax.runtime.sharding.SMALL", 0)  # these parameters are too small to be worth sharding
     images = np.concatenate([IMAGES, IMAGES[:1]])
     mesh = make_mesh(data=2, fsdp=2, spatial=2)
     params = jax.device_put(sampler.params, param_shardings(mesh, sampler.params))

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sampler import NonFiniteError, Sampler, step_noise
-from sfv_jax.sharding import make_mesh
 from tests.conftest import error, noise
 
 SIZE, FRAMES = (40, 56), 14  # 5 x 7 latents: neither side divides by the UNet's scale, so its levels are resized
@@ -117,7 +117,7 @@ def test_nan_in_a_network_is_named(sampler, images, start, monkeypatch, message)
 
 def test_a_mesh_makes_the_same_frames(sampler, model_folder, images, monkeypatch, compile_little):
     """Two devices share the batch and two more all parameters, those of VAE and CLIP as well."""
-    monkeypatch.setattr("sfv_jax.sharding.SMALL", 0)
+    monkeypatch.setattr("sfv_jax.runtime.sharding.SMALL", 0)
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     meshed = Sampler.load(model_folder, mesh=mesh, decode_pixels=0)
     assert meshed.codec.pixels == 0

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from sfv_jax import config as configs
-from sfv_jax import hlo, optim, sharding
+from sfv_jax import hlo, optim
 from sfv_jax.methods import METHODS
 from sfv_jax.models import placing, tree
 from sfv_jax.models.attention import TransformerSpatioTemporal, attention
 from sfv_jax.models.layers import Downsample, Upsample
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.runtime import sharding
 from sfv_jax.state import Networks
 from tests.conftest import assert_equal, noise, value_and_gradients
 

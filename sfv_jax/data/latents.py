@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-from sfv_jax.data.video import replacing
+from sfv_jax.runtime.files import replacing
 
 SCHEMA = 1
 NAME = "latents"
@@ -141,12 +141,6 @@ def write_metadata(folder: str | os.PathLike, shapes: dict[str, Iterable[int]], 
     tfds.folder_dataset.write_metadata(
         data_dir=os.fspath(folder), features=features(shapes), split_infos=splits, check_data=False
     )
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON, complete or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> dict | None:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from sfv_jax.data.video import VideoError, replacing
+from sfv_jax.data.video import VideoError
 from sfv_jax.evaluation.collection import Clip, Reading
 from sfv_jax.evaluation.frechet import MIN_SAMPLES
 from sfv_jax.evaluation.fvd import Features, load_i3d
 from sfv_jax.evaluation.protocol import Protocol, differences, digest
-from sfv_jax.progress import progress
-from sfv_jax.weights.folders import WeightsError, sha256
+from sfv_jax.runtime.files import replacing, sha256
+from sfv_jax.runtime.progress import progress
+from sfv_jax.weights.folders import WeightsError
 
 FILES = {"form": "video files"}  # what clips are read from, unless told otherwise
 

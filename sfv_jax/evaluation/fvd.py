@@ -26,8 +26,9 @@ from absl import app, flags
 
 from sfv_jax.models import tree
 from sfv_jax.models.i3d import I3D, I3DConfig, preprocess
+from sfv_jax.runtime.files import sha256
 from sfv_jax.weights.diffusers import their_shape, to_ours, to_theirs
-from sfv_jax.weights.folders import WeightsError, sha256, shape_problems
+from sfv_jax.weights.folders import WeightsError, shape_problems
 from sfv_jax.weights.sources import open_weights
 from sfv_jax.weights.stream import write_safetensors
 

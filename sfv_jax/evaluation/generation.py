@@ -10,8 +10,9 @@ from einops import rearrange
 
 from sfv_jax.data.video import VideoError, read_image, write_video
 from sfv_jax.evaluation.protocol import Protocol, differences, digest
-from sfv_jax.progress import progress
-from sfv_jax.weights.folders import read_json, write_json
+from sfv_jax.runtime.files import write_json
+from sfv_jax.runtime.progress import progress
+from sfv_jax.weights.folders import read_json
 
 
 def generate(

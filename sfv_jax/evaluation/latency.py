@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfv_jax import timing
-from sfv_jax.sharding import on_mesh
-from sfv_jax.speed import count_flops, peak_flops, peak_memory
+from sfv_jax.runtime.device import count_flops, peak_flops, peak_memory
+from sfv_jax.runtime.sharding import on_mesh
 
 STAGES = {
     "clip": "image embedding by the CLIP tower",

@@ -10,7 +10,7 @@ import numpy as np
 from sfv_jax.evaluation import appearance, motion
 from sfv_jax.evaluation.collection import Clip, Reading
 from sfv_jax.evaluation.report import Report, number
-from sfv_jax.progress import progress
+from sfv_jax.runtime.progress import progress
 
 
 @dataclass(frozen=True)

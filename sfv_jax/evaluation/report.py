@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sfv_jax.data.video import cover_resize_crop, replacing, write_video
+from sfv_jax.data.video import cover_resize_crop, write_video
+from sfv_jax.runtime.files import replacing
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 CLIP_HEIGHT = 240, 96  # pixels: taller clips are shrunk, smaller ones enlarged by whole factors

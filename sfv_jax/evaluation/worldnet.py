@@ -29,10 +29,10 @@ from flax import nnx
 from ml_collections import config_flags
 
 from sfv_jax.config import ConfigError, world_of
-from sfv_jax.data.video import replacing
 from sfv_jax.data.worlds import Label, World
 from sfv_jax.models import tree
 from sfv_jax.models.codec import to_signed
+from sfv_jax.runtime.files import replacing
 
 TASKS = ("shape", "colour", "direction", "speed")
 

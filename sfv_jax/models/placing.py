@@ -14,7 +14,7 @@ from flax.nnx.nn import dtypes
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from sfv_jax.sharding import split
+from sfv_jax.runtime.sharding import split
 
 Array = jax.Array
 BATCH = ("data", "fsdp")

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from sfv_jax.models import tree
+from sfv_jax.runtime.files import write_json
 from sfv_jax.weights.configs import COMPONENTS, from_json, to_json
-from sfv_jax.weights.folders import WeightsError, read_json, shape_problems, write_json
+from sfv_jax.weights.folders import WeightsError, read_json, shape_problems
 from sfv_jax.weights.lazy import Lazy, read_all
 from sfv_jax.weights.sources import DTYPES, FLOATS, Tensors, open_weights
 from sfv_jax.weights.stream import write_weights

@@ -1,14 +1,15 @@
 """What all readers and writers of weights share: one error, and files that are complete or absent."""
 
 import glob
-import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from sfv_jax.runtime.files import is_alive
 
 
 class WeightsError(ValueError):
@@ -60,32 +61,12 @@ def _clear_remains(path: Path) -> None:
         start = f".{path.name}.{suffix}-{socket.gethostname()}-"
         for left in path.parent.glob(f"{glob.escape(start)}*"):
             process = left.name.removeprefix(start)
-            if not process.isdigit() or _alive(int(process)):
+            if not process.isdigit() or is_alive(int(process)):
                 continue
             if suffix == "old" and not path.exists():
                 left.rename(path)
             else:
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:
-    """Hexadecimal SHA-256 of a file's bytes; calls `done(bytes)` now and then."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-            done(len(block))
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict:
@@ -99,10 +80,3 @@ def read_json(path: Path) -> dict:
     if not isinstance(data, dict):
         raise WeightsError(f"{path} does not hold a JSON object")
     return data
-
-
-def write_json(path: Path, data: dict) -> None:
-    """Writes `data` at once or not at all, in the format of the libraries' own files."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
-    partial.rename(path)

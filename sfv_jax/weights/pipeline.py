@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from sfv_jax.models import clip, tree
+from sfv_jax.runtime.files import write_json
 from sfv_jax.weights.configs import COMPONENTS, DIFFUSERS_VERSION, to_json
 from sfv_jax.weights.diffusers import lazy_params, open_component, save_component
-from sfv_jax.weights.folders import WeightsError, new_folder, read_json, write_json
+from sfv_jax.weights.folders import WeightsError, new_folder, read_json
 
 PIPELINE = "StableVideoDiffusionPipeline"
 SIGMAS = {"sigma_min": 0.002, "sigma_max": 700.0}  # of SVD's scheduler_config.json

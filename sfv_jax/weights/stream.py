@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sfv_jax.weights.folders import WeightsError, write_json
+from sfv_jax.runtime.files import replacing, write_json
+from sfv_jax.weights.folders import WeightsError
 
 Shapes = dict[str, tuple[int, ...]]  # in the order of the tensors in a file
 
@@ -36,17 +37,12 @@ def write_safetensors(
       WeightsError: if `dtype` cannot hold a value.
       ValueError: if `tensors` are not those announced.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(_header(shapes, dtype, {"format": "pt"} | (metadata or {})))
-            for (name, shape), (found, value) in zip(shapes.items(), tensors, strict=True):
-                if (found, value.shape) != (name, tuple(shape)):
-                    raise ValueError(f"announced {name} {tuple(shape)}, got {found} {value.shape}")
-                file.write(_cast(name, value, dtype))
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(_header(shapes, dtype, {"format": "pt"} | (metadata or {})))
+        for (name, shape), (found, value) in zip(shapes.items(), tensors, strict=True):
+            if (found, value.shape) != (name, tuple(shape)):
+                raise ValueError(f"announced {name} {tuple(shape)}, got {found} {value.shape}")
+            file.write(_cast(name, value, dtype))
 
 
 def _header(shapes: Shapes, dtype: np.dtype, metadata: dict[str, str]) -> bytes:

@@ -1,0 +1,113 @@
+"""Telling how far a long job is."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+
+@contextlib.contextmanager
+def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Yield a function that counts `what` (a plural) done: a bar on a terminal, elsewhere a line every half minute."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = (what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done, said = 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, said
+        done += count
+        if done == total or time.monotonic() - said > 30:
+            said = time.monotonic()
+            print(f"{done} of {total} {what}", file=sys.stderr, flush=True)
+
+    yield advance
+
+
+class ProgressReport:
+    """A progress bar with step time and ETA on a terminal, plain lines elsewhere; silent when not `active`."""
+
+    def __init__(self, total: int, start: int = 0, active: bool = True, label: str = "train"):
+        self.total, self.active, self.label = total, active, label
+        self.began, self.first = time.monotonic(), start
+        self.bar = None
+        if active and sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, TextColumn("{task.fields[note]}"))
+            self.task = self.bar.add_task(label, total=total, completed=start, note="compiling")
+            self.bar.start()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`; plain output waits for `note`."""
+        if self.bar:
+            self.bar.update(self.task, completed=step)
+        if step == self.first + 1:  # the first step compiles: it says nothing about the others
+            self.began = time.monotonic()
+
+    def note(self, step: int, text: str) -> None:
+        """Shows `text` (step time, losses) beside the bar, or prints it with step and ETA."""
+        if self.bar:
+            self.bar.update(self.task, note=text)
+        elif self.active:
+            done = max(step - self.first - 1, 1)
+            left = (time.monotonic() - self.began) / done * (self.total - step)
+            print(f"{self.label} {step}/{self.total}  eta {int(left) // 60}m{int(left) % 60:02d}s  {text}", flush=True)
+
+    def print(self, text: str) -> None:
+        """A line that stays."""
+        if self.active:
+            (self.bar.console.print if self.bar else print)(text)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+class ByteReport:
+    """Progress in bytes: a bar on a terminal, a line every ten seconds elsewhere; silent when not `active`."""
+
+    PAUSE = 10.0  # seconds between lines
+
+    def __init__(self, total: int, active: bool = True, label: str = "read"):
+        self.total, self.active, self.label, self.done = total, active, label, 0
+        self.began = self.said = time.monotonic()
+        self.bar = None
+        if active and sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self.bar = Progress(*columns, TimeRemainingColumn())
+            self.task = self.bar.add_task(label, total=total)
+            self.bar.start()
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes are done."""
+        self.done += count
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=min(self.done, self.total))
+        elif self.active and now - self.said > self.PAUSE:
+            self.said = now
+            left = int((now - self.began) / self.done * max(self.total - self.done, 0))
+            print(
+                f"{self.label} {self.done / 1e9:.1f}/{self.total / 1e9:.1f} GB  eta {left // 60}m{left % 60:02d}s",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
