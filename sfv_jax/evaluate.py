@@ -40,12 +40,12 @@ from sfv_jax.evaluation.motion import opencv
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models.codec import SVDCodec
+from sfv_jax.models.networks import DTYPES
 from sfv_jax.runs import is_run
 from sfv_jax.runtime import compilation
 from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sample import numbers
 from sfv_jax.sampler import SAMPLERS, Sampler
-from sfv_jax.state import DTYPES
 from sfv_jax.weights.checkpoint import load_codec, read_model
 from sfv_jax.weights.folders import WeightsError, read_json
 

@@ -23,11 +23,11 @@ from sfv_jax import config as configs
 from sfv_jax import programs, report, targets
 from sfv_jax.config import ConfigError
 from sfv_jax.cost import Cost, measure, planner_rss
+from sfv_jax.models.networks import DTYPES
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.runtime import compilation
 from sfv_jax.runtime.files import replacing
 from sfv_jax.runtime.sharding import make_mesh
-from sfv_jax.state import DTYPES
 from sfv_jax.targets import GIB, Target, TargetError
 from sfv_jax.weights.folders import WeightsError
 

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from sfv_jax import edm
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise, finite
+from sfv_jax.models.networks import DTYPES, Networks
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runs import load_generator
 from sfv_jax.runtime.sharding import batch_sharding, on_mesh, param_shardings, replicated_sharding
-from sfv_jax.state import DTYPES, Networks
 
 Array = jax.Array
 

@@ -29,6 +29,7 @@ from sfv_jax.data.loader import encoders_of, latent_source, make_loader, world_s
 from sfv_jax.journal import Journal
 from sfv_jax.methods import METHODS
 from sfv_jax.metrics import MetricWriter
+from sfv_jax.models.networks import Networks
 from sfv_jax.pictures import Pictures
 from sfv_jax.programs import jit_train_step, step_flops
 from sfv_jax.runs import Base, describe_run, load_generator
@@ -39,7 +40,6 @@ from sfv_jax.runtime.progress import ProgressReport
 from sfv_jax.runtime.sharding import local_rows, make_mesh, on_mesh, param_shardings, put_batch, with_shardings
 from sfv_jax.runtime.stopping import StopRequest
 from sfv_jax.speed import Clock, Trace
-from sfv_jax.state import Networks
 from sfv_jax.weights.checkpoint import encoders_identity, read_model
 from sfv_jax.weights.folders import WeightsError
 

@@ -13,12 +13,12 @@ import pytest
 from sfv_jax import config as configs
 from sfv_jax import hlo, optim
 from sfv_jax.methods import METHODS
-from sfv_jax.models import placing, tree
+from sfv_jax.models import partitioning, tree
 from sfv_jax.models.attention import TransformerSpatioTemporal, attention
 from sfv_jax.models.layers import Downsample, Upsample
+from sfv_jax.models.networks import Networks
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime import sharding
-from sfv_jax.state import Networks
 from tests.conftest import assert_equal, noise, value_and_gradients
 
 UNET = UNetConfig(
@@ -138,7 +138,7 @@ def test_resizing_where_rows_do_not_divide(layer, size):
     graphdef, _ = tree.abstract(partial(layer, dtype=np.float32, param_dtype=np.float32), 2)
 
     def resize(x, kernel):
-        return tree.build(graphdef, {"conv": {"kernel": kernel, "bias": np.ones(2, np.float32)}})(placing.rows(x))
+        return tree.build(graphdef, {"conv": {"kernel": kernel, "bias": np.ones(2, np.float32)}})(partitioning.rows(x))
 
     args = noise(0, 1, 2, *size, 2), noise(1, 3, 3, 2, 2)
     expected = value_and_gradients(resize, *args)
@@ -150,11 +150,11 @@ def test_resizing_where_rows_do_not_divide(layer, size):
 def test_levels_share_one_side_of_their_frames(monkeypatch):
     """The longer side if it divides: for SVD it does at every level, rows only at the first. On GPU rows come first."""
     sizes = [(72, 128), (36, 64), (18, 32), (9, 16)]
-    shared = sharding.on_mesh(sharding.make_mesh(1, 1, 8), placing.shared_axis)
+    shared = sharding.on_mesh(sharding.make_mesh(1, 1, 8), partitioning.shared_axis)
     assert [shared(*size) for size in sizes] == [3] * 4
     assert [shared(*size[::-1]) for size in sizes] == [2] * 4
     assert [shared(8, 9), shared(9, 8), shared(8, 8), shared(9, 9)] == [2, 3, 2, None]
-    monkeypatch.setattr(placing, "platform", lambda: "gpu")
+    monkeypatch.setattr(partitioning, "platform", lambda: "gpu")
     assert [shared(*size) for size in sizes] == [2, 3, 3, 3]
 
 
@@ -182,7 +182,7 @@ def test_a_transformer_by_rows_or_columns(size):
     params = structure.unflatten([0.3 * noise(n, *x.shape) for n, x in enumerate(leaves)])
 
     def forward(x, context):
-        return tree.build(graphdef, params)(placing.rows(x), context)
+        return tree.build(graphdef, params)(partitioning.rows(x), context)
 
     args = noise(0, 1, 4, *size, 8), noise(1, 1, 4)
     expected = value_and_gradients(forward, *args)

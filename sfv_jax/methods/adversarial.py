@@ -15,16 +15,9 @@ import jax.numpy as jnp
 from sfv_jax import edm, losses, optim
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig, head_names, per_head
+from sfv_jax.models.networks import Networks, Params
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.state import (
-    Networks,
-    Params,
-    accumulate,
-    check_recipe,
-    generator_state,
-    update_generator,
-    watch,
-)
+from sfv_jax.state import accumulate, check_recipe, generator_state, update_generator, watch
 
 Array = jax.Array
 GAN_LOSSES = {  # (of the discriminator, of the generator), both of (real, fake) logits

@@ -7,7 +7,7 @@ import jax
 
 from sfv_jax import edm, losses
 from sfv_jax.methods import adversarial
-from sfv_jax.state import Networks
+from sfv_jax.models.networks import Networks
 
 make_networks = adversarial.make_networks
 init_state = adversarial.init_state

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sfv_jax import edm, losses
 from sfv_jax.methods import adversarial
-from sfv_jax.state import Networks
+from sfv_jax.models.networks import Networks
 
 init_state = adversarial.init_state
 

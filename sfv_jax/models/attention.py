@@ -14,7 +14,7 @@ from jax import lax
 
 from sfv_jax.models.layers import AlphaBlender, GroupNorm, LayerNorm, Linear, TimestepEmbedding, fp32, matmul, remat
 from sfv_jax.models.layers import sinusoidal_embedding as sinusoid
-from sfv_jax.models.placing import flat, per_row, platform, promote, rows, unflat
+from sfv_jax.models.partitioning import flat, per_row, platform, promote, rows, unflat
 
 Array = jax.Array
 QUERY_BLOCK = 1024  # queries per step of the blocked kernel: 9 steps at 9216 tokens, scores of 5x1024x9216 per frame

@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange, reduce
 
 from sfv_jax.models import clip, tree
-from sfv_jax.models.placing import axis_size
+from sfv_jax.models.partitioning import axis_size
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 
 Array = jax.Array

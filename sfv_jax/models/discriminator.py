@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 
 from sfv_jax.models.layers import Conv2d, GroupNorm, Linear, TemporalConv, sinusoidal_embedding
-from sfv_jax.models.placing import rows
+from sfv_jax.models.partitioning import rows
 from sfv_jax.models.unet import UNetConfig
 
 Array = jax.Array

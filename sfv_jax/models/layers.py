@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import lax
 
-from sfv_jax.models.placing import BATCH, axis_size, gathered, platform, promote, rows, shared_axis
+from sfv_jax.models.partitioning import BATCH, axis_size, gathered, platform, promote, rows, shared_axis
 
 Array = jax.Array
 

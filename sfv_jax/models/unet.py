@@ -18,7 +18,7 @@ from sfv_jax.models.layers import (
     remat,
     sinusoidal_embedding,
 )
-from sfv_jax.models.placing import rows
+from sfv_jax.models.partitioning import rows
 
 Array = jax.Array
 

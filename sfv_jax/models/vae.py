@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from sfv_jax.models import streaming
+from sfv_jax.models import tiling
 from sfv_jax.models.attention import attention
 from sfv_jax.models.layers import (
     Conv2d,
@@ -19,7 +19,7 @@ from sfv_jax.models.layers import (
     TemporalConv,
     Upsample,
 )
-from sfv_jax.models.placing import flat, rows, unflat
+from sfv_jax.models.partitioning import flat, rows, unflat
 
 Array = jax.Array
 
@@ -171,19 +171,19 @@ class TemporalDecoder(nnx.Module):
             for m, resnet in enumerate(block.resnets):
                 grow = self.up_blocks[n - 1].upsamplers[0] if n > 0 and m == 0 else None
                 x = self._resnet(resnet, x, grow)
-        frames = streaming.frame_pieces(x, x.shape[2:4], self.pixels)
-        x = streaming.in_pieces(lambda x: self.conv_out(nnx.silu(self.conv_norm_out(x))), x, 1, frames)
+        frames = tiling.frame_pieces(x, x.shape[2:4], self.pixels)
+        x = tiling.in_pieces(lambda x: self.conv_out(nnx.silu(self.conv_norm_out(x))), x, 1, frames)
         return self.time_conv_out(x)
 
     def _resnet(self, resnet: SpatioTemporalResBlock, x: Array, grow: Upsample | None) -> Array:
         """`resnet` on `x`, which `grow` has made larger before; in pieces where frames are large."""
         factor = 1 if grow is None else 2
-        frames = streaming.frame_pieces(x, (factor * x.shape[2], factor * x.shape[3]), self.pixels)
+        frames = tiling.frame_pieces(x, (factor * x.shape[2], factor * x.shape[3]), self.pixels)
 
         def spatial(x: Array) -> Array:
             return rows(resnet.spatial_res_block(x if grow is None else grow(x)))
 
-        return streaming.mix(resnet, streaming.in_pieces(spatial, x, 1, frames), self.pixels)
+        return tiling.mix(resnet, tiling.in_pieces(spatial, x, 1, frames), self.pixels)
 
 
 class TemporalVAE(nnx.Module):

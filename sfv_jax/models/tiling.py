@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 
 from sfv_jax.models.layers import SpatioTemporalResBlock
-from sfv_jax.models.placing import BATCH, axis_size, rows, shared_axis
+from sfv_jax.models.partitioning import BATCH, axis_size, rows, shared_axis
 
 Array = jax.Array
 FEW = 4  # times the size of a piece: what is not larger stays whole
