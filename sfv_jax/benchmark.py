@@ -26,8 +26,9 @@ import jaxlib
 from absl import app, flags, logging
 
 from sfv_jax import config as configs
-from sfv_jax import edm, timing
+from sfv_jax import timing
 from sfv_jax.config import ConfigError
+from sfv_jax.diffusion import edm
 from sfv_jax.methods import METHODS
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.unet import UNetConfig

@@ -33,6 +33,7 @@ from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError
+from sfv_jax.diffusion.solvers import SAMPLERS
 from sfv_jax.evaluation import compare, latency
 from sfv_jax.evaluation.collection import Clip, Reading, find_clips
 from sfv_jax.evaluation.features import FILES, load_features
@@ -45,7 +46,7 @@ from sfv_jax.runs import is_run
 from sfv_jax.runtime import compilation
 from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sample import numbers
-from sfv_jax.sampler import SAMPLERS, Sampler
+from sfv_jax.sampler import Sampler
 from sfv_jax.weights.checkpoint import load_codec, read_model
 from sfv_jax.weights.folders import WeightsError, read_json
 

@@ -21,11 +21,12 @@ from absl import app, flags, logging
 
 from sfv_jax.checkpoint import WorkdirError
 from sfv_jax.data.video import VideoError, read_image, write_video
+from sfv_jax.diffusion.solvers import SAMPLERS
 from sfv_jax.models.networks import DTYPES
 from sfv_jax.runtime import compilation
 from sfv_jax.runtime.files import replacing
 from sfv_jax.runtime.sharding import make_mesh
-from sfv_jax.sampler import SAMPLERS, Sampler
+from sfv_jax.sampler import Sampler
 from sfv_jax.weights.folders import WeightsError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")

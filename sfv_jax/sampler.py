@@ -1,18 +1,16 @@
 """From images to videos: the samplers as pure functions of a network, and `Sampler`, which owns the networks."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sfv_jax import edm
+from sfv_jax.diffusion.solvers import SAMPLERS, guidance_ramp, sample
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise, finite
 from sfv_jax.models.networks import DTYPES, Networks
@@ -25,97 +23,6 @@ Array = jax.Array
 
 class NonFiniteError(ValueError):
     """A stage made NaN or infinity; the message names the stage, its dtype and what to do."""
-
-
-class Schedule(NamedTuple):
-    """The noise levels `[steps + 1]` of a sampler, and whether it re-noises with fresh noise after each step."""
-
-    sigmas: Callable[[int], np.ndarray]
-    fresh: bool
-
-
-SAMPLERS = {
-    "euler": Schedule(edm.sampling_sigmas, fresh=False),  # SVD
-    "sfv": Schedule(edm.few_step_sigmas, fresh=True),  # the levels an SF-V generator was trained at
-    "sfv_euler": Schedule(edm.few_step_sigmas, fresh=False),
-    "animatelcm": Schedule(edm.consistency_sigmas, fresh=True),
-}
-
-
-def sample(
-    network: Callable,
-    noise: Array,
-    condition: dict,
-    sigmas: Array,
-    guidance: Array | None = None,
-    keys: Array | None = None,
-) -> Array:
-    """Clean latents `[b, t, h, w, c]`, scaled, from one call of `network` per level, under one `lax.scan`, in fp32.
-
-    A step predicts x0 and goes to the next level: x <- x0 + s_next eps. With eps = (x - x0) / s this is an Euler step
-    on the probability-flow ODE (Eq. 4), with fresh noise a step of consistency sampling. The last level is 0, where
-    both return x0; so a single step is Eq. 6.
-
-    Args:
-      network: `(input, c_noise, context, ids) -> raw`, a UNet.
-      noise: `[b, t, h, w, c]` standard normal. The start is noise * sqrt(s_0^2 + 1), as in diffusers.
-      condition: `cond_latent [b, h, w, c]`, `image_embed [b, d]`, `ids [b, 3]`.
-      sigmas: `[n + 1]`, decreasing to 0.
-      guidance: `[t]` weight of each frame, see `guided`; None for one network call per step.
-      keys: `[b]` of the fresh noise (`step_noise`); None for Euler steps.
-    """
-
-    def step(x: Array, level: tuple):
-        n, sigma, following = level
-        x0 = guided(network, x, jnp.full((len(x),), sigma), condition, guidance)
-        eps = (x - x0) / sigma if keys is None else step_noise(keys, n, x.shape[1:])
-        return x0 + following * eps, None
-
-    sigmas = jnp.asarray(sigmas, jnp.float32)
-    start = noise.astype(jnp.float32) * jnp.sqrt(sigmas[0] ** 2 + 1)
-    return jax.lax.scan(step, start, (jnp.arange(len(sigmas) - 1), sigmas[:-1], sigmas[1:]))[0]
-
-
-def guided(network: Callable, x: Array, sigma: Array, condition: dict, guidance: Array | None) -> Array:
-    """D(x; sigma) `[b, t, h, w, c]`, by `guidance` beyond that of no condition: D_u + g (D_c - D_u) per frame.
-
-    `guidance` is `[t]`, or `[b, t]` where videos differ.
-
-    The unconditional branch has zeros for image embedding and conditioning latent, and the same ids.
-    """
-    if guidance is None:
-        return edm.denoise(network, x, sigma, condition)
-    nothing = {k: v if k == "ids" else jnp.zeros_like(v) for k, v in condition.items()}
-    both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), nothing, condition)
-    x0_u, x0_c = jnp.split(edm.denoise(network, jnp.concatenate([x, x]), jnp.tile(sigma, 2), both), 2)
-    # D is affine in the raw output with the same coefficients in both branches: guiding either is the same.
-    return x0_u + guidance[..., None, None, None] * (x0_c - x0_u)
-
-
-def step_noise(keys: Array, n: Array | int, shape: tuple[int, ...]) -> Array:
-    """Standard normal `[b, *shape]` that a sampler adds after step `n`; a video's depends on its own key only."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
-
-
-def guidance_ramp(guidance: Sequence[float] | None, frames: int) -> Array | None:
-    """`[frames]` weights from the first to the last of the pair `guidance`; None where they would change nothing.
-
-    Without guidance (None) and with all weights 1 the unconditional branch is not computed. diffusers guides only if
-    the *last* weight exceeds 1 and ignores the ramp otherwise; here either end may.
-
-    Raises:
-      ValueError: if neither end exceeds 1 (and not both are 1), or if it is no pair of numbers.
-    """
-    if guidance is None:
-        return None
-    if len(guidance) != 2 or not all(math.isfinite(g) and g >= 0 for g in guidance):
-        raise ValueError(f"guidance takes the weights of the first and the last frame, e.g. 1.0,3.0; got {guidance}")
-    first, last = guidance
-    if first == last == 1:
-        return None
-    if max(first, last) <= 1:
-        raise ValueError(f"guidance {first} to {last}: one end must exceed 1; for no guidance leave it out or give 1,1")
-    return jnp.linspace(first, last, frames, dtype=jnp.float32)
 
 
 class Sampler:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sfv_jax import edm
+from sfv_jax.diffusion import edm
 from tests import golden
 from tests.conftest import noise
 

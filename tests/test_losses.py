@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfv_jax import losses
+from sfv_jax.diffusion import losses
 from tests.conftest import noise
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from sfv_jax import config as configs
-from sfv_jax import edm, losses, optim
+from sfv_jax import optim
+from sfv_jax.diffusion import edm, losses
 from sfv_jax.methods import adversarial, sfv, teacher
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfv_jax import edm
+from sfv_jax.diffusion import edm
+from sfv_jax.diffusion.solvers import guidance_ramp, sample, step_noise
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig, CLIPVision
 from sfv_jax.models.codec import PatchCodec, SVDCodec
@@ -18,7 +19,7 @@ from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.runtime.sharding import make_mesh, param_shardings
 from sfv_jax.sample import SampleError, numbers
-from sfv_jax.sampler import NonFiniteError, Sampler, guidance_ramp, sample, step_noise
+from sfv_jax.sampler import NonFiniteError, Sampler
 from tests.conftest import noise
 
 UNET = UNetConfig(

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sfv_jax import edm, losses, optim
+from sfv_jax import optim
+from sfv_jax.diffusion import edm, losses
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig, head_names, per_head
 from sfv_jax.models.networks import Networks, Params

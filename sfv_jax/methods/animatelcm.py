@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sfv_jax import edm, losses, optim
+from sfv_jax import optim
+from sfv_jax.diffusion import edm, losses
+from sfv_jax.diffusion.solvers import guided
 from sfv_jax.models import tree
 from sfv_jax.models.networks import Networks, Params
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.sampler import guided
 from sfv_jax.state import accumulate, check_recipe, frozen_copy, generator_state, update_generator, watch
 
 Array = jax.Array

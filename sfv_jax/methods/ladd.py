@@ -6,10 +6,10 @@ State and frozen networks are those of `adversarial`; with `ladd.teacher_steps`,
 import jax
 import jax.numpy as jnp
 
-from sfv_jax import edm
+from sfv_jax.diffusion import edm
+from sfv_jax.diffusion.solvers import guidance_ramp, sample
 from sfv_jax.methods import adversarial, sfv
 from sfv_jax.models.networks import Networks, Params
-from sfv_jax.sampler import guidance_ramp, sample
 from sfv_jax.state import frozen_copy
 
 

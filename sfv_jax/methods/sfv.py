@@ -5,7 +5,7 @@ State and frozen networks are those of `adversarial`.
 
 import jax
 
-from sfv_jax import edm, losses
+from sfv_jax.diffusion import edm, losses
 from sfv_jax.methods import adversarial
 from sfv_jax.models.networks import Networks
 

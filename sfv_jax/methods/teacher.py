@@ -6,7 +6,8 @@ State: `step`, `generator`, `ema`, `opt_g`. Nothing is frozen.
 import jax
 import jax.numpy as jnp
 
-from sfv_jax import edm, losses, optim
+from sfv_jax import optim
+from sfv_jax.diffusion import edm, losses
 from sfv_jax.models import tree
 from sfv_jax.models.networks import Networks, Params
 from sfv_jax.models.unet import UNetConfig

@@ -8,7 +8,7 @@ down by the posterior of x_t instead.) State and frozen networks are those of `a
 import jax
 import jax.numpy as jnp
 
-from sfv_jax import edm, losses
+from sfv_jax.diffusion import edm, losses
 from sfv_jax.methods import adversarial
 from sfv_jax.models.networks import Networks
 
