@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sfv_jax.methods import sfv
-from sfv_jax.state import accumulate
+from sfv_jax.methods.common import accumulate
 from tests.conftest import noise
 from tests.test_methods import Plain, make_batch, sfv_config
 

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from sfv_jax import config as configs
-from sfv_jax import optim
 from sfv_jax.diffusion import edm, losses
-from sfv_jax.methods import adversarial, sfv, teacher
+from sfv_jax.methods import adversarial, optim, sfv, teacher
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig
 from sfv_jax.models.unet import UNet, UNetConfig
@@ -392,7 +391,7 @@ MUTATIONS = {  # module, what stands in it, what it becomes
         "(jax.numpy.repeat(edm.draw_levels(k[0], d_sigmas, d_probabilities, (1,)), b[0])",
     ),
     "EMA of the old generator": (
-        "state",
+        "common",
         "optim.ema_update(tree.subtree(ema, grads), part,",
         "optim.ema_update(ema, generator,",
     ),
@@ -408,14 +407,14 @@ CHECKS = [test_discriminator_sees_scaled_renoised_latents, test_generator_gradie
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutations_are_noticed(monkeypatch, mutation):
     name, old, new = MUTATIONS[mutation]
-    module = {"adversarial": adversarial, "sfv": sfv, "state": sys.modules["sfv_jax.state"]}[name]
+    module = {"adversarial": adversarial, "sfv": sfv, "common": sys.modules["sfv_jax.methods.common"]}[name]
     source = Path(module.__file__).read_text()
     assert old in source, f"write the mutation {mutation!r} anew: the code has changed"
     mutant = types.ModuleType(mutation)
     exec(compile(source.replace(old, new), mutation, "exec"), mutant.__dict__)  # noqa: S102
     with pytest.raises((AssertionError, ValueError, TypeError)):
         if mutation in ("EMA of the old generator", "frozen weights trained"):
-            if name == "state":
+            if name == "common":
                 monkeypatch.setattr(adversarial, "update_generator", mutant.update_generator)
             else:
                 monkeypatch.setattr(sfv, "adversarial", mutant)

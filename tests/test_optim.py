@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
-from sfv_jax import optim
+from sfv_jax.methods import optim
 
 SHAPES = [(), (7,), (4, 6), (3, 4, 5), (3, 1, 2, 4, 5)]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from sfv_jax import config as configs
-from sfv_jax import hlo, optim
-from sfv_jax.methods import METHODS
+from sfv_jax import hlo
+from sfv_jax.methods import METHODS, optim
 from sfv_jax.models import partitioning, tree
 from sfv_jax.models.attention import TransformerSpatioTemporal, attention
 from sfv_jax.models.layers import Downsample, Upsample

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sfv_jax import optim
 from sfv_jax.diffusion import edm, losses
+from sfv_jax.methods import optim
+from sfv_jax.methods.common import accumulate, check_recipe, generator_state, update_generator, watch
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig, head_names, per_head
 from sfv_jax.models.networks import Networks, Params
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.state import accumulate, check_recipe, generator_state, update_generator, watch
 
 Array = jax.Array
 GAN_LOSSES = {  # (of the discriminator, of the generator), both of (real, fake) logits

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sfv_jax import optim
 from sfv_jax.diffusion import edm, losses
 from sfv_jax.diffusion.solvers import guided
+from sfv_jax.methods import optim
+from sfv_jax.methods.common import accumulate, check_recipe, frozen_copy, generator_state, update_generator, watch
 from sfv_jax.models import tree
 from sfv_jax.models.networks import Networks, Params
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.state import accumulate, check_recipe, frozen_copy, generator_state, update_generator, watch
 
 Array = jax.Array
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from sfv_jax.diffusion import edm
 from sfv_jax.diffusion.solvers import guidance_ramp, sample
 from sfv_jax.methods import adversarial, sfv
+from sfv_jax.methods.common import frozen_copy
 from sfv_jax.models.networks import Networks, Params
-from sfv_jax.state import frozen_copy
 
 
 def make_networks(unet, config) -> Networks:

@@ -6,12 +6,12 @@ State: `step`, `generator`, `ema`, `opt_g`. Nothing is frozen.
 import jax
 import jax.numpy as jnp
 
-from sfv_jax import optim
 from sfv_jax.diffusion import edm, losses
+from sfv_jax.methods import optim
+from sfv_jax.methods.common import accumulate, check_recipe, generator_state, update_generator, watch
 from sfv_jax.models import tree
 from sfv_jax.models.networks import Networks, Params
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.state import accumulate, check_recipe, generator_state, update_generator, watch
 
 Array = jax.Array
 

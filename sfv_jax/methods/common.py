@@ -1,4 +1,4 @@
-"""What a training method works on: the networks as pure functions, and gradients over micro-batches.
+"""Parts that every training method shares: gradients over micro-batches, the generator's state and its update, norms.
 
 State is nested dicts of arrays; modules appear only inside `Networks`.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sfv_jax import optim
+from sfv_jax.methods import optim
 from sfv_jax.models import tree
 from sfv_jax.models.networks import DTYPES, Networks, Params
 
