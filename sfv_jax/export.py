@@ -9,12 +9,12 @@ from sfv_jax.models import tree
 from sfv_jax.runs import is_run, load_generator, read_run
 from sfv_jax.weights.card import model_card
 from sfv_jax.weights.checkpoint import load_model, read_model, resolve_model
-from sfv_jax.weights.configs import COMPONENTS, to_json
+from sfv_jax.weights.components import COMPONENTS, to_json
 from sfv_jax.weights.diffusers import save_component
 from sfv_jax.weights.folders import WeightsError, new_folder, refuse_existing
 from sfv_jax.weights.pipeline import save_pipeline
 from sfv_jax.weights.single_file import save_single_file
-from sfv_jax.weights.stream import parse_size
+from sfv_jax.weights.writer import parse_size
 
 WHAT = ("pipeline", "unet", "comfyui")
 

@@ -11,13 +11,13 @@ from sfv_jax.runtime.files import sha256
 from sfv_jax.runtime.progress import ByteReport
 from sfv_jax.weights import hub, sgm
 from sfv_jax.weights.checkpoint import read_model, save_model
-from sfv_jax.weights.configs import COMPONENTS
+from sfv_jax.weights.components import COMPONENTS
 from sfv_jax.weights.diffusers import fit, lazy_params, open_component
 from sfv_jax.weights.folders import WeightsError, read_json, refuse_existing
 from sfv_jax.weights.lazy import watched
 from sfv_jax.weights.pipeline import SIGMAS, open_pipeline
+from sfv_jax.weights.reader import Tensors, open_weights
 from sfv_jax.weights.single_file import is_single_file, lazy_single_file, open_single_file
-from sfv_jax.weights.sources import Tensors, open_weights
 
 DTYPES = ("source", "float32", "float16", "bfloat16")
 NEEDS_BASE = (

@@ -67,7 +67,7 @@ def pipeline_folder(request, tmp_path_factory):
 
 def ours(component: str) -> tree.Params:
     """The random weights of a component in our layout."""
-    from sfv_jax.weights.configs import COMPONENTS
+    from sfv_jax.weights.components import COMPONENTS
     from sfv_jax.weights.diffusers import their_name, to_ours
 
     weights = golden.component_weights(component)
@@ -96,7 +96,7 @@ def params(pipeline_folder):
 @pytest.fixture(scope="session")
 def build(params):
     """`build(component, config=None, params=None)`: our network with the weights of `pipe`, ready to call."""
-    from sfv_jax.weights.configs import COMPONENTS
+    from sfv_jax.weights.components import COMPONENTS
 
     def build(component, config=None, weights=None):
         graphdef, _ = tree.abstract(COMPONENTS[component].module, config or CONFIGS[component])

@@ -77,7 +77,7 @@ def compare(source: Path, other: Path, half: bool) -> None:
     """Raises AssertionError unless the model or diffusers folder `other` holds the tensors of `source`, bit by bit."""
     from safetensors import safe_open
 
-    from sfv_jax.weights.configs import COMPONENTS
+    from sfv_jax.weights.components import COMPONENTS
 
     for name, spec in COMPONENTS.items():
         file_name = f"{spec.weights}{'.fp16' if half else ''}.safetensors"
@@ -120,7 +120,7 @@ def theirs(source: Path, out: Path, part: str, half: bool) -> None:
     import torch
     import transformers
 
-    from sfv_jax.weights.configs import COMPONENTS
+    from sfv_jax.weights.components import COMPONENTS
     from tests import reference
 
     diffusers.logging.set_verbosity_error()
@@ -162,7 +162,7 @@ def ours(model: Path, out: Path, part: str) -> None:
 
     from sfv_jax.models import tree
     from sfv_jax.weights.checkpoint import load_model
-    from sfv_jax.weights.configs import COMPONENTS
+    from sfv_jax.weights.components import COMPONENTS
 
     jax.config.update("jax_default_matmul_precision", "highest")
     name = NETWORK[part]

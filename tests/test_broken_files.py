@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save
 
 from sfv_jax.weights.folders import WeightsError
-from sfv_jax.weights.sources import open_weights
+from sfv_jax.weights.reader import open_weights
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
 

@@ -17,9 +17,9 @@ from sfv_jax.checkpoint import Checkpoints
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runs import describe_run
 from sfv_jax.sampler import Sampler
-from sfv_jax.weights import checkpoint, stream
+from sfv_jax.weights import checkpoint, writer
 from sfv_jax.weights.card import model_card
-from sfv_jax.weights.configs import to_json
+from sfv_jax.weights.components import to_json
 from sfv_jax.weights.diffusers import load_component, save_component
 from sfv_jax.weights.folders import WeightsError
 from sfv_jax.weights.single_file import save_single_file
@@ -41,22 +41,22 @@ def test_bytes_are_those_of_the_library(tmp_path):
     tensors = {k: tensors[k].astype(np.float16) for k in sorted(tensors)}
     save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     shapes = {k: v.shape for k, v in tensors.items()}
-    stream.write_safetensors(tmp_path / "ours.safetensors", shapes, tensors.items(), np.dtype(np.float16))
+    writer.write_safetensors(tmp_path / "ours.safetensors", shapes, tensors.items(), np.dtype(np.float16))
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("tensors", [{}, {"b": np.zeros(2)}, {"a": np.zeros(3)}], ids=["missing", "other", "misshapen"])
 def test_a_file_is_complete_or_absent(tmp_path, tensors):
     with pytest.raises(ValueError):
-        stream.write_safetensors(tmp_path / "f.safetensors", {"a": (2,)}, tensors.items(), np.dtype(np.float32))
+        writer.write_safetensors(tmp_path / "f.safetensors", {"a": (2,)}, tensors.items(), np.dtype(np.float32))
     assert not list(tmp_path.iterdir())
 
 
 def test_sizes():
-    assert [stream.parse_size(x) for x in ("10GB", "1.5 mb", "2GiB", 300)] == [10**10, 1_500_000, 2**31, 300]
+    assert [writer.parse_size(x) for x in ("10GB", "1.5 mb", "2GiB", 300)] == [10**10, 1_500_000, 2**31, 300]
     for wrong in ("", "GB", "-1GB", "ten", "0"):
         with pytest.raises(WeightsError, match="is not a size"):
-            stream.parse_size(wrong)
+            writer.parse_size(wrong)
 
 
 @pytest.mark.parametrize(("component", "size"), [("unet", "500KB"), ("vae", "500KB"), ("image_encoder", "30KB")])
@@ -82,7 +82,7 @@ def test_shards_are_cut_and_named_as_diffusers_does(reference, pipe, params, tmp
     assert merged.keys() == index["weight_map"].keys() == expected.keys()
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in merged.values())
     largest = max(x.nbytes for x in merged.values())
-    assert max((ours / name).stat().st_size for name in files) <= max(stream.parse_size(size), largest) + 30_000
+    assert max((ours / name).stat().st_size for name in files) <= max(writer.parse_size(size), largest) + 30_000
 
 
 def test_one_step_of_diffusers_on_the_exported_folder(reference, model_folder, tmp_path):

@@ -21,8 +21,8 @@ from sfv_jax.weights import checkpoint, sgm
 from sfv_jax.weights import single_file as single_file_module
 from sfv_jax.weights.diffusers import manifest, reader
 from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.reader import open_weights
 from sfv_jax.weights.single_file import load_single_file, open_single_file, save_single_file
-from sfv_jax.weights.sources import open_weights
 from tests.conftest import CONFIGS, noise
 
 FULL = {"unet": UNetConfig.svd(), "vae": VAEConfig.svd(), "image_encoder": CLIPConfig.svd()}

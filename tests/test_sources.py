@@ -19,7 +19,7 @@ from sfv_jax.models import tree
 from sfv_jax.runtime.files import sha256
 from sfv_jax.weights import hub, lazy
 from sfv_jax.weights.checkpoint import encoders_identity, load_model, read_model
-from sfv_jax.weights.configs import COMPONENTS
+from sfv_jax.weights.components import COMPONENTS
 from sfv_jax.weights.diffusers import find_weights, open_component
 from sfv_jax.weights.folders import WeightsError, new_folder
 from sfv_jax.weights.lazy import read_all

@@ -18,7 +18,7 @@ from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.weights import checkpoint, pipeline
-from sfv_jax.weights.configs import from_json, to_json
+from sfv_jax.weights.components import from_json, to_json
 from sfv_jax.weights.diffusers import load_component, save_component
 from sfv_jax.weights.folders import WeightsError, new_folder
 from tests.conftest import CONFIGS, noise

@@ -29,8 +29,8 @@ from sfv_jax.models.i3d import I3D, I3DConfig, preprocess
 from sfv_jax.runtime.files import sha256
 from sfv_jax.weights.diffusers import their_shape, to_ours, to_theirs
 from sfv_jax.weights.folders import WeightsError, shape_problems
-from sfv_jax.weights.sources import open_weights
-from sfv_jax.weights.stream import write_safetensors
+from sfv_jax.weights.reader import open_weights
+from sfv_jax.weights.writer import write_safetensors
 
 Features = Callable[[np.ndarray], np.ndarray]  # uint8 [b, t, h, w, 3] -> float32 [b, d]
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.runtime.files import write_json
-from sfv_jax.weights.configs import COMPONENTS
+from sfv_jax.weights.components import COMPONENTS
 from sfv_jax.weights.folders import WeightsError, new_folder, read_json, shape_problems
 from sfv_jax.weights.lazy import save_tree
 from sfv_jax.weights.pipeline import SIGMAS

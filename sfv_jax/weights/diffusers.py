@@ -14,11 +14,11 @@ import numpy as np
 
 from sfv_jax.models import tree
 from sfv_jax.runtime.files import write_json
-from sfv_jax.weights.configs import COMPONENTS, from_json, to_json
+from sfv_jax.weights.components import COMPONENTS, from_json, to_json
 from sfv_jax.weights.folders import WeightsError, read_json, shape_problems
 from sfv_jax.weights.lazy import Lazy, read_all
-from sfv_jax.weights.sources import DTYPES, FLOATS, Tensors, open_weights
-from sfv_jax.weights.stream import write_weights
+from sfv_jax.weights.reader import DTYPES, FLOATS, Tensors, open_weights
+from sfv_jax.weights.writer import write_weights
 
 # Axes of a kernel in torch's order -> in ours, by rank: Linear (o, i), Conv2d (o, i, h, w), Conv3d (o, i, k, 1, 1).
 _AXES = {2: (1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from sfv_jax.weights.configs import COMPONENTS
+from sfv_jax.weights.components import COMPONENTS
 from sfv_jax.weights.diffusers import find_weights
 from sfv_jax.weights.folders import WeightsError
 

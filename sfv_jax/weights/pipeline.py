@@ -7,7 +7,7 @@ import numpy as np
 
 from sfv_jax.models import clip, tree
 from sfv_jax.runtime.files import write_json
-from sfv_jax.weights.configs import COMPONENTS, DIFFUSERS_VERSION, to_json
+from sfv_jax.weights.components import COMPONENTS, DIFFUSERS_VERSION, to_json
 from sfv_jax.weights.diffusers import lazy_params, open_component, save_component
 from sfv_jax.weights.folders import WeightsError, new_folder, read_json
 

@@ -29,7 +29,7 @@ from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.weights.diffusers import manifest
 from sfv_jax.weights.folders import WeightsError
-from sfv_jax.weights.stream import Shapes
+from sfv_jax.weights.writer import Shapes
 
 UNET = "model.diffusion_model."
 CLIP = "conditioner.embedders.0.open_clip.model.visual."

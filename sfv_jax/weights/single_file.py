@@ -17,12 +17,12 @@ from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.weights import sgm
-from sfv_jax.weights.configs import COMPONENTS, to_json
+from sfv_jax.weights.components import COMPONENTS, to_json
 from sfv_jax.weights.diffusers import lazy_params, manifest, reader
 from sfv_jax.weights.folders import WeightsError, refuse_existing, shape_problems
 from sfv_jax.weights.lazy import read_all
-from sfv_jax.weights.sources import FLOATS, Tensor, Tensors
-from sfv_jax.weights.stream import Shapes, write_safetensors
+from sfv_jax.weights.reader import FLOATS, Tensor, Tensors
+from sfv_jax.weights.writer import Shapes, write_safetensors
 
 # What no shape tells, kept in the header of the files we write.
 UNTOLD = {
