@@ -17,10 +17,10 @@ import sys
 
 from absl import app, flags, logging
 
-from sfv_jax.checkpoint import WorkdirError
-from sfv_jax.export import WHAT, export_model
-from sfv_jax.ingest import DTYPES, import_model
-from sfv_jax.weights.checkpoint import read_model
+from sfv_jax.checkpoints.exporter import WHAT, export_model
+from sfv_jax.checkpoints.importer import DTYPES, import_model
+from sfv_jax.checkpoints.model_folder import read_model
+from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.weights.folders import WeightsError
 
 

@@ -29,7 +29,9 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from sfv_jax.checkpoint import WorkdirError
+from sfv_jax.checkpoints.base import is_run
+from sfv_jax.checkpoints.model_folder import load_codec, read_model
+from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError
@@ -42,12 +44,10 @@ from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models.codec import SVDCodec
 from sfv_jax.models.networks import DTYPES
-from sfv_jax.runs import is_run
 from sfv_jax.runtime import compilation
 from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sample import numbers
 from sfv_jax.sampler import Sampler
-from sfv_jax.weights.checkpoint import load_codec, read_model
 from sfv_jax.weights.folders import WeightsError, read_json
 
 COUNTS = {"ucf101": 2048, "folder": 0, "world": 256}  # clips by default, 0: all

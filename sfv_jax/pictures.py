@@ -7,9 +7,9 @@ import numpy as np
 from einops import rearrange
 from ml_collections import ConfigDict
 
+from sfv_jax.checkpoints.base import Base
 from sfv_jax.data.video import write_video
 from sfv_jax.metrics import MetricWriter
-from sfv_jax.runs import Base
 from sfv_jax.runtime.processes import whole
 from sfv_jax.runtime.sharding import on_mesh
 from sfv_jax.sampler import Sampler

@@ -317,17 +317,17 @@ def load_codec(svd: str | os.PathLike):
     """
     import jax
 
+    from sfv_jax.checkpoints import model_folder
     from sfv_jax.models.codec import SVDCodec
     from sfv_jax.runtime.files import sha256
-    from sfv_jax.weights import checkpoint
     from sfv_jax.weights.diffusers import load_component
 
     names = ("vae", "image_encoder")
     if (Path(svd) / "model.json").is_file():
-        _, meta = checkpoint.read_model(svd)
+        _, meta = model_folder.read_model(svd)
         if meta["codec"] != "svd":
             raise WeightsError(f"{svd} has codec {meta['codec']!r}: videos need SVD's VAE and CLIP tower")
-        return checkpoint.load_codec(svd), checkpoint.encoders_identity(meta)
+        return model_folder.load_codec(svd), model_folder.encoders_identity(meta)
     params, configs, files = zip(*(load_component(Path(svd) / name, name) for name in names), strict=True)
     codec = SVDCodec(*configs, jax.device_put(dict(zip(names, params, strict=True))))
     return codec, "+".join(sorted(sha256(file) for group in files for file in group))

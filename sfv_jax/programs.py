@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sfv_jax import config as configs
+from sfv_jax.checkpoints.base import is_run, read_run
+from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.config import ConfigDict, ConfigError
 from sfv_jax.methods import METHODS
 from sfv_jax.models import tree
@@ -23,11 +25,9 @@ from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.networks import DTYPES, Networks
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
-from sfv_jax.runs import is_run, read_run
 from sfv_jax.runtime.device import count_flops
 from sfv_jax.runtime.sharding import batch_sharding, local_rows, param_shardings, replicated_sharding, with_shardings
 from sfv_jax.sampler import Sampler
-from sfv_jax.weights.checkpoint import read_model
 
 
 @dataclass(frozen=True)

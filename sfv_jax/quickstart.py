@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from PIL import Image, ImageDraw
 
 from sfv_jax.alarms import TrainingStopped
-from sfv_jax.checkpoint import WorkdirError
+from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.video import write_video
 from sfv_jax.evaluation.world import busiest_direction, nearest_future

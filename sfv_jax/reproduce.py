@@ -31,7 +31,8 @@ from absl import app, flags, logging
 
 from sfv_jax import experiments
 from sfv_jax.alarms import TrainingStopped
-from sfv_jax.checkpoint import WorkdirError
+from sfv_jax.checkpoints.model_folder import read_model
+from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.video import VideoError
@@ -48,7 +49,6 @@ from sfv_jax.runtime.files import replacing, write_json
 from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sampler import Sampler
 from sfv_jax.trainings import ReproduceError, Runs, plan, svd_runs, world_runs
-from sfv_jax.weights.checkpoint import read_model
 from sfv_jax.weights.folders import WeightsError
 
 SHOWN = 4  # conditions in strips and on the page

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from sfv_jax.checkpoint import WorkdirError
+from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.data.video import VideoError, read_image, write_video
 from sfv_jax.diffusion.solvers import SAMPLERS
 from sfv_jax.models.networks import DTYPES

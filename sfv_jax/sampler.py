@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sfv_jax.checkpoints.base import load_generator
 from sfv_jax.diffusion.solvers import SAMPLERS, guidance_ramp, sample
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise, finite
 from sfv_jax.models.networks import DTYPES, Networks
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.runs import load_generator
 from sfv_jax.runtime.sharding import batch_sharding, on_mesh, param_shardings, replicated_sharding
 
 Array = jax.Array

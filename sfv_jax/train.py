@@ -22,7 +22,9 @@ from ml_collections import ConfigDict, config_flags
 
 from sfv_jax import config as configs
 from sfv_jax.alarms import TrainingStopped
-from sfv_jax.checkpoint import Checkpoints, WorkdirError, claim_workdir, flat
+from sfv_jax.checkpoints.base import Base, describe_run, load_generator
+from sfv_jax.checkpoints.model_folder import encoders_identity, read_model
+from sfv_jax.checkpoints.run import Checkpoints, WorkdirError, claim_workdir, flat
 from sfv_jax.config import ConfigError
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.loader import encoders_of, latent_source, make_loader, world_source
@@ -32,7 +34,6 @@ from sfv_jax.metrics import MetricWriter
 from sfv_jax.models.networks import Networks
 from sfv_jax.pictures import Pictures
 from sfv_jax.programs import jit_train_step, step_flops
-from sfv_jax.runs import Base, describe_run, load_generator
 from sfv_jax.runtime import compilation
 from sfv_jax.runtime.device import peak_flops
 from sfv_jax.runtime.processes import ProcessError, agree, join, once
@@ -40,7 +41,6 @@ from sfv_jax.runtime.progress import ProgressReport
 from sfv_jax.runtime.sharding import local_rows, make_mesh, on_mesh, param_shardings, put_batch, with_shardings
 from sfv_jax.runtime.stopping import StopRequest
 from sfv_jax.speed import Clock, Trace
-from sfv_jax.weights.checkpoint import encoders_identity, read_model
 from sfv_jax.weights.folders import WeightsError
 
 

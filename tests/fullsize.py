@@ -104,8 +104,8 @@ def file_tensors(path: Path):
 
 def model_tensors(folder: Path, component: str):
     """`(names, read)` of a network in a model folder, under diffusers' names and with its axes."""
+    from sfv_jax.checkpoints.model_folder import load_model
     from sfv_jax.models import tree
-    from sfv_jax.weights.checkpoint import load_model
     from sfv_jax.weights.diffusers import their_name, to_theirs
 
     flat = tree.flatten(load_model(folder, (component,))[0][component])
@@ -160,8 +160,8 @@ def ours(model: Path, out: Path, part: str) -> None:
     """Runs one part of ours on `INPUTS` in fp32, jitted."""
     import jax
 
+    from sfv_jax.checkpoints.model_folder import load_model
     from sfv_jax.models import tree
-    from sfv_jax.weights.checkpoint import load_model
     from sfv_jax.weights.components import COMPONENTS
 
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sfv_jax.checkpoints.model_folder import load_codec
 from sfv_jax.models import codec
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.runtime import sharding
-from sfv_jax.weights.checkpoint import load_codec
 from tests.conftest import error, noise
 
 

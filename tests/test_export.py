@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sfv_jax import convert, export
-from sfv_jax.checkpoint import Checkpoints
+from sfv_jax import convert
+from sfv_jax.checkpoints import exporter
+from sfv_jax.checkpoints.base import describe_run
+from sfv_jax.checkpoints.card import model_card
+from sfv_jax.checkpoints.model_folder import read_model
+from sfv_jax.checkpoints.run import Checkpoints
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.runs import describe_run
 from sfv_jax.sampler import Sampler
-from sfv_jax.weights import checkpoint, writer
-from sfv_jax.weights.card import model_card
+from sfv_jax.weights import writer
 from sfv_jax.weights.components import to_json
 from sfv_jax.weights.diffusers import load_component, save_component
 from sfv_jax.weights.folders import WeightsError
@@ -131,7 +133,7 @@ def test_bfloat16_models_leave_as_fp16_and_fp32(half_folder, params, tmp_path):
 
 @pytest.mark.parametrize("what", ["pipeline", "comfyui"])
 def test_one_network_is_held_at_a_time(model_folder, tmp_path, monkeypatch, what):
-    held, load_model = [], export.load_model
+    held, load_model = [], exporter.load_model
 
     def load(folder, names):
         gc.collect()
@@ -140,8 +142,8 @@ def test_one_network_is_held_at_a_time(model_folder, tmp_path, monkeypatch, what
         held.append(weakref.ref(jax.tree.leaves(result[0])[0]))
         return result
 
-    monkeypatch.setattr(export, "load_model", load)
-    export.export_model(model_folder, tmp_path / "out.safetensors", what=what)
+    monkeypatch.setattr(exporter, "load_model", load)
+    exporter.export_model(model_folder, tmp_path / "out.safetensors", what=what)
     assert len(held) == 3
 
 
@@ -151,7 +153,7 @@ def test_what_diffusers_would_compute_otherwise_is_refused(model_folder, tmp_pat
     meta = json.loads((copy / "model.json").read_text())
     meta["configs"]["unet"][field] = 16 if field == "norm_groups" else 3e-5
     (copy / "model.json").write_text(json.dumps(meta))
-    for what in export.WHAT:
+    for what in exporter.WHAT:
         with pytest.raises(WeightsError, match=f"unet: {field} is .*, diffusers has .* built in"):
             convert.export_model(copy, tmp_path / "out.safetensors", what=what)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
@@ -183,7 +185,7 @@ def test_a_run_leaves_with_its_card(run, model_folder, params, tmp_path):
     card = (tmp_path / "sfv-cats" / "README.md").read_text()
     front = card.split("---\n")[1]
     assert "pipeline_tag: image-to-video" in front and "library_name: diffusers" in front and "license: other" in front
-    digest = checkpoint.read_model(model_folder)[1]["source"]["sha256"][f"unet/{WEIGHTS}"]
+    digest = read_model(model_folder)[1]["source"]["sha256"][f"unet/{WEIGHTS}"]
     for fact in (
         "30 training steps of method `sfv`",
         "moving average",
@@ -199,7 +201,7 @@ def test_a_run_leaves_with_its_card(run, model_folder, params, tmp_path):
 
 
 def test_cards_of_models_that_need_many_steps(model_folder):
-    meta, unet = checkpoint.read_model(model_folder)[1], CONFIGS["unet"]
+    meta, unet = read_model(model_folder)[1], CONFIGS["unet"]
     base = model_card(unet, meta, what="pipeline", name="base", variant="fp16")
     assert "num_inference_steps=25" in base and "Not trained here" in base and 'variant="fp16"' in base
     assert "## Training" not in base

@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from sfv_jax import convert
+from sfv_jax.checkpoints import model_folder as store
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
-from sfv_jax.weights import checkpoint, sgm
+from sfv_jax.weights import sgm
 from sfv_jax.weights import single_file as single_file_module
 from sfv_jax.weights.diffusers import manifest, reader
 from sfv_jax.weights.folders import WeightsError
@@ -303,7 +304,7 @@ def test_command(single_file, params, tmp_path):
     command = [sys.executable, "-m", "sfv_jax.convert", "--src", str(single_file), "--dst", str(tmp_path / "model")]
     done = subprocess.run([*command, "--num_frames=5"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "1,302,288 parameters" in done.stdout, done.stderr
-    loaded, configs, meta = checkpoint.load_model(tmp_path / "model")
+    loaded, configs, meta = store.load_model(tmp_path / "model")
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params)) and configs["unet"].num_frames == 5
     assert list(meta["source"]["sha256"]) == ["svd-tiny.safetensors"] and meta["scheduler"]["sigma_max"] == 700.0
     convert.export_model(tmp_path / "model", tmp_path / "again.safetensors", what="comfyui")

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sfv_jax.ingest import import_model
+from sfv_jax.checkpoints.importer import import_model
+from sfv_jax.checkpoints.model_folder import encoders_identity, load_model, read_model
 from sfv_jax.models import tree
 from sfv_jax.runtime.files import sha256
 from sfv_jax.weights import hub, lazy
-from sfv_jax.weights.checkpoint import encoders_identity, load_model, read_model
 from sfv_jax.weights.components import COMPONENTS
 from sfv_jax.weights.diffusers import find_weights, open_component
 from sfv_jax.weights.folders import WeightsError, new_folder

@@ -19,9 +19,9 @@ import pytest
 
 from sfv_jax import train
 from sfv_jax.alarms import TrainingStopped
-from sfv_jax.checkpoint import Checkpoints, WorkdirError
+from sfv_jax.checkpoints.base import load_generator
+from sfv_jax.checkpoints.run import Checkpoints, WorkdirError
 from sfv_jax.config import ConfigError
-from sfv_jax.runs import load_generator
 from sfv_jax.runtime import sharding
 from sfv_jax.weights.folders import WeightsError
 

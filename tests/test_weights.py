@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from sfv_jax import convert
+from sfv_jax.checkpoints import model_folder as store
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.unet import UNet, UNetConfig
-from sfv_jax.weights import checkpoint, pipeline
+from sfv_jax.weights import pipeline
 from sfv_jax.weights.components import from_json, to_json
 from sfv_jax.weights.diffusers import load_component, save_component
 from sfv_jax.weights.folders import WeightsError, new_folder
@@ -69,7 +70,7 @@ def test_round_trip_fp16_and_reload(reference, pipe, tmp_path):
     half = reference.pipeline(CONFIGS["unet"], CONFIGS["vae"], CONFIGS["image_encoder"])
     reference.save(half, tmp_path / "in", variant="fp16")
     convert.import_model(tmp_path / "in", tmp_path / "model")
-    assert checkpoint.read_model(tmp_path / "model")[1]["components"]["unet"]["dtype"] == "float16"
+    assert store.read_model(tmp_path / "model")[1]["components"]["unet"]["dtype"] == "float16"
     convert.export_model(tmp_path / "model", tmp_path / "out", variant="fp16")
     assert_same_weights(tmp_path / "out", tmp_path / "in", "fp16")
 
@@ -89,12 +90,12 @@ def test_export_is_what_diffusers_writes(reference, pipeline_folder, model_folde
 
 def test_source_dtype_can_be_changed(pipeline_folder, tmp_path):
     convert.import_model(pipeline_folder, tmp_path / "model", dtype="bfloat16")
-    params, _, _ = checkpoint.load_model(tmp_path / "model", ("vae",))
+    params, _, _ = store.load_model(tmp_path / "model", ("vae",))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jax.numpy.bfloat16.dtype}
 
 
 def test_model_folder_knows_its_origin(model_folder):
-    configs, meta = checkpoint.read_model(model_folder)
+    configs, meta = store.read_model(model_folder)
     assert configs["unet"] == dataclasses.replace(CONFIGS["unet"], temporal_conv="conv")
     assert meta["codec"] == "svd" and meta["scheduler"] == {"sigma_min": 0.002, "sigma_max": 700.0, "rho": 7.0}
     assert meta["source"]["folder"] == "svd-tiny" and len(meta["source"]["sha256"]["unet/config.json"]) == 64
@@ -102,7 +103,7 @@ def test_model_folder_knows_its_origin(model_folder):
 
 
 def test_load_model_equals_load_component(model_folder, params):
-    loaded, _, _ = checkpoint.load_model(model_folder)
+    loaded, _, _ = store.load_model(model_folder)
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
 
 
@@ -110,7 +111,7 @@ def test_load_model_sharded_and_cast(model_folder, params):
     sharding = NamedSharding(Mesh(jax.devices(), ("fsdp",)), P())
     _, shapes = tree.abstract(UNet, CONFIGS["unet"])
     by_rows = jax.tree.map(lambda x: NamedSharding(sharding.mesh, P("fsdp") if x.shape[0] % 8 == 0 else P()), shapes)
-    loaded, _, _ = checkpoint.load_model(
+    loaded, _, _ = store.load_model(
         model_folder, ("unet", "vae"), dtype=jax.numpy.bfloat16, shardings={"unet": by_rows, "vae": sharding}
     )
     kernel = loaded["unet"]["time_embedding"]["linear_1"]["kernel"]
@@ -121,15 +122,15 @@ def test_load_model_sharded_and_cast(model_folder, params):
 
 
 def test_load_codec(model_folder, tmp_path):
-    codec = checkpoint.load_codec(model_folder)
+    codec = store.load_codec(model_folder)
     assert (codec.downscale, codec.latent_channels, codec.scaling_factor) == (8, 4, 0.18215)
     config = UNetConfig.tiny(in_channels=96, out_channels=48, cross_attention_dim=48)
     unet = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree.abstract(UNet, config)[1])
     patch = PatchCodec(scaling_factor=1.5)
-    checkpoint.save_model(tmp_path / "m", {"unet": unet}, {"unet": config, "codec": patch}, codec="patch")
-    assert checkpoint.load_codec(tmp_path / "m") == patch
+    store.save_model(tmp_path / "m", {"unet": unet}, {"unet": config, "codec": patch}, codec="patch")
+    assert store.load_codec(tmp_path / "m") == patch
     with pytest.raises(WeightsError, match="has no vae, image_encoder, only unet"):
-        checkpoint.load_model(tmp_path / "m")
+        store.load_model(tmp_path / "m")
     with pytest.raises(WeightsError, match="has a patch codec"):
         convert.export_model(tmp_path / "m", tmp_path / "out")
 
@@ -236,7 +237,7 @@ def test_interrupted_conversion_leaves_nothing(pipeline_folder, model_folder, tm
     def interrupt(path, data):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint if direction == "import" else pipeline, "write_json", interrupt)
+    monkeypatch.setattr(store if direction == "import" else pipeline, "write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
         if direction == "import":
             convert.import_model(pipeline_folder, tmp_path / "out")
@@ -261,16 +262,16 @@ def test_existing_destination(pipeline_folder, tmp_path):
 
 def test_wrong_folders_are_named(pipeline_folder, model_folder, tmp_path):
     with pytest.raises(WeightsError, match="does not exist"):
-        checkpoint.load_model(tmp_path / "nowhere")
+        store.load_model(tmp_path / "nowhere")
     with pytest.raises(WeightsError, match="is a diffusers folder. Convert it first: python -m sfv_jax.convert --src"):
-        checkpoint.load_model(pipeline_folder)
+        store.load_model(pipeline_folder)
     with pytest.raises(WeightsError, match="no model_index.json"):
         pipeline.open_pipeline(model_folder)
     newer = shutil.copytree(model_folder, tmp_path / "newer")
     meta = json.loads((newer / "model.json").read_text())
     (newer / "model.json").write_text(json.dumps(meta | {"version": 2}))
     with pytest.raises(WeightsError, match="version 2, this program reads version 1"):
-        checkpoint.load_model(newer)
+        store.load_model(newer)
 
 
 def test_command(pipeline_folder, tmp_path):

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import jax
 
-from sfv_jax.checkpoint import restore_ema
+from sfv_jax.checkpoints.model_folder import load_codec, load_model, read_model
+from sfv_jax.checkpoints.run import restore_ema
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.runtime.files import write_json
-from sfv_jax.weights.checkpoint import load_codec, load_model, read_model
 from sfv_jax.weights.folders import WeightsError
 
 

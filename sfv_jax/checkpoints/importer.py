@@ -5,12 +5,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from sfv_jax.checkpoints.model_folder import read_model, save_model
 from sfv_jax.models import tree
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime.files import sha256
 from sfv_jax.runtime.progress import ByteReport
 from sfv_jax.weights import hub, sgm
-from sfv_jax.weights.checkpoint import read_model, save_model
 from sfv_jax.weights.components import COMPONENTS
 from sfv_jax.weights.diffusers import fit, lazy_params, open_component
 from sfv_jax.weights.folders import WeightsError, read_json, refuse_existing

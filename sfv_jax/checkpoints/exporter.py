@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfv_jax.checkpoints.base import is_run, load_generator, read_run
+from sfv_jax.checkpoints.card import model_card
+from sfv_jax.checkpoints.model_folder import load_model, read_model, resolve_model
 from sfv_jax.models import tree
-from sfv_jax.runs import is_run, load_generator, read_run
-from sfv_jax.weights.card import model_card
-from sfv_jax.weights.checkpoint import load_model, read_model, resolve_model
 from sfv_jax.weights.components import COMPONENTS, to_json
 from sfv_jax.weights.diffusers import save_component
 from sfv_jax.weights.folders import WeightsError, new_folder, refuse_existing
