@@ -11,15 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from sfv_jax import prepare
-from sfv_jax.data import latents
+from sfv_jax.checkpoints import base
+from sfv_jax.data import latents, preparation
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.loader import latent_source, make_loader, world_source
+from sfv_jax.data.preparation import PrepareError, Settings
 from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
 from sfv_jax.models import clip, tree, vae
 from sfv_jax.models.codec import PatchCodec
-from sfv_jax.prepare import PrepareError, Settings
 from sfv_jax.weights.diffusers import save_component
 
 SETTINGS = Settings(height=32, width=48, num_frames=4, shard_size=3)
@@ -65,7 +65,7 @@ def videos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(videos, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache")
-    return out, prepare.run(videos, out, encode, SETTINGS)
+    return out, preparation.run(videos, out, encode, SETTINGS)
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -84,7 +84,7 @@ def test_cache_holds_what_the_encoder_said_bit_for_bit(videos, cache):
     for record in source.records:
         name, key = record["source"].decode(), record["key"].decode()
         frames = read_clip(videos / name, 4, 7, record["start"], height=32, width=48)
-        seeds = np.array([prepare._hash(0, key)], np.uint32)
+        seeds = np.array([preparation._hash(0, key)], np.uint32)
         for array, expected in encode(frames[None], seeds).items():
             assert record[array].dtype == np.float16
             assert np.array_equal(record[array], expected[0].astype(np.float16))
@@ -116,20 +116,20 @@ def test_unusable_files_are_listed_with_reasons(cache):
 
 
 def test_batches_and_workers_do_not_change_the_content(videos, cache, tmp_path):
-    prepare.run(videos, tmp_path / "batched", encode, SETTINGS, batch_size=3, threads=1)
-    assert prepare.run(videos, tmp_path / "shared", encode, SETTINGS, worker=1, workers=2) is None
+    preparation.run(videos, tmp_path / "batched", encode, SETTINGS, batch_size=3, threads=1)
+    assert preparation.run(videos, tmp_path / "shared", encode, SETTINGS, worker=1, workers=2) is None
     assert_unfinished(tmp_path / "shared")
-    prepare.run(videos, tmp_path / "shared", encode, SETTINGS, worker=0, workers=2)
+    preparation.run(videos, tmp_path / "shared", encode, SETTINGS, worker=0, workers=2)
     expected = contents(cache[0])
     assert contents(tmp_path / "batched") == expected
     assert contents(tmp_path / "shared") == expected
     with pytest.raises(PrepareError, match="count from 0"):
-        prepare.run(videos, tmp_path / "shared", encode, SETTINGS, worker=2, workers=2)
+        preparation.run(videos, tmp_path / "shared", encode, SETTINGS, worker=2, workers=2)
 
 
 def test_an_interrupted_run_continues_to_the_same_content(videos, cache, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        prepare.run(videos, tmp_path, Counting(limit=4), SETTINGS)
+        preparation.run(videos, tmp_path, Counting(limit=4), SETTINGS)
     assert_unfinished(tmp_path)
     done = sorted(tmp_path.glob("latents-*"))
     assert 1 <= len(done) < 4 and not list(tmp_path.rglob("*.tmp"))
@@ -137,10 +137,10 @@ def test_an_interrupted_run_continues_to_the_same_content(videos, cache, tmp_pat
     (tmp_path / ".latents-train.array_record-00003-of-00004.99.tmp").write_bytes(b"half")
     done[0].write_bytes(done[0].read_bytes()[:-100])
     resumed = Counting()
-    prepare.run(videos, tmp_path, resumed, SETTINGS)
+    preparation.run(videos, tmp_path, resumed, SETTINGS)
     assert contents(tmp_path) == contents(cache[0])
     again = Counting()
-    prepare.run(videos, tmp_path, again, SETTINGS)
+    preparation.run(videos, tmp_path, again, SETTINGS)
     assert 4 < resumed.calls <= 8 and again.calls == 0
 
 
@@ -148,21 +148,21 @@ def test_other_settings_or_videos_are_refused(videos, cache, tmp_path):
     out, _ = cache
     other = Settings(height=32, width=48, num_frames=4, shard_size=3, noise_aug_strength=0.1)
     with pytest.raises(LatentError, match=r"noise_aug_strength \(was 0.02, is 0.1\)"):
-        prepare.run(videos, out, encode, other)
+        preparation.run(videos, out, encode, other)
     with pytest.raises(LatentError, match="videos"):
-        prepare.run(videos / "0", out, encode, SETTINGS)
+        preparation.run(videos / "0", out, encode, SETTINGS)
 
 
 def test_nothing_usable_leaves_nothing_that_looks_finished(tmp_path):
     (tmp_path / "in").mkdir()
     with pytest.raises(VideoError, match="no video files"):
-        prepare.run(tmp_path / "in", tmp_path / "out", encode, SETTINGS)
+        preparation.run(tmp_path / "in", tmp_path / "out", encode, SETTINGS)
     (tmp_path / "in" / "a.mp4").write_text("text")
     with pytest.raises(VideoError, match="none of 1 clips is usable"):
-        prepare.run(tmp_path / "in", tmp_path / "out", encode, SETTINGS)
+        preparation.run(tmp_path / "in", tmp_path / "out", encode, SETTINGS)
     assert_unfinished(tmp_path / "out")
     write_video(tmp_path / "in" / "a.mp4", WORLD.clip(0)[0])
-    assert prepare.run(tmp_path / "in", tmp_path / "out", encode, SETTINGS)["clips"] == {"train": 1}
+    assert preparation.run(tmp_path / "in", tmp_path / "out", encode, SETTINGS)["clips"] == {"train": 1}
 
 
 @pytest.mark.parametrize("value", [np.nan, 1e5])
@@ -173,13 +173,13 @@ def test_values_that_float16_cannot_hold_name_the_clip(videos, tmp_path, value):
         return encoded
 
     with pytest.raises(LatentError, match="clip 0/clip0.mp4@0.000: 1 of 384 values of latents"):
-        prepare.run(videos, tmp_path, broken, SETTINGS)
+        preparation.run(videos, tmp_path, broken, SETTINGS)
     assert_unfinished(tmp_path)
 
 
 def test_several_clips_per_video_and_a_heldout_split(videos, tmp_path):
     settings = Settings(height=32, width=48, num_frames=4, clips_per_video=3, heldout_fraction=0.4)
-    manifest = prepare.run(videos, tmp_path, encode, settings)
+    manifest = preparation.run(videos, tmp_path, encode, settings)
     assert sum(manifest["clips"].values()) == 16  # 8 frames hold two clips of 4
     train, heldout = ({r["source"] for r in latent_source(tmp_path, s).records} for s in ("train", "heldout"))
     assert train and heldout and not train & heldout
@@ -201,14 +201,14 @@ def test_first_frame_noise_belongs_to_the_clip():
     frames, _ = World(size=32).batch(range(3))
     seeds = np.array([5, 6, 7], np.uint32)
     codec = PatchCodec()
-    encoder = prepare.make_encoder(codec, noise_aug_strength=0.02, seed=0)
+    encoder = preparation.make_encoder(codec, noise_aug_strength=0.02, seed=0)
     together, alone = encoder(frames, seeds), encoder(frames[1:2], seeds[1:2])
     for name in latents.ARRAYS:
         np.testing.assert_allclose(together[name][1], alone[name][0], atol=1e-6)
     noise = together["cond_latent"] - together["latents"][:, 0]
     assert np.std(noise) == pytest.approx(0.02, rel=0.05)
     assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.1
-    other = prepare.make_encoder(codec, noise_aug_strength=0.02, seed=1)(frames, seeds)
+    other = preparation.make_encoder(codec, noise_aug_strength=0.02, seed=1)(frames, seeds)
     assert not np.allclose(other["cond_latent"], together["cond_latent"])
 
 
@@ -240,7 +240,7 @@ def test_the_command_encodes_with_the_networks_of_svd(videos, svd, tmp_path):
     done = command(videos=videos, svd=svd, out=tmp_path, batch_size=2)
     assert done.returncode == 0, done.stderr
     assert "skipped text.mp4@0.000" in done.stdout and "8 clips in train, 4 skipped" in done.stdout
-    codec, _ = prepare.load_codec(svd)
+    codec, _ = base.load_encoders(svd)
     record = latent_source(tmp_path).records[0]
     frames = read_clip(videos / record["source"].decode(), 4, height=32, width=48)
     np.testing.assert_allclose(record["latents"], codec.encode(frames[None])[0], atol=2e-3)
@@ -350,7 +350,7 @@ def test_a_cache_that_may_not_be_read_is_named(cache, tmp_path):
 def test_a_remade_shard_mends_the_cache(videos, cache, tmp_path):
     shutil.copytree(cache[0], tmp_path / "cache")
     first_shard(tmp_path / "cache").unlink()
-    prepare.run(videos, tmp_path / "cache", encode, SETTINGS)
+    preparation.run(videos, tmp_path / "cache", encode, SETTINGS)
     assert contents(tmp_path / "cache") == contents(cache[0])
 
 

@@ -6,18 +6,20 @@ sampled, exported or fine-tuned further by naming its workdir.
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from sfv_jax.checkpoints.model_folder import load_codec, load_model, read_model
+from sfv_jax.checkpoints.model_folder import encoders_identity, load_codec, load_model, read_model
 from sfv_jax.checkpoints.run import restore_ema
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNet, UNetConfig
-from sfv_jax.runtime.files import write_json
+from sfv_jax.runtime.files import sha256, write_json
+from sfv_jax.weights.diffusers import load_component
 from sfv_jax.weights.folders import WeightsError
 
 
@@ -94,3 +96,22 @@ def load_generator(
     loaded = patch_codec or (load_codec(model) if model and codec else None)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     return Base(unet, params, loaded, model, step)
+
+
+def load_encoders(svd: str | os.PathLike) -> tuple[SVDCodec, str]:
+    """Returns SVD's VAE and CLIP tower as a codec, and a string that identifies their weights.
+
+    Args:
+      svd: a model folder, identified by the SHA-256 digests recorded when it was converted, or a diffusers folder.
+    Raises:
+      WeightsError: if `svd` is neither, or has the patch codec.
+    """
+    names = ("vae", "image_encoder")
+    if (Path(svd) / "model.json").is_file():
+        _, meta = read_model(svd)
+        if meta["codec"] != "svd":
+            raise WeightsError(f"{svd} has codec {meta['codec']!r}: videos need SVD's VAE and CLIP tower")
+        return load_codec(svd), encoders_identity(meta)
+    params, configs, files = zip(*(load_component(Path(svd) / name, name) for name in names), strict=True)
+    codec = SVDCodec(*configs, jax.device_put(dict(zip(names, params, strict=True))))
+    return codec, "+".join(sorted(sha256(file) for group in files for file in group))

@@ -1,0 +1,299 @@
+"""From a folder of videos to a latent cache: which clips, which shards, decoding ahead of the encoders, resuming.
+
+Finished shards are kept, so an interrupted job continues; several workers share one by taking every n-th shard."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from sfv_jax.data import latents, video
+from sfv_jax.data.latents import LatentError
+from sfv_jax.data.video import VideoError
+from sfv_jax.runtime.files import write_json
+from sfv_jax.runtime.progress import progress
+
+
+class PrepareError(ValueError):
+    """Settings that make no sense; the message says what to change."""
+
+
+# (frames uint8 [b, t, h, w, 3], seeds uint32 [b]) -> {"latents", "cond_latent", "image_embed"}, each [b, ...]
+Encode = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+
+
+def _setting(default, help: str):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the content of a cache; each field but `model` is a flag of the command.
+
+    The defaults are the paper's training set-up (section 4) and SVD's own conditioning. Raises PrepareError
+    for impossible values.
+    """
+
+    height: int = _setting(448, "frame height in pixels, a multiple of 8")
+    width: int = _setting(768, "frame width in pixels, a multiple of 8")
+    num_frames: int = _setting(14, "frames per clip")
+    fps: float = _setting(7.0, "frames per second the videos are resampled to")
+    motion_bucket_id: float = _setting(127.0, "how much motion the clips are said to show")
+    noise_aug_strength: float = _setting(0.02, "deviation of the noise on the first frame, of pixels in [-1, 1]")
+    clips_per_video: int = _setting(1, "most clips cut from one video, evenly spread and not overlapping")
+    shard_size: int = _setting(1024, "clips per shard, what an interruption can lose")
+    heldout_fraction: float = _setting(0.0, "part of the files that goes to the split 'heldout'")
+    seed: int = _setting(0, "decides the noise on the first frames and which files are held out")
+    model: str = _setting("", 'identity of the encoders\' weights, "" if unknown')
+
+    def __post_init__(self):
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            if side < 8 or side % 8:
+                below = max(side, 0) // 8 * 8
+                nearest = f"{below} and {below + 8}" if below else "8"
+                raise PrepareError(f"{name} {side} is not a positive multiple of 8; nearest: {nearest}")
+        if min(self.num_frames, self.clips_per_video, self.shard_size) < 1 or self.fps <= 0 or self.seed < 0:
+            raise PrepareError("num_frames, clips_per_video, shard_size and fps must be positive, seed at least 0")
+        if not 0 <= self.heldout_fraction < 1 or self.noise_aug_strength < 0:
+            raise PrepareError("heldout_fraction must lie in [0, 1) and noise_aug_strength be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A stretch of a video: `source` is its path below the folder, `start` is in seconds."""
+
+    source: str
+    start: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return f"{self.source}@{self.start:.3f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The clips that go, if usable, into one shard; `report` tells what became of them."""
+
+    out: Path
+    split: str
+    index: int
+    total: int
+    clips: tuple[Clip, ...]
+
+    @property
+    def path(self) -> Path:
+        return latents.shard_path(self.out, self.split, self.index, self.total)
+
+    @property
+    def report_path(self) -> Path:
+        return self.out / "progress" / f"{self.split}-{self.index:05d}.json"
+
+    def report(self) -> dict | None:
+        """What became of the clips, or None if the shard is missing, damaged or unfinished."""
+        report = latents.read_json(self.report_path)
+        return report if report and report["count"] == latents.count_records(self.path) else None
+
+
+def run(
+    videos: str | os.PathLike,
+    out: str | os.PathLike,
+    encode: Encode,
+    settings: Settings,
+    *,
+    batch_size: int = 1,
+    threads: int = 4,
+    worker: int = 0,
+    workers: int = 1,
+) -> dict | None:
+    """Make, or continue, the cache `out` of all videos under the folder `videos`.
+
+    Args:
+      encode: frames uint8 [b, t, h, w, 3] and seeds uint32 [b], one for the randomness of each clip, to a dict of
+        `latents [b, t, h', w', c]`, `cond_latent [b, h', w', c]`, `image_embed [b, d]`, the first two unscaled. It
+        always sees `batch_size` clips; the result for a clip must not depend on the others.
+      threads: decoders running ahead of `encode`.
+      worker: which of the `workers` this is; each makes every `workers`-th shard.
+    Returns:
+      the manifest, or None if other workers have shards to finish.
+    Raises:
+      VideoError: if `videos` holds no usable video.
+      LatentError: if `out` was made with other settings or videos, or an encoded clip is not finite.
+      PrepareError: for an impossible `worker`.
+    """
+    if not 0 <= worker < workers:
+        raise PrepareError(f"worker {worker} of {workers}: count from 0")
+    out = Path(out)
+    clips = plan(videos, settings)
+    shards = _shards(out, clips, settings.shard_size)
+    manifest = _claim(out, clips, settings)
+    mine = shards[worker::workers]
+    with progress(sum(len(shard.clips) for shard in mine), "clips") as advance:
+        for shard in mine:
+            if shard.report():
+                advance(len(shard.clips))
+                continue
+            skipped: list[dict] = []
+            decoded = _decode(Path(videos), shard.clips, settings, threads, skipped, advance)
+            with contextlib.closing(decoded):
+                count, shapes = latents.write_shard(shard.path, _records(decoded, encode, settings, batch_size))
+            write_json(shard.report_path, {"count": count, "shapes": shapes, "skipped": skipped})
+    return _finish(out, shards, manifest)
+
+
+def plan(videos: str | os.PathLike, settings: Settings) -> dict[str, list[Clip]]:
+    """The clips to cut from the videos under a folder, by split. A file's clips all go to one split.
+
+    Raises VideoError if there are no video files.
+    """
+    files = video.list_videos(videos)
+    if not files:
+        raise VideoError(f"{videos}: no video files ({', '.join(video.VIDEO_SUFFIXES)})")
+    splits = {"train": [], "heldout": []}
+    for file in files:
+        source = file.relative_to(videos).as_posix()
+        heldout = _hash(settings.seed, source) < settings.heldout_fraction * 2**32
+        splits["heldout" if heldout else "train"] += [Clip(source, start) for start in _starts(file, settings)]
+    return {split: clips for split, clips in splits.items() if clips}
+
+
+def _starts(file: Path, settings: Settings) -> list[float]:
+    """Where the clips of a video begin, in seconds: evenly spread, not overlapping, at least one."""
+    if settings.clips_per_video == 1:
+        return [0.0]
+    try:
+        seconds = video.duration(file)
+    except VideoError:
+        return [0.0]  # reading it will say what is wrong
+    fit = int(seconds * settings.fps / settings.num_frames + 1e-6)
+    count = max(1, min(settings.clips_per_video, fit))
+    return [round(seconds * k / count, 3) for k in range(count)]
+
+
+def _hash(seed: int, name: str) -> int:
+    """32 bits that depend on the name and the seed, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+
+
+def _shards(out: Path, plan: dict[str, list[Clip]], size: int) -> list[Shard]:
+    shards = []
+    for split, clips in plan.items():
+        total = -(-len(clips) // size)
+        shards += [Shard(out, split, k, total, tuple(clips[k * size : (k + 1) * size])) for k in range(total)]
+    return shards
+
+
+def _claim(out: Path, plan: dict[str, list[Clip]], settings: Settings) -> dict:
+    """Write what this cache is made of, or check it against what an earlier run wrote."""
+    names = "\n".join(f"{split} {clip.key}" for split, clips in plan.items() for clip in clips)
+    manifest = {
+        "schema": latents.SCHEMA,
+        "settings": dataclasses.asdict(settings),
+        "planned": {split: len(clips) for split, clips in plan.items()},
+        "videos": hashlib.sha256(names.encode()).hexdigest(),
+    }
+    earlier = latents.read_json(out / latents.MANIFEST)
+    if earlier is None:
+        write_json(out / latents.MANIFEST, manifest)
+        return manifest
+    then, now = ({**m["settings"], "schema": m["schema"], "videos": m["videos"]} for m in (earlier, manifest))
+    changed = [f"{name} (was {then.get(name)}, is {now[name]})" for name in now if then.get(name) != now[name]]
+    if changed:
+        raise LatentError(f"{out} was begun differently: {', '.join(changed)}; use another --out or the same settings")
+    return manifest
+
+
+def _decode(
+    folder: Path, clips: tuple[Clip, ...], settings: Settings, threads: int, skipped: list[dict], advance: Callable
+) -> Iterator[tuple[Clip, np.ndarray]]:
+    """Yield the usable clips in order, decoded ahead on threads; note the others in `skipped`."""
+
+    def read(clip):
+        size = {"height": settings.height, "width": settings.width}
+        return video.read_clip(folder / clip.source, settings.num_frames, settings.fps, clip.start, **size)
+
+    todo, pending = iter(clips), collections.deque()
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    try:
+        while True:
+            # Decoded clips are large: keep no more than the threads can be busy with.
+            for clip in itertools.islice(todo, 2 * threads - len(pending)):
+                pending.append((clip, pool.submit(read, clip)))
+            if not pending:
+                return
+            clip, future = pending.popleft()
+            try:
+                frames = future.result()
+            except VideoError as error:
+                skipped.append({"clip": clip.key, "reason": str(error)})
+            else:
+                yield clip, frames
+            advance(1)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _records(
+    decoded: Iterator[tuple[Clip, np.ndarray]], encode: Encode, settings: Settings, batch_size: int
+) -> Iterator[dict]:
+    """Encode in batches and yield a record for each clip."""
+    while batch := list(itertools.islice(decoded, batch_size)):
+        # A full batch every time, or the encoder would be compiled again for the last one.
+        full = batch + batch[-1:] * (batch_size - len(batch))
+        seeds = np.array([_hash(settings.seed, clip.key) for clip, _ in full], np.uint32)
+        encoded = encode(np.stack([frames for _, frames in full]), seeds)
+        for row, (clip, _) in enumerate(batch):
+            yield {
+                **{name: latents.to_float16(clip.key, name, encoded[name][row]) for name in latents.ARRAYS},
+                "fps": settings.fps,
+                "motion_bucket_id": settings.motion_bucket_id,
+                "noise_aug_strength": settings.noise_aug_strength,
+                "key": clip.key,
+                "source": clip.source,
+                "start": clip.start,
+                "schema": latents.SCHEMA,
+            }
+
+
+def _finish(out: Path, shards: list[Shard], manifest: dict) -> dict | None:
+    """Complete the cache if every shard is there."""
+    reports = [shard.report() for shard in shards]
+    missing = reports.count(None)
+    if missing:
+        print(f"{missing} of {len(shards)} shards are left to other workers; the last one completes {out}")
+        return None
+    skipped = [entry for report in reports for entry in report["skipped"]]
+    counts: dict[str, list[int]] = collections.defaultdict(list)
+    for shard, report in zip(shards, reports, strict=True):
+        counts[shard.split].append(report["count"])
+    counts = {split: lengths for split, lengths in counts.items() if sum(lengths)}
+    if not counts:
+        for shard in shards:  # so that another attempt looks at the files again
+            shard.report_path.unlink()
+        reasons = "".join(f"\n  {entry['reason']}" for entry in skipped[:10])
+        raise VideoError(f"none of {len(skipped)} clips is usable:{reasons}")
+    shapes = next(report["shapes"] for report in reports if report["count"])
+    manifest |= {"clips": {split: sum(lengths) for split, lengths in counts.items()}, "skipped": skipped}
+    write_json(out / latents.MANIFEST, manifest)
+    latents.write_metadata(out, shapes, counts)
+    return manifest
+
+
+def make_encoder(codec, noise_aug_strength: float, seed: int) -> Encode:
+    """The `encode` of `run` from a codec of `sfv_jax.models.codec`."""
+    import jax
+
+    def encode(frames, seeds):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), seeds)
+        cond_latent, image_embed = codec.condition(frames[:, 0], keys, noise_aug_strength)
+        encoded = {"latents": codec.encode(frames), "cond_latent": cond_latent, "image_embed": image_embed}
+        return jax.tree.map(np.asarray, encoded)
+
+    return encode
