@@ -25,9 +25,9 @@ from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.networks import DTYPES, Networks
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
-from sfv_jax.runtime.device import count_flops
 from sfv_jax.runtime.sharding import batch_sharding, local_rows, param_shardings, replicated_sharding, with_shardings
 from sfv_jax.sampler import Sampler
+from sfv_jax.training.step import jit_train_step
 
 
 @dataclass(frozen=True)
@@ -60,36 +60,6 @@ class Sizes:
     @property
     def downscale(self) -> int:
         return (self.vae or self.patch).downscale
-
-
-def jit_train_step(method, networks: Networks, config: ConfigDict, mesh: Mesh, shardings: tuple) -> Callable:
-    """`(state, frozen, batch) -> (state, metrics)` of `method` on `mesh`; the old state is given up for the new one.
-
-    Args:
-      shardings: of (state, frozen).
-    """
-    return jax.jit(
-        method.make_train_step(networks, config),
-        in_shardings=(*shardings, batch_sharding(mesh)),
-        out_shardings=(shardings[0], replicated_sharding(mesh)),
-        donate_argnums=0,
-    )
-
-
-def step_flops(config: ConfigDict, unet: UNetConfig, example: dict) -> float:
-    """FLOPs of a train step on all devices together: matrix products and convolutions, from its jaxpr.
-
-    Recomputation (`remat`) is not counted, as is usual for model FLOPs; a step in which the generator waits
-    (`sfv.generator_every`) counts like one in which it learns.
-
-    Args:
-      example: one example of the data, numpy.
-    """
-    method = METHODS[config.method]
-    networks = method.make_networks(configs.plain_unet(unet), config)
-    state = jax.eval_shape(lambda params: method.init_state(networks, config, params), networks.abstract["generator"])
-    batch = {k: jax.ShapeDtypeStruct((config.batch_size, *v.shape), v.dtype) for k, v in example.items()}
-    return count_flops(method.make_train_step(networks, config), *state, batch)
 
 
 def sizes_of(config: ConfigDict) -> Sizes:

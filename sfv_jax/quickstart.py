@@ -18,14 +18,14 @@ from einops import rearrange
 from ml_collections import config_flags
 from PIL import Image, ImageDraw
 
-from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.video import write_video
 from sfv_jax.evaluation.world import busiest_direction, nearest_future
 from sfv_jax.runtime import compilation
 from sfv_jax.sampler import Sampler
-from sfv_jax.train import train
+from sfv_jax.training.alarms import TrainingStopped
+from sfv_jax.training.loop import train
 
 CLIPS, SHOWN, HEIGHT = 64, 4, 64  # held-out clips scored, clips in the picture, their least height in it
 

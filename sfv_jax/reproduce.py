@@ -30,7 +30,6 @@ import numpy as np
 from absl import app, flags, logging
 
 from sfv_jax import experiments
-from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.config import ConfigError, world_of
@@ -48,6 +47,7 @@ from sfv_jax.runtime import compilation
 from sfv_jax.runtime.files import replacing, write_json
 from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sampler import Sampler
+from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.trainings import ReproduceError, Runs, plan, svd_runs, world_runs
 from sfv_jax.weights.folders import WeightsError
 

@@ -10,15 +10,15 @@ import jax
 from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
-from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoints.base import is_run, read_run
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import claim_workdir, flat
 from sfv_jax.config import world_of
 from sfv_jax.data.loader import latent_source, world_source
 from sfv_jax.experiments import BASE, TABLES, Budget, runs_of, svd_config, world_config
-from sfv_jax.programs import step_flops
-from sfv_jax.train import train
+from sfv_jax.training.alarms import TrainingStopped
+from sfv_jax.training.loop import train
+from sfv_jax.training.step import step_flops
 
 CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, an assumption: see docs/reproduction.md
 CHIP_RATE = 0.4 * 989e12  # of an H100 in bf16, at 40 % of its peak: an assumption

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from sfv_jax import config as configs
-from sfv_jax import speed
-from sfv_jax.alarms import Alarms, TrainingStopped, not_finite
 from sfv_jax.config import ConfigError
-from sfv_jax.journal import Journal, line, summary
-from sfv_jax.metrics import MetricWriter
 from sfv_jax.runtime import device
 from sfv_jax.runtime.progress import ProgressReport
+from sfv_jax.training import clock
+from sfv_jax.training.alarms import Alarms, TrainingStopped, not_finite
+from sfv_jax.training.clock import Clock, Trace
+from sfv_jax.training.journal import Journal, line, summary
+from sfv_jax.training.metrics import MetricWriter
 
 HEALTHY = {
     "loss/hinge": 1.5,
@@ -94,7 +95,7 @@ def test_first_cause_is_named():
 
 def journal(tmp_path, saved=None, **changes) -> Journal:
     config = alarm_config(**changes)
-    return Journal(config, speed.Clock(0), MetricWriter(tmp_path), ProgressReport(100), lambda: saved)
+    return Journal(config, Clock(0), MetricWriter(tmp_path), ProgressReport(100), lambda: saved)
 
 
 def step(**changes) -> dict:
@@ -247,33 +248,33 @@ def test_peak(kind, peak):
 
 def test_clock_splits_the_time_of_a_step(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(speed.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
 
     def pass_time(seconds, name=None):
         if name is None:
             now[0] += seconds
         else:
-            with clock.measure(name):
+            with watch.measure(name):
                 now[0] += seconds
 
-    clock = speed.Clock(0, flops=6e12, peak=20e12)
+    watch = Clock(0, flops=6e12, peak=20e12)
     pass_time(100.0, "device")
-    assert clock.lap(1) == {}  # compiled
+    assert watch.lap(1) == {}  # compiled
     for _ in range(2):
         pass_time(0.5, "data_wait")
         pass_time(2.0, "device")
         pass_time(0.5)
-    found = clock.lap(3)
+    found = watch.lap(3)
     expected = {"time/step": 3.0, "time/data_wait": 0.5, "time/device": 2.0, "time/host": 0.5}
     assert found == pytest.approx(expected | {"speed/tflops": 2.0, "speed/mfu": 0.1})
-    clock.pause()
-    assert clock.lap(4) == {}
+    watch.pause()
+    assert watch.lap(4) == {}
     pass_time(1.0)
-    assert "speed/mfu" not in speed.Clock(0).lap(1) and clock.lap(5)["time/step"] == 1.0
+    assert "speed/mfu" not in Clock(0).lap(1) and watch.lap(5)["time/step"] == 1.0
 
 
 def test_trace_covers_its_window(tmp_path):
-    trace, running = speed.Trace(tmp_path, start=2, steps=2), []
+    trace, running = Trace(tmp_path, start=2, steps=2), []
     for n in range(1, 8):
         trace.at(n, jnp.ones(()))
         running.append(trace.running)

@@ -17,6 +17,7 @@ from sfv_jax import train
 from sfv_jax.checkpoints.base import load_generator
 from sfv_jax.runtime import processes, sharding
 from sfv_jax.runtime.processes import ProcessError, join
+from sfv_jax.training import loop
 from tests import small_run
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def run(workdir: Path, devices: int, steps: int, **mesh) -> dict:
     config.update(dict(steps=steps, mesh=mesh, sample_every=0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
-        return jax.device_get(train.train(config, workdir))
+        return jax.device_get(loop.train(config, workdir))
 
 
 def losses(workdir: Path) -> dict[int, float]:

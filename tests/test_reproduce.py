@@ -10,13 +10,13 @@ import pytest
 
 from sfv_jax import config as configs
 from sfv_jax import experiments, reproduce, trainings
-from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.config import patch_codec_of, unet_of, world_of
 from sfv_jax.data.video import write_video
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.experiments import BASE, Row
 from sfv_jax.methods import METHODS
+from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.trainings import Runs
 from tests import small_run
 

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from sfv_jax import train
-from sfv_jax.alarms import TrainingStopped
 from sfv_jax.checkpoints.base import load_generator
 from sfv_jax.checkpoints.run import Checkpoints, WorkdirError
 from sfv_jax.config import ConfigError
 from sfv_jax.runtime import sharding
+from sfv_jax.training import inputs, loop
+from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.weights.folders import WeightsError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -66,7 +67,7 @@ pytestmark = pytest.mark.usefixtures("compile_little")
 
 
 def run(config, workdir: Path, devices: int = 1, *, fail_at: int = 0, stop_at: int = 0, poison_at: int = 0) -> dict:
-    """`train.train` on the first `devices`.
+    """`loop.train` on the first `devices`.
 
     The loop dies before step `fail_at`, the step before it saved; it is told to stop during step `stop_at`; the batch
     of step `poison_at` holds a NaN.
@@ -87,9 +88,9 @@ def run(config, workdir: Path, devices: int = 1, *, fail_at: int = 0, stop_at: i
         return sharding.put_batch(mesh, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
-        patch.setattr(train, "put_batch", put_batch)
-        return jax.device_get(train.train(config, workdir))
+        patch.setattr(loop, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
+        patch.setattr(loop, "put_batch", put_batch)
+        return jax.device_get(loop.train(config, workdir))
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -263,7 +264,7 @@ def test_a_bad_number_stops_the_run_and_is_never_saved(whole, tmp_path, monkeypa
     no_cluster = dict(coordinator=None, num_processes=None, process_id=None)
     monkeypatch.setattr(train, "FLAGS", types.SimpleNamespace(config=None, workdir="w", **no_cluster))
     monkeypatch.setattr(train, "join", lambda *_: None)
-    monkeypatch.setattr(train.compiling, "set_up", lambda: None)
+    monkeypatch.setattr(train.compilation, "set_up", lambda: None)
     monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(error.value))
     with pytest.raises(SystemExit, match="^train: stopped by step 3"):
         train.main(None)
@@ -341,6 +342,6 @@ def test_a_cache_of_other_encoders(tmp_path):
             if refused
             else nullcontext()
         ):
-            train.check_encoders(config, base)
+            inputs.check_encoders(config, base)
     config.data.any_encoders = True
-    train.check_encoders(config, base)
+    inputs.check_encoders(config, base)

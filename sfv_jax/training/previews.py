@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 
 from sfv_jax.checkpoints.base import Base
 from sfv_jax.data.video import write_video
-from sfv_jax.metrics import MetricWriter
 from sfv_jax.runtime.processes import whole
 from sfv_jax.runtime.sharding import on_mesh
 from sfv_jax.sampler import Sampler
+from sfv_jax.training.metrics import MetricWriter
 
 
 class Pictures:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from sfv_jax.alarms import Alarms, TrainingStopped, mean_of, not_finite
-from sfv_jax.metrics import MetricWriter
 from sfv_jax.runtime.device import peak_memory
 from sfv_jax.runtime.progress import ProgressReport
-from sfv_jax.speed import Clock
+from sfv_jax.training.alarms import Alarms, TrainingStopped, mean_of, not_finite
+from sfv_jax.training.clock import Clock
+from sfv_jax.training.metrics import MetricWriter
 
 
 class Journal:

@@ -1,0 +1,78 @@
+"""Inputs of a training run: the base model and the data."""
+
+from dataclasses import replace
+
+import jax
+from ml_collections import ConfigDict
+
+from sfv_jax import config as configs
+from sfv_jax.checkpoints.base import Base, load_generator
+from sfv_jax.checkpoints.model_folder import encoders_identity, read_model
+from sfv_jax.config import ConfigError
+from sfv_jax.data.loader import encoders_of, latent_source, world_source
+from sfv_jax.models.networks import Networks
+from sfv_jax.runtime.sharding import param_shardings
+
+
+def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
+    """Where training starts: `config.init`, or random weights on the procedural world's codec; placed on `mesh`.
+
+    Raises:
+      ConfigError: if `config.unet` would change parameters that `config.init` brings.
+    """
+    if not config.init:
+        unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
+        if config.data.source != "world":
+            raise ConfigError("config.init is empty: name a model folder (python -m sfv_jax.convert makes one)")
+        networks = Networks(unet)
+        place = param_shardings(mesh, networks.abstract["generator"])
+        init = networks.init_generator
+        if mesh.size > 1:  # compiling this takes longer than running it, so only where there is something to place
+            init = jax.jit(init, static_argnums=0, out_shardings=place)
+        params = init(config.seed)
+        return Base(unet, params, codec, None, None)
+    raw = config.init_weights == "generator"
+    base = load_generator(config.init, raw=raw, place=lambda abstract: param_shardings(mesh, abstract))
+    return replace(base, unet=configs.same_unet(base.unet, config))
+
+
+def open_source(config: ConfigDict, base: Base, split: str):
+    """Random-access examples of `config.data`.
+
+    Raises:
+      ConfigError: if latents and UNet do not fit, or the source is unknown.
+    """
+    data = config.data
+    if data.source == "world":
+        source = world_source(configs.world_of(config), split, data.world_size, base.codec)
+    elif data.source == "latents":
+        source = latent_source(data.path, split, base.codec.scaling_factor)
+        check_encoders(config, base)
+    else:
+        raise ConfigError(f"config.data.source={data.source!r}: choose 'latents' or 'world'")
+    example = source[0]
+    channels = (example["latents"].shape[-1], example["image_embed"].shape[-1])
+    expected = (base.unet.out_channels, base.unet.cross_attention_dim)
+    if channels != expected:
+        advice = "prepare the cache with that model" if data.source == "latents" else "change config.unet"
+        raise ConfigError(
+            f"config.data: latents have {channels[0]} channels and image embeddings {channels[1]} numbers, the UNet of "
+            f"config.init={config.init!r} wants {expected[0]} and {expected[1]}: {advice}"
+        )
+    return source
+
+
+def check_encoders(config: ConfigDict, base: Base) -> None:
+    """Raises ConfigError if the cache was made by another VAE or CLIP tower than those the model will be sampled with.
+
+    Nothing is checked where either side is not recorded, or with `config.data.any_encoders`.
+    """
+    if base.model is None or config.data.any_encoders:
+        return
+    theirs, ours = encoders_of(config.data.path), encoders_identity(read_model(base.model)[1])
+    if theirs and ours and theirs != ours:
+        raise ConfigError(
+            f"config.data.path={config.data.path} was made with other encoders ({theirs[:12]}...) than those of "
+            f"{base.model} ({ours[:12]}...): prepare it with that model, or set config.data.any_encoders=True if they "
+            "only differ in file format"
+        )

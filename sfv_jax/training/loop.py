@@ -1,0 +1,151 @@
+"""The training loop, from a config to the last checkpoint."""
+
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from sfv_jax.checkpoints.base import describe_run
+from sfv_jax.checkpoints.run import Checkpoints, claim_workdir, flat
+from sfv_jax.config import ConfigError
+from sfv_jax.data.loader import make_loader
+from sfv_jax.methods import METHODS
+from sfv_jax.runtime.device import peak_flops
+from sfv_jax.runtime.processes import agree, once
+from sfv_jax.runtime.progress import ProgressReport
+from sfv_jax.runtime.sharding import local_rows, make_mesh, on_mesh, param_shardings, put_batch, with_shardings
+from sfv_jax.runtime.stopping import StopRequest
+from sfv_jax.training.clock import Clock, Trace
+from sfv_jax.training.inputs import load_base, open_source
+from sfv_jax.training.journal import Journal
+from sfv_jax.training.metrics import MetricWriter
+from sfv_jax.training.previews import Pictures
+from sfv_jax.training.step import jit_train_step, step_flops
+
+
+def train(config: ConfigDict, workdir: Path) -> dict:
+    """Trains until `config.steps`; returns the final state (nested dict of arrays)."""
+    agree(flat(config.to_dict()))
+    if config.method not in METHODS:
+        raise ConfigError(f"config.method={config.method!r}: choose one of {', '.join(METHODS)}")
+    method, chief = METHODS[config.method], jax.process_index() == 0
+
+    # ---- networks, state, shardings: shapes first ----
+    try:
+        mesh = make_mesh(**config.mesh)
+        rows = local_rows(mesh, config.batch_size, config.accumulation_steps)
+    except ValueError as error:
+        raise ConfigError(f"config: {error}") from error
+    base = load_base(config, mesh)
+    source = open_source(config, base, config.data.split)
+    try:
+        networks = method.make_networks(base.unet, config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"config: {error}") from error
+
+    def init(params):
+        return method.init_state(networks, config, params)
+
+    abstract = jax.eval_shape(init, base.params)
+    shardings = param_shardings(mesh, abstract)
+    params, base = base.params, replace(base, params=None)  # the state replaces them
+    try:
+        loader = make_loader(source, global_batch_size=config.batch_size, seed=config.seed, rows=rows)
+    except ValueError as error:
+        raise ConfigError(f"config.batch_size={config.batch_size}: {error}") from error
+
+    def claim():  # after all that can refuse the config
+        claim_workdir(workdir, config.to_dict())
+        describe_run(workdir, base.unet, base.codec if base.model is None else None, base.model)
+
+    once(claim)
+    with ExitStack() as stack:  # on the way out, saves under way are waited for, whatever happened
+        checkpoints = stack.enter_context(
+            closing(Checkpoints(workdir, config.keep_checkpoints, config.keep_every, config.to_dict()))
+        )
+        writer = stack.enter_context(closing(MetricWriter(workdir, chief, config.wandb_project, config.to_dict())))
+        restored = checkpoints.restore(with_shardings(abstract[0], shardings[0]))
+        latest = restored[0] if restored else None
+        writer.resume(latest or 0)
+        if restored is None:
+            state, frozen = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+        else:
+            frozen = jax.jit(lambda params: init(params)[1], out_shardings=shardings[1])(params)
+            _, state, position = restored
+            loader.set_state(position)
+            if chief:
+                print(f"continuing {workdir} at step {latest}" if latest < config.steps else f"{workdir} is finished")
+        del params
+
+        step_fn = jit_train_step(method, networks, config, mesh, shardings)
+        pictures = None
+        if config.sample_every and (latest or 0) < config.steps:
+            held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
+            pictures = Pictures(config, base, held_out, workdir, writer, mesh)
+        report = stack.enter_context(closing(ProgressReport(config.steps, latest or 0, chief, config.method)))
+        flops = None  # on CPU nobody asks
+        if jax.default_backend() != "cpu":
+            flops = step_flops(config, base.unet, source[0]) / jax.device_count()
+        clock = Clock(report.first, flops, peak_flops(jax.devices()[0].device_kind))
+        out = Outputs(
+            Journal(config, clock, writer, report, checkpoints.latest),
+            pictures,
+            checkpoints,
+            stack.enter_context(closing(Trace(workdir / "profile", config.profile_start, config.profile_steps))),
+        )
+        return loop(
+            config,
+            on_mesh(mesh, lambda state, batch: step_fn(state, frozen, batch)),
+            state,
+            loader,
+            lambda batch: put_batch(mesh, batch),
+            out,
+            stack.enter_context(StopRequest()),
+        )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a run fills besides its state."""
+
+    journal: Journal
+    pictures: Pictures | None
+    checkpoints: Checkpoints
+    trace: Trace
+
+
+def loop(config, step_fn, state, loader, put, out: Outputs, stop: StopRequest) -> dict:
+    """Steps from where the report starts to `config.steps`, or until asked to `stop`; returns the last state.
+
+    Args:
+      step_fn: `(state, batch) -> (state, metrics)`.
+      put: from a batch of `loader` to one on devices.
+    Raises:
+      TrainingStopped: if something went wrong; checkpoints are sound.
+    """
+    journal, report = out.journal, out.journal.report
+    for step in range(report.first + 1, config.steps + 1):
+        with journal.clock.measure("data_wait"):
+            batch = put(next(loader))
+        out.trace.at(step, state)
+        with journal.clock.measure("device"):
+            state, metrics = step_fn(state, batch)
+        journal.add(metrics)
+        report.advance(step)
+        stopped = step < config.steps and stop.asked(step)
+        last = stopped or step == config.steps
+        if step % config.log_every == 0 or last:
+            journal.end_interval()
+        if step % config.checkpoint_every == 0 or last:
+            # A run resumed here writes no line for the steps before, and nothing bad may be saved.
+            journal.flush(everything=True)
+            out.checkpoints.save(step, state, loader.get_state())
+        if out.pictures and (step % config.sample_every == 0 or last):
+            out.pictures.draw(state["generator"], state["ema"], step)
+            journal.clock.pause()
+        if stopped:
+            report.print(f"asked to stop: saved step {step}; run the same command again to continue")
+            break
+    return state

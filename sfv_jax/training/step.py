@@ -1,0 +1,44 @@
+"""The compiled train step of a method, and its FLOPs."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from sfv_jax import config as configs
+from sfv_jax.config import ConfigDict
+from sfv_jax.methods import METHODS
+from sfv_jax.models.networks import Networks
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.runtime.device import count_flops
+from sfv_jax.runtime.sharding import batch_sharding, replicated_sharding
+
+
+def jit_train_step(method, networks: Networks, config: ConfigDict, mesh: Mesh, shardings: tuple) -> Callable:
+    """`(state, frozen, batch) -> (state, metrics)` of `method` on `mesh`; the old state is given up for the new one.
+
+    Args:
+      shardings: of (state, frozen).
+    """
+    return jax.jit(
+        method.make_train_step(networks, config),
+        in_shardings=(*shardings, batch_sharding(mesh)),
+        out_shardings=(shardings[0], replicated_sharding(mesh)),
+        donate_argnums=0,
+    )
+
+
+def step_flops(config: ConfigDict, unet: UNetConfig, example: dict) -> float:
+    """FLOPs of a train step on all devices together: matrix products and convolutions, from its jaxpr.
+
+    Recomputation (`remat`) is not counted, as is usual for model FLOPs; a step in which the generator waits
+    (`sfv.generator_every`) counts like one in which it learns.
+
+    Args:
+      example: one example of the data, numpy.
+    """
+    method = METHODS[config.method]
+    networks = method.make_networks(configs.plain_unet(unet), config)
+    state = jax.eval_shape(lambda params: method.init_state(networks, config, params), networks.abstract["generator"])
+    batch = {k: jax.ShapeDtypeStruct((config.batch_size, *v.shape), v.dtype) for k, v in example.items()}
+    return count_flops(method.make_train_step(networks, config), *state, batch)
