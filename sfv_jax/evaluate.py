@@ -46,8 +46,8 @@ from sfv_jax.models.codec import SVDCodec
 from sfv_jax.models.networks import DTYPES
 from sfv_jax.runtime import compilation
 from sfv_jax.runtime.sharding import make_mesh
-from sfv_jax.sample import numbers
-from sfv_jax.sampler import Sampler
+from sfv_jax.sampling.files import numbers
+from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.folders import WeightsError, read_json
 
 COUNTS = {"ucf101": 2048, "folder": 0, "world": 256}  # clips by default, 0: all

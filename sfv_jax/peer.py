@@ -18,7 +18,7 @@ from sfv_jax.models.codec import SVDCodec, decode_pixels, device_memory
 from sfv_jax.models.networks import DTYPES
 from sfv_jax.models.unet import UNet
 from sfv_jax.models.vae import TemporalVAE
-from sfv_jax.sampler import Sampler
+from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.components import COMPONENTS
 from sfv_jax.weights.diffusers import save_component
 from sfv_jax.weights.pipeline import FEATURE_EXTRACTOR, SCHEDULER

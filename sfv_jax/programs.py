@@ -26,7 +26,7 @@ from sfv_jax.models.networks import DTYPES, Networks
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.runtime.sharding import batch_sharding, local_rows, param_shardings, replicated_sharding, with_shardings
-from sfv_jax.sampler import Sampler
+from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.training.step import jit_train_step
 
 

@@ -23,7 +23,7 @@ from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.video import write_video
 from sfv_jax.evaluation.world import busiest_direction, nearest_future
 from sfv_jax.runtime import compilation
-from sfv_jax.sampler import Sampler
+from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.training.loop import train
 

@@ -46,7 +46,7 @@ from sfv_jax.quickstart import picture
 from sfv_jax.runtime import compilation
 from sfv_jax.runtime.files import replacing, write_json
 from sfv_jax.runtime.sharding import make_mesh
-from sfv_jax.sampler import Sampler
+from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.trainings import ReproduceError, Runs, plan, svd_runs, world_runs
 from sfv_jax.weights.folders import WeightsError

@@ -25,7 +25,7 @@ from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models import tree
 from sfv_jax.models.unet import UNet
-from sfv_jax.sampler import Sampler
+from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.folders import WeightsError
 from tests.small_run import get_config
 

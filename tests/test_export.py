@@ -19,7 +19,7 @@ from sfv_jax.checkpoints.card import model_card
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import Checkpoints
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.sampler import Sampler
+from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights import writer
 from sfv_jax.weights.components import to_json
 from sfv_jax.weights.diffusers import load_component, save_component

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfv_jax.sampler import Sampler
+from sfv_jax.sampling.sampler import Sampler
 from tests import golden
 from tests.conftest import error
 from tests.golden import FRAMES, IDS, RUNS, SIZE

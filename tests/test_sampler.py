@@ -18,8 +18,8 @@ from sfv_jax.models.networks import Networks
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.runtime.sharding import make_mesh, param_shardings
-from sfv_jax.sample import SampleError, numbers
-from sfv_jax.sampler import NonFiniteError, Sampler
+from sfv_jax.sampling.files import SampleError, numbers
+from sfv_jax.sampling.sampler import NonFiniteError, Sampler
 from tests.conftest import noise
 
 UNET = UNetConfig(

@@ -9,7 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
-from sfv_jax.sampler import resize
+from sfv_jax.sampling.sampler import resize
 
 
 def luma(frames: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from sfv_jax.checkpoints.base import Base
 from sfv_jax.data.video import write_video
 from sfv_jax.runtime.processes import whole
 from sfv_jax.runtime.sharding import on_mesh
-from sfv_jax.sampler import Sampler
+from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.training.metrics import MetricWriter
 
 

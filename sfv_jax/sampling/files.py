@@ -1,0 +1,112 @@
+"""From image files to video files, each with a record of how it was made."""
+
+import hashlib
+import json
+import time
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+
+from sfv_jax.data.video import read_image, write_video
+from sfv_jax.runtime.files import replacing
+from sfv_jax.sampling.sampler import Sampler
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+OPTIONS = (
+    "steps",
+    "sampler",
+    "num_frames",
+    "height",
+    "width",
+    "fps",
+    "motion_bucket_id",
+    "noise_aug_strength",
+    "decode_chunk_size",
+)
+
+
+NUMBERS = {"guidance": ((2,), "two numbers, e.g. 1.0,3.0"), "mesh": ((2, 3), "two or three numbers, e.g. 4,2 or 1,1,8")}
+
+
+class SampleError(ValueError):
+    """The command line asks for something impossible; the message says what to change."""
+
+
+def jobs(image: Path, out: Path, suffix: str) -> list[tuple[Path, Path]]:
+    """(image, video) pairs of a file or a folder.
+
+    Raises:
+      SampleError: if there is no image, or a folder is to become a single file.
+    """
+    if not image.is_dir():
+        return [(image, out)]
+    if out.suffix:
+        raise SampleError(f"--image {image} is a folder, so --out must be a folder too, not {out}; see --format")
+    images = sorted(p for p in image.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise SampleError(f"{image} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return [(p, out / f"{p.stem}{suffix}") for p in images]
+
+
+def record(path: Path, settings: dict) -> None:
+    """Writes `settings` as JSON beside the video `path`, atomically."""
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1))
+
+
+def numbers(name: str, values: list[str] | None, kind: type) -> tuple | None:
+    """The numbers of the flag `name`; None if it was not given.
+
+    Raises:
+      SampleError: if they are not as many as `NUMBERS` says, or not numbers.
+    """
+    if not values:
+        return None
+    counts, wanted = NUMBERS[name]
+    try:
+        found = tuple(kind(value) for value in values)
+    except ValueError:
+        found = ()
+    if len(found) not in counts:
+        raise SampleError(f"--{name}={','.join(values)}: give {wanted}")
+    return found
+
+
+def batches(sampler: Sampler, pairs: list[tuple[Path, Path]], options: dict, size: int):
+    """Yields lists of `(n, image, out)`, consecutive images whose videos have one size, at most `size` of them; and it.
+
+    `n` is the image's place in `pairs`, which its seed counts by.
+    """
+
+    def size_of(job: tuple[int, Path, Path]) -> tuple[int, int]:
+        return sampler.size(read_image(job[1]), options["height"], options["width"])
+
+    for shape, jobs_ in groupby(((n, *job) for n, job in enumerate(pairs)), size_of):
+        group = list(jobs_)
+        for first in range(0, len(group), size):
+            yield group[first : first + size], shape
+
+
+def run(sampler: Sampler, batch: list, size: tuple[int, int], *, seed: int, options: dict, origin: dict, timed: bool):
+    """Some images to one video each and its record."""
+    images = [read_image(image) for _, image, _ in batch]
+    for (_, image, _), pixels in zip(batch, images, strict=True):
+        if size != pixels.shape[:2]:
+            print(f"{image}: {pixels.shape[0]}x{pixels.shape[1]} resized to {size[0]}x{size[1]} (height x width)")
+    times, began = {} if timed else None, time.monotonic()
+    options = options | {"height": size[0], "width": size[1]}
+    videos = sampler(images, seed=[seed + n for n, _, _ in batch], times=times, **options)
+    seconds = time.monotonic() - began
+    packages = {name: version(name) for name in ("sfv_jax", "jax", "flax")}
+    for (n, image, out), frames in zip(batch, videos, strict=True):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_video(out, frames, fps=options["fps"])
+        settings = {"image": str(image), "image_sha256": hashlib.sha256(image.read_bytes()).hexdigest()}
+        settings |= {"seed": seed + n} | options | {"num_frames": len(frames), "packages": packages} | origin
+        record(out, settings | {"batch_size": len(batch), "seconds": seconds, "times": times})
+        together = f" (with {len(batch) - 1} more)" if len(batch) > 1 else ""
+        print(f"{out}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} in {seconds:.2f} s{together}")
+    if timed:
+        print("seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in times.items()))
