@@ -36,8 +36,8 @@ from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError
 from sfv_jax.diffusion.solvers import SAMPLERS
-from sfv_jax.evaluation import compare, latency
-from sfv_jax.evaluation.collection import Clip, Reading, find_clips
+from sfv_jax.evaluation import latency, scoring
+from sfv_jax.evaluation.clips import Clip, Reading, find_clips
 from sfv_jax.evaluation.features import FILES, load_features
 from sfv_jax.evaluation.motion import opencv
 from sfv_jax.evaluation.protocol import Protocol
@@ -138,26 +138,26 @@ def run(values: dict) -> Report:
         embed = load_codec(values["svd"]).embed if values["svd"] else None
         images = values["images"] and Path(values["images"])
         reading = Reading(protocol.num_frames, protocol.fps)
-        extras = compare.Extras(embed, values["flow"], values["shown"])
-        return compare.folder_alone(Path(values["videos"]), reading, images, extras)
+        extras = scoring.Extras(embed, values["flow"], values["shown"])
+        return scoring.folder_alone(Path(values["videos"]), reading, images, extras)
     if kind == "world":
         if not is_run(values["checkpoint"]):
             raise EvaluateError(f"{values['checkpoint']} is no workdir of a training run: only a run knows its world")
         world = world_of(ConfigDict(read_json(Path(values["checkpoint"]) / "config.json")))
         sampler, options, origin = load_sampler(values | {"noise_aug_strength": 0.0})
         how = dict(n=protocol.n, seed=protocol.seed, shown=values["shown"], batch_size=values["batch_size"])
-        return compare.checkpoint_on_world(sampler, world, out, options=options, origin=origin, **how)
+        return scoring.checkpoint_on_world(sampler, world, out, options=options, origin=origin, **how)
     features, about = load_features(values["i3d"], values["features"], batch_norm_eps=values["batch_norm_eps"])
     kept = values["statistics"] and Path(values["statistics"])
     if kind == "folders":
         folders = Path(values["videos"]), Path(values["reference"])
-        return compare.folder_against_folder(*folders, protocol, features, about, kept=kept, shown=values["shown"])
+        return scoring.folder_against_folder(*folders, protocol, features, about, kept=kept, shown=values["shown"])
     clips, name, source = dataset_clips(values)
     sampler, options, origin = load_sampler(values)
     embed = sampler.codec.embed if isinstance(sampler.codec, SVDCodec) else None
     how = dict(dataset=name, source=source, options=options, origin=origin, kept=kept, batch_size=values["batch_size"])
-    extras = compare.Extras(embed, values["flow"], values["shown"])
-    report = compare.checkpoint_on_videos(sampler, clips, out, protocol, features, about, extras=extras, **how)
+    extras = scoring.Extras(embed, values["flow"], values["shown"])
+    report = scoring.checkpoint_on_videos(sampler, clips, out, protocol, features, about, extras=extras, **how)
     if values["latency"]:
         add_latency(report, sampler, options, protocol)
     return report

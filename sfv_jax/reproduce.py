@@ -36,7 +36,7 @@ from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.video import VideoError
 from sfv_jax.evaluation import fvd, world
-from sfv_jax.evaluation.collection import Reading, find_clips
+from sfv_jax.evaluation.clips import Reading, find_clips
 from sfv_jax.evaluation.features import compute
 from sfv_jax.evaluation.frechet import MIN_SAMPLES, measure
 from sfv_jax.evaluation.protocol import Protocol

@@ -18,8 +18,8 @@ from sfv_jax.config import patch_codec_of, unet_of
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
-from sfv_jax.evaluation import compare, features, latency
-from sfv_jax.evaluation.collection import find_clips
+from sfv_jax.evaluation import features, latency, scoring
+from sfv_jax.evaluation.clips import find_clips
 from sfv_jax.evaluation.generation import generate, read_strip
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
@@ -260,12 +260,12 @@ def test_more_clips_continue_those_there_are(tmp_path):
 
 def test_a_checkpoint_is_measured_against_the_clips_it_started_from(clips, tmp_path):
     how = dict(dataset="fake", source=features.FILES, origin={"checkpoint": "echo"}, batch_size=8)
-    how["extras"] = compare.Extras(flow=False, shown=2)
+    how["extras"] = scoring.Extras(flow=False, shown=2)
     protocol, found = Protocol(n=20, **SMALL), {}
     for name, shift in (("still", 0), ("bright", 40)):
         out = tmp_path / name
         args = (echo, clips, out, protocol, colours, ABOUT)
-        report = compare.checkpoint_on_videos(*args, options={"shift": shift}, **how)
+        report = scoring.checkpoint_on_videos(*args, options={"shift": shift}, **how)
         report.write(out)
         found[name] = json.loads((out / "scores.json").read_text())
     distances = {name: record["distances"]["generated"] for name, record in found.items()}
@@ -293,19 +293,19 @@ def test_folders_of_different_sizes_are_compared_at_equal_n(clips, ucf, tmp_path
                 )
     (tmp_path / "v/moving/0.mp4").write_bytes(b"")
     args = (tmp_path / "v", tmp_path / "v" / "moving")
-    report = compare.folder_against_folder(*args, Protocol(n=0, **SMALL), colours, ABOUT, shown=1)
+    report = scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), colours, ABOUT, shown=1)
     distances = report.record["distances"]
     assert [distances[name]["n"] for name in ("moving", "frozen")] == [21, 21]
     assert distances["moving"]["value"] < 1e-6 < distances["frozen"]["value"]
-    lots = compare.folder_against_folder(*args, Protocol(n=0, **SMALL), lambda x: np.repeat(colours(x), 5, 1), ABOUT)
+    lots = scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), lambda x: np.repeat(colours(x), 5, 1), ABOUT)
     assert "21 clips are fewer than 30 features" in lots.page() and "fewer than" not in report.page()
     assert len(report.record["dropped"]["moving"]) == 1 and "0.mp4" in report.record["dropped"]["moving"][0]
     with pytest.raises(VideoError, match="v/frozen: 21 of 21 clips are usable, fewer than n = 25"):
-        compare.folder_against_folder(*args, Protocol(n=25, **SMALL), colours, ABOUT)
+        scoring.folder_against_folder(*args, Protocol(n=25, **SMALL), colours, ABOUT)
     for n in range(2):
         (tmp_path / f"v/frozen/{n}.mp4").unlink()
     with pytest.raises(VideoError, match="v/frozen: 19 of 19 clips .* the 20 that a distance needs"):
-        compare.folder_against_folder(*args, Protocol(n=0, **SMALL), colours, ABOUT)
+        scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), colours, ABOUT)
 
 
 def test_features_that_are_none():

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from sfv_jax.data.video import VideoError, write_video
 from sfv_jax.data.worlds import World
-from sfv_jax.evaluation import appearance, collection, motion, noreference
+from sfv_jax.evaluation import appearance, clips, motion, no_reference
 from sfv_jax.evaluation.report import Report, line_plot, ticks
 
 
@@ -128,26 +128,26 @@ def test_the_command_scores_a_folder(folder, tmp_path):
 
 
 def test_conditions_by_name(folder, tmp_path):
-    clips = [clip for clip in collection.find_clips(folder) if clip.group == "fading" and clip.name == "a"]
+    clips = [clip for clip in clips.find_clips(folder) if clip.group == "fading" and clip.name == "a"]
     write_video(tmp_path / "a.png", sliding(1, 14)[:1])
-    images = collection.condition_images(tmp_path, {"a"})
-    pairs = collection.Reading().frames(clips)
-    results = noreference.score_clips(pairs, images=images.__getitem__, flow=False)
+    images = clips.condition_images(tmp_path, {"a"})
+    pairs = clips.Reading().frames(clips)
+    results = no_reference.score_clips(pairs, images=images.__getitem__, flow=False)
     scores = results.rows[0]["scores"]
     assert scores["first_psnr"] > 30 and scores["detail_first"] == pytest.approx(1, abs=0.25)
     assert "flow" not in scores and scores["detail_last"] < 0.8 * scores["detail_first"]
     with pytest.raises(VideoError, match="no condition image for 1 clips: b"):
-        collection.condition_images(tmp_path, {"a", "b"})
+        clips.condition_images(tmp_path, {"a", "b"})
 
 
 def test_what_cannot_be_scored(folder, tmp_path, monkeypatch):
     (tmp_path / "none").mkdir()
     with pytest.raises(VideoError, match="holds no video"):
-        collection.find_clips(tmp_path / "none")
+        clips.find_clips(tmp_path / "none")
     write_video(tmp_path / "twice/a.mp4", sliding())
     (tmp_path / "twice/a.avi").write_bytes(b"")
     with pytest.raises(VideoError, match="have one name"):
-        collection.find_clips(tmp_path / "twice")
+        clips.find_clips(tmp_path / "twice")
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(motion.FlowError, match=r'pip install "sfv_jax\[eval\]"'):
         motion.flow_scores(sliding())

@@ -14,7 +14,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from sfv_jax import evaluate
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError
-from sfv_jax.evaluation import compare, features
+from sfv_jax.evaluation import features, scoring
 from sfv_jax.evaluation.protocol import Protocol
 
 LENGTHS = {"train": [1], "test": [15, 10]}
@@ -107,9 +107,9 @@ def test_a_score_carries_its_source(root, tmp_path):
     still = lambda images, *, num_frames, **_: np.stack([np.repeat(x[None], num_frames, 0) for x in images])  # noqa: E731
     colours = lambda x: x.astype(np.float32).mean((2, 3)).reshape(len(x), -1)  # noqa: E731
     protocol, kept = Protocol(n=20, **SMALL), tmp_path / "kept.npz"
-    how = dict(options={}, origin={"checkpoint": "still"}, extras=compare.Extras(flow=False, shown=1))
+    how = dict(options={}, origin={"checkpoint": "still"}, extras=scoring.Extras(flow=False, shown=1))
     args = (still, clips, tmp_path / "out", protocol, colours, {"kind": "function"})
-    report = compare.checkpoint_on_videos(*args, dataset=name, source=source, kept=kept, **how)
+    report = scoring.checkpoint_on_videos(*args, dataset=name, source=source, kept=kept, **how)
     assert report.record["source"] == source and "frame_rate 25 (assumed; not stored)" in report.page()
     manifest = json.loads((tmp_path / "out/generated/manifest.json").read_text())
     assert manifest["origin"]["source"]["config"] == "ucf101_1_256"

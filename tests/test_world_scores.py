@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from sfv_jax.data.worlds import PALETTE, World
-from sfv_jax.evaluation import compare, worldnet
+from sfv_jax.evaluation import scoring, worldnet
 from sfv_jax.evaluation import world as scores
 
 WORLD = World(
@@ -118,7 +118,7 @@ def test_a_checkpoint_on_the_world(network, tmp_path):
         return np.repeat(np.stack(images)[:, None], num_frames, axis=1)
 
     how = dict(n=24, options={"noise_aug_strength": 0}, origin={"checkpoint": "still"}, network=network, batch_size=16)
-    report = compare.checkpoint_on_world(stand_still, WORLD, tmp_path, **how, shown=2)
+    report = scoring.checkpoint_on_world(stand_still, WORLD, tmp_path, **how, shown=2)
     found = report.record["scores"]
     generated, still = (found[name] | {"network": None} for name in ("generated", "still image"))
     assert generated["legal"] == 0 and generated == still

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sfv_jax.data.video import VideoError
-from sfv_jax.evaluation.collection import Clip, Reading
+from sfv_jax.evaluation.clips import Clip, Reading
 from sfv_jax.evaluation.frechet import MIN_SAMPLES
 from sfv_jax.evaluation.fvd import Features, load_i3d
 from sfv_jax.evaluation.protocol import Protocol, differences, digest

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from sfv_jax.evaluation import appearance, motion
-from sfv_jax.evaluation.collection import Clip, Reading
+from sfv_jax.evaluation.clips import Clip, Reading
 from sfv_jax.evaluation.report import Report, number
 from sfv_jax.runtime.progress import progress
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from sfv_jax.data.video import VideoError
 from sfv_jax.data.worlds import World
-from sfv_jax.evaluation import noreference
+from sfv_jax.evaluation import no_reference
 from sfv_jax.evaluation import world as exact
-from sfv_jax.evaluation.collection import Clip, Reading, condition_images, find_clips
+from sfv_jax.evaluation.clips import Clip, Reading, condition_images, find_clips
 from sfv_jax.evaluation.features import FILES, Set, compute_kept, features_of, label
 from sfv_jax.evaluation.frechet import measure
 from sfv_jax.evaluation.generation import generate, read_strip
@@ -36,7 +36,7 @@ def folder_alone(videos: Path, reading: Reading, images: Path | None, extras: Ex
     clips = find_clips(videos)
     names = sorted({clip.name for clip in clips})
     found = condition_images(images, set(names)) if images else None
-    results = noreference.score_clips(
+    results = no_reference.score_clips(
         reading.frames(clips),
         images=found and found.__getitem__,
         embed=extras.embed,
@@ -49,7 +49,7 @@ def folder_alone(videos: Path, reading: Reading, images: Path | None, extras: Ex
         raise VideoError(f"none of the {len(clips)} clips in {videos} can be read:{reasons}")
     report = Report(f"Scores of {videos.name}")
     source = f"images of the same names in {images.name}" if images else "the first frame of each clip"
-    noreference.add_to(report, results, reading, source)
+    no_reference.add_to(report, results, reading, source)
     return report
 
 
@@ -140,7 +140,7 @@ def checkpoint_on_videos(
         for k in order:
             yield Clip(files[k], "generated", real.names[k], None), read_strip(files[k], protocol.num_frames)
 
-    results = noreference.score_clips(
+    results = no_reference.score_clips(
         generated(),
         images=lambda name: protocol.real(first(place[name])[None])[0],
         embed=extras.embed,
@@ -151,7 +151,7 @@ def checkpoint_on_videos(
     for name in shown:
         frames = by_name[name].read(protocol.num_frames, protocol.fps)
         results.shown[name] = {"real": protocol.real(frames)} | results.shown[name]
-    noreference.add_to(report, results, Reading(protocol.num_frames, protocol.fps), "the first frame of the real clip")
+    no_reference.add_to(report, results, Reading(protocol.num_frames, protocol.fps), "the first frame of the real clip")
     report.record |= {"dataset": dataset, "source": source, "options": options, "origin": origin}
     return report
 
