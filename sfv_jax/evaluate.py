@@ -36,7 +36,7 @@ from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError
 from sfv_jax.diffusion.solvers import SAMPLERS
-from sfv_jax.evaluation import latency, scoring
+from sfv_jax.evaluation import scoring
 from sfv_jax.evaluation.clips import Clip, Reading, find_clips
 from sfv_jax.evaluation.features import FILES, load_features
 from sfv_jax.evaluation.motion import opencv
@@ -44,6 +44,7 @@ from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models.codec import SVDCodec
 from sfv_jax.models.networks import DTYPES
+from sfv_jax.performance import latency
 from sfv_jax.runtime import compilation
 from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sampling.files import numbers

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfv_jax import benchmark, config, timing
-from sfv_jax.programs import Program, Sizes
+from sfv_jax import benchmark, config
+from sfv_jax.performance import measurement, random_arrays, timing
+from sfv_jax.performance.programs import Program, Sizes
 from sfv_jax.runtime import plain_config, sharding
 
 ROOT = Path(__file__).parent.parent
@@ -58,14 +59,15 @@ def test_random_weights_are_those_of_a_fresh_network():
     mesh = sharding.make_mesh(1, 8, 1)
     state = {"unet": {"conv_in": shapes}, "opt_g": {"conv_in": shapes}}
     place = sharding.param_shardings(mesh, state)
-    made = timing.random_arrays(sharding.with_shardings(state, place))
+    made = random_arrays.random_arrays(sharding.with_shardings(state, place))
     jax.tree.map(lambda x, s, like: (x.sharding, x.dtype) == (s, like.dtype) or pytest.fail(str(x)), made, place, state)
     assert "fsdp" in made["unet"]["conv_in"]["kernel"].sharding.spec
     assert not any(np.any(x) for x in jax.tree.leaves(made["opt_g"]))
     found = jax.tree.map(lambda x: np.asarray(x, np.float32), made["unet"]["conv_in"])
     np.testing.assert_allclose(np.std(found["kernel"]), 72**-0.5, rtol=0.05)
     assert np.all(found["scale"] == 1) and not np.any(found["bias"]) and np.any(found["mix_factor"])
-    images = timing.random_arrays(jax.ShapeDtypeStruct((9, 9), jnp.uint8, sharding=place["unet"]["conv_in"]["bias"]))
+    pixels = jax.ShapeDtypeStruct((9, 9), jnp.uint8, sharding=place["unet"]["conv_in"]["bias"])
+    images = random_arrays.random_arrays(pixels)
     assert images.dtype == np.uint8 and len(np.unique(images)) > 40
 
 
@@ -78,7 +80,7 @@ def test_a_program_is_compiled_once_timed_and_counted(monkeypatch):
 
     x = jnp.ones((size, size))
     program = Program("train step", jax.jit(step, donate_argnums=0), (jnp.zeros(()), x), {}, lambda state, x: x @ x)
-    row, compiled = benchmark.measure(program, (jnp.zeros(()), x), mesh, 3)
+    row, compiled = measurement.measure(program, (jnp.zeros(()), x), mesh, 3)
     assert len(traced) == 1 and len(row.seconds) == 3 and row.flops == 2 * size**3
     assert float(compiled(jnp.zeros(()), x)[0]) == 1
     ticks = iter(range(100))
@@ -94,7 +96,7 @@ def test_a_measurement_says_how_it_was_made(monkeypatch):
     """Without the folders of the machine."""
     monkeypatch.setattr(sys, "argv", ["/home/me/sfv_jax/benchmark.py", "--train", "--repeats=3"])
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    about = benchmark.surroundings()
+    about = measurement.surroundings()
     assert about["command"] == "GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m sfv_jax.benchmark --train --repeats=3"
     assert about["cores"] == os.cpu_count() and about["device"] == "cpu" and len(about["date"]) == 10
 
@@ -102,11 +104,11 @@ def test_a_measurement_says_how_it_was_made(monkeypatch):
 def test_parts_of_a_step_are_differences():
     names = ["G forward", "G forward and backward", "gradients without R1", "gradients", "train step"]
     rows = [
-        benchmark.Row(name, (seconds, seconds / 2, 2 * seconds), 1e12, 1.0, 2**30)
+        measurement.Row(name, (seconds, seconds / 2, 2 * seconds), 1e12, 1.0, 2**30)
         for name, seconds in zip(names, (1.0, 3.0, 4.5, 5.0, 6.0), strict=True)
     ]
-    assert list(benchmark.split(rows).values()) == [1.0, 2.0, 1.5, 0.5, 1.0]
-    assert "| G forward | 1000.0 (500.0 to 2000.0) | 1 | 1 | 50% | 1.00 | 1.0 |" in benchmark.table(rows, 2e12)
+    assert list(measurement.split(rows).values()) == [1.0, 2.0, 1.5, 0.5, 1.0]
+    assert "| G forward | 1000.0 (500.0 to 2000.0) | 1 | 1 | 50% | 1.00 | 1.0 |" in measurement.table(rows, 2e12)
 
 
 def test_sizes_that_cannot_be(tmp_path):
@@ -119,7 +121,7 @@ def test_sizes_that_cannot_be(tmp_path):
 @pytest.mark.usefixtures("compile_little")
 def test_diffusers_computes_the_same(reference, capsys):
     """What is timed in turns has equal results: forward, decoder, whole; forward, and forward and backward."""
-    from sfv_jax import peer
+    from sfv_jax.performance import against_diffusers
 
     unet = benchmark.UNetConfig.tiny(block_out_channels=(32, 32), num_attention_heads=(2, 2), num_frames=2)
     vae = benchmark.VAEConfig.tiny(block_out_channels=(32, 32), layers_per_block=1)
@@ -127,7 +129,7 @@ def test_diffusers_computes_the_same(reference, capsys):
     whole = "image to frames"  # whose pixels are rounded to one of 255 levels: half of one is 1 % of their deviation
     stages = {False: ["UNet", "VAE decoder", whole], True: ["UNet", "UNet, forward and backward"]}
     for backward, names in stages.items():
-        found = peer.against_diffusers(sizes, (16, 24), 2, "float32", 1, backward)
+        found = against_diffusers.against_diffusers(sizes, (16, 24), 2, "float32", 1, backward)
         assert list(found) == names
         for name, times in found.items():
             assert list(times) == ["sfv_jax", "diffusers", "difference"]
@@ -138,10 +140,10 @@ def test_diffusers_computes_the_same(reference, capsys):
 @pytest.mark.usefixtures("compile_little")
 def test_sampling_from_end_to_end():
     """Every stage is that of the sampler; the whole is run on what the stages hand on."""
-    sizes = benchmark.NETWORKS["tiny"]
+    sizes = measurement.NETWORKS["tiny"]
     sizes = benchmark.replace(sizes, unet=benchmark.replace(sizes.unet, num_frames=2, temporal_conv="matmul"))
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    rows = benchmark.sampling(mesh, sizes, (64, 64), 1, "float32", 1)
+    rows = measurement.sampling(mesh, sizes, (64, 64), 1, "float32", 1)
     assert [row.name for row in rows] == ["clip", "encode", "denoise", "decode", "image to frames"]
     assert rows[-1].flops == sum(row.flops for row in rows[:-1]) > 0
     assert all(row.compile_seconds > 0 and row.temporary_bytes > 0 for row in rows[:-1])

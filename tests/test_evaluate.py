@@ -18,13 +18,14 @@ from sfv_jax.config import patch_codec_of, unet_of
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
-from sfv_jax.evaluation import features, latency, scoring
+from sfv_jax.evaluation import features, scoring
 from sfv_jax.evaluation.clips import find_clips
 from sfv_jax.evaluation.generation import generate, read_strip
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models import tree
 from sfv_jax.models.unet import UNet
+from sfv_jax.performance import latency
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.folders import WeightsError
 from tests.small_run import get_config
@@ -389,7 +390,7 @@ def test_timings_are_what_they_say():
 
 
 def test_latency_needs_the_array_libraries_only():
-    code = "import sys, sfv_jax.evaluation.latency; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    code = "import sys, sfv_jax.performance.latency; print(sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {
         name for name in ("PIL", "av", "orbax", "optax", "ml_collections", "absl", "torch") if f"'{name}'" in loaded

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfv_jax import hlo
 from sfv_jax.models import attention, layers, tree
 from sfv_jax.models.layers import Upsample
 from sfv_jax.models.unet import UNet
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
+from sfv_jax.performance import hlo
 from sfv_jax.runtime.device import count_flops
 from sfv_jax.runtime.sharding import make_mesh, on_mesh
 from tests.conftest import CONFIGS, assert_equal, noise, value_and_gradients

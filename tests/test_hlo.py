@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sfv_jax import hlo
+from sfv_jax.performance import hlo
 
 # A loop of three steps that gathers, a reduction written as TPUs write a scatter, a synchronous exchange.
 EXCHANGES = """HloModule step, is_scheduled=true

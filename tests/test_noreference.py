@@ -128,10 +128,10 @@ def test_the_command_scores_a_folder(folder, tmp_path):
 
 
 def test_conditions_by_name(folder, tmp_path):
-    clips = [clip for clip in clips.find_clips(folder) if clip.group == "fading" and clip.name == "a"]
+    found = [clip for clip in clips.find_clips(folder) if clip.group == "fading" and clip.name == "a"]
     write_video(tmp_path / "a.png", sliding(1, 14)[:1])
     images = clips.condition_images(tmp_path, {"a"})
-    pairs = clips.Reading().frames(clips)
+    pairs = clips.Reading().frames(found)
     results = no_reference.score_clips(pairs, images=images.__getitem__, flow=False)
     scores = results.rows[0]["scores"]
     assert scores["first_psnr"] > 30 and scores["detail_first"] == pytest.approx(1, abs=0.25)

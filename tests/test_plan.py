@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from sfv_jax import config as configs
-from sfv_jax import cost, plan, programs, report, targets
+from sfv_jax.performance import cost, plan_report, programs, targets
+from sfv_jax.performance import job as planning
 from sfv_jax.runtime import sharding
 from sfv_jax.runtime.device import count_flops
 
@@ -60,7 +61,7 @@ CASES = [
 @pytest.mark.parametrize(("what", "name", "config"), CASES, ids=["sfv fsdp", "teacher", "sample"])
 def test_memory_is_what_xla_allocates_and_the_verdict_follows_it(what, name, config):
     target = targets.parse(name)
-    mesh, jobs = plan.build(config, target, targets.devices(target), what, SIZE, OPTIONS)
+    mesh, jobs = planning.build(config, target, targets.devices(target), what, SIZE, OPTIONS)
     job = next(job for job in jobs if job.name in ("train step", "denoise"))
     compiled = sharding.on_mesh(mesh, lambda: job.function.lower(*job.args).compile())()
     stats = compiled.memory_analysis()
@@ -97,23 +98,23 @@ def test_a_plan_in_words_as_json_and_as_a_picture(tmp_path, monkeypatch):
     known = dict(alias=2.0**30, flops=4e12, model_flops=3e12, bytes=1e9, collectives=collectives)
     known |= dict(roofline=0.25, exchange=0.25, kernels={"__cudnn$fmhaSoftmax": 16}, flash=16)
     monkeypatch.setattr(
-        plan,
+        planning,
         "measure",
         lambda job, target, mesh, limit, keep: cost.Cost(job.name, True, 3.0 * 2**30, limit, memory, **known),
     )
     target = targets.parse("cpu:1")
     options = OPTIONS | dict(memory_gib=4)
-    found = plan.plan(tiny("teacher", steps=86400), target, "train", SIZE, options, say=lambda _: None)
+    found = planning.plan(tiny("teacher", steps=86400), target, "train", SIZE, options, say=lambda _: None)
     assert (found["days"], found["chip_hours"], found["per_hour"]) == (1.0, 24.0, 3600)  # 0.5 s at half speed
-    words = report.text(found)
+    words = plan_report.text(found)
     assert "train step: fits: 3.00 of 4.00 GiB" in words and "all-gather 3 (2.000 GB)" in words
     assert json.loads(json.dumps(found)) == found
-    found["planner"]["effort"] = plan.QUICK
-    assert "compile effort -1" in report.text(found) and "--compile_effort=0" in report.text(found)
-    report.picture(found, tmp_path / "plan.png")
+    found["planner"]["effort"] = planning.QUICK
+    assert "compile effort -1" in plan_report.text(found) and "--compile_effort=0" in plan_report.text(found)
+    plan_report.picture(found, tmp_path / "plan.png")
     with Image.open(tmp_path / "plan.png") as image:
         counts = {color: count for count, color in image.convert("RGB").getcolors(10_000)}
-    parameters, temporaries = (tuple(bytes.fromhex(report.COLORS[name][1:])) for name in memory)
+    parameters, temporaries = (tuple(bytes.fromhex(plan_report.COLORS[name][1:])) for name in memory)
     legend = 15 * 15
     assert (counts[parameters] - legend) / (counts[temporaries] - legend) == pytest.approx(2, rel=0.05)
 
@@ -122,8 +123,8 @@ def test_arguments_that_do_not_fit_are_not_compiled(monkeypatch):
     config = tiny("teacher")
     target = targets.parse("cpu:1")
     monkeypatch.setattr(cost, "on_mesh", None)
-    found = plan.plan(config, target, "train", SIZE, OPTIONS | dict(memory_gib=1e-5), say=lambda _: None)
-    assert not found["fits"] and "the arguments alone do not fit" in report.text(found)
+    found = planning.plan(config, target, "train", SIZE, OPTIONS | dict(memory_gib=1e-5), say=lambda _: None)
+    assert not found["fits"] and "the arguments alone do not fit" in plan_report.text(found)
 
 
 def test_what_the_compiler_needs_is_read_from_its_refusal():
@@ -141,9 +142,9 @@ def test_settings_are_tried_in_their_order_until_one_fits(monkeypatch):
         fits = config.unet.remat and config.accumulation_steps == 2 and config.mesh.fsdp == 4
         return {"fits": fits, "programs": [{"name": "train step", "needed": 2.0**30, "limit": 2.0**31}]}
 
-    monkeypatch.setattr(plan, "plan", planned)
+    monkeypatch.setattr(planning, "plan", planned)
     said = []
-    found = plan.fit(config, target, "train", SIZE, OPTIONS, say=said.append)
+    found = planning.fit(config, target, "train", SIZE, OPTIONS, say=said.append)
     final = [
         "--config.unet.remat=True",
         "--config.accumulation_steps=2",
@@ -158,7 +159,7 @@ def test_settings_are_tried_in_their_order_until_one_fits(monkeypatch):
 
 def test_settings_tried_for_sampling():
     options = OPTIONS | dict(decode_pixels=0, batch_size=8)
-    tried = [given for given, *_ in plan.attempts(tiny("teacher"), targets.parse("cpu:4"), "sample", options)]
+    tried = [given for given, *_ in planning.attempts(tiny("teacher"), targets.parse("cpu:4"), "sample", options)]
     options = ["--dtype=bfloat16", "--vae_dtype=bfloat16", "--decode_pixels=262144", "--batch_size=4"]
     assert tried[:4] == [options[: n + 1] for n in range(4)]
     meshes = [[flag.rpartition(".")[2] for flag in given[4:]] for given in tried[4:]]
@@ -168,17 +169,17 @@ def test_settings_tried_for_sampling():
 
 def test_fewer_and_fewer_clips_are_tried_for_preparing():
     options = OPTIONS | dict(batch_size=10)
-    tried = [given for given, *_ in plan.attempts(tiny("teacher"), targets.parse("cpu:1"), "prepare", options)]
+    tried = [given for given, *_ in planning.attempts(tiny("teacher"), targets.parse("cpu:1"), "prepare", options)]
     assert tried == [["--batch_size=5"], ["--batch_size=2"], ["--batch_size=1"]]
 
 
 def test_a_trial_ends_with_what_does_not_fit(monkeypatch):
     said = []
-    monkeypatch.setattr(plan, "measure", lambda job, *_: cost.Cost(job.name, job.name == "clip", 2.0, 1.0, {}))
+    monkeypatch.setattr(planning, "measure", lambda job, *_: cost.Cost(job.name, job.name == "clip", 2.0, 1.0, {}))
     given = tiny("teacher"), targets.parse("cpu:1"), "sample", SIZE, OPTIONS
-    found = plan.plan(*given, say=said.append, trial=True)
+    found = planning.plan(*given, say=said.append, trial=True)
     assert [program["name"] for program in found["programs"]] == ["clip", "encode"] and not found["fits"]
-    assert len(plan.plan(*given, say=said.append)["programs"]) == 4
+    assert len(planning.plan(*given, say=said.append)["programs"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_a_missing_plugin_is_named_with_its_extra(name, monkeypatch):
 def test_jobs_that_cannot_be(what, changes, options, message):
     target = targets.parse("cpu:4")
     with pytest.raises(ValueError, match=message):
-        plan.build(tiny("sfv", **changes), target, targets.devices(target), what, SIZE, OPTIONS | options)
+        planning.build(tiny("sfv", **changes), target, targets.devices(target), what, SIZE, OPTIONS | options)
 
 
 def test_the_command_says_in_one_line_what_is_wrong():

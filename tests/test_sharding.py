@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from sfv_jax import config as configs
-from sfv_jax import hlo
 from sfv_jax.methods import METHODS, optim
 from sfv_jax.models import partitioning, tree
 from sfv_jax.models.attention import TransformerSpatioTemporal, attention
 from sfv_jax.models.layers import Downsample, Upsample
 from sfv_jax.models.networks import Networks
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.performance import hlo
 from sfv_jax.runtime import sharding
 from tests.conftest import assert_equal, noise, value_and_gradients
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sfv_jax import timing
+from sfv_jax.performance import timing
 from sfv_jax.runtime.device import count_flops, peak_flops, peak_memory
 from sfv_jax.runtime.sharding import on_mesh
 

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sfv_jax import timing
 from sfv_jax.config import ConfigError
 from sfv_jax.models import tree
 from sfv_jax.models.codec import SVDCodec, decode_pixels, device_memory
 from sfv_jax.models.networks import DTYPES
 from sfv_jax.models.unet import UNet
 from sfv_jax.models.vae import TemporalVAE
+from sfv_jax.performance import random_arrays, timing
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.components import COMPONENTS
 from sfv_jax.weights.diffusers import save_component
@@ -71,7 +71,7 @@ def _both(component: str, config, dtype: str, device: str) -> tuple:
     import torch
 
     kind = COMPONENTS[component]
-    params = timing.random_arrays(_placed(tree.abstract(kind.module, config)[1]))
+    params = random_arrays.random_arrays(_placed(tree.abstract(kind.module, config)[1]))
     theirs = getattr(importlib.import_module(kind.library), kind.class_name)
     with tempfile.TemporaryDirectory() as folder:
         save_component(folder, component, params, config)

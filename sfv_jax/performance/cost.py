@@ -14,11 +14,11 @@ from pathlib import Path
 
 import jax
 
-from sfv_jax import hlo
-from sfv_jax.programs import Program
+from sfv_jax.performance import hlo
+from sfv_jax.performance.programs import Program
+from sfv_jax.performance.targets import Target
 from sfv_jax.runtime.device import count_flops
 from sfv_jax.runtime.sharding import on_mesh
-from sfv_jax.targets import Target
 
 GIB = 2**30
 FLASH = re.compile(r"fmha|splash|flash", re.IGNORECASE)

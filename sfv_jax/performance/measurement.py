@@ -1,0 +1,193 @@
+"""Measurements of the programs of sampling and training on the device at hand."""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from sfv_jax.diffusion import edm
+from sfv_jax.methods import METHODS
+from sfv_jax.models.clip import CLIPConfig
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.models.vae import VAEConfig
+from sfv_jax.performance import random_arrays, timing
+from sfv_jax.performance.programs import Program, Sizes, sample_programs, train_program
+from sfv_jax.runtime.device import count_flops
+from sfv_jax.runtime.sharding import on_mesh
+
+
+def scaled(*channels: int) -> Sizes:
+    """SVD's networks with a UNet of these widths, a VAE of half of them and a tiny CLIP tower."""
+    heads = tuple(c // 64 for c in channels)
+    unet = dict(block_out_channels=channels, num_attention_heads=heads, cross_attention_dim=64)
+    vae = VAEConfig(block_out_channels=tuple(c // 2 for c in channels))
+    return Sizes(UNetConfig(addition_time_embed_dim=64, **unet), vae, CLIPConfig.tiny(projection_dim=64))
+
+
+NETWORKS = {
+    "svd": Sizes(UNetConfig.svd(), VAEConfig.svd(), CLIPConfig.svd()),
+    "mid": scaled(128, 256, 512, 512),
+    "small": scaled(64, 128, 256, 256),
+    "tiny": Sizes(UNetConfig.tiny(), VAEConfig.tiny(), CLIPConfig.tiny(projection_dim=32)),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one program.
+
+    Attributes:
+      seconds: of each warm call.
+      flops: of matrix products and convolutions, counted on the jaxpr; attention as its two products.
+      temporary_bytes: of the compiled program, by XLA, per device.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    flops: float | None = None
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+
+
+def measure(program: Program, args: tuple, mesh, repeats: int) -> tuple[Row, Callable]:
+    """Compiles `program` for `args` (arrays) and times it; returns the compiled program as well.
+
+    A program that gives up its first argument gets its result in that place for the next call, as in training.
+    """
+    began = time.perf_counter()
+    compiled = on_mesh(mesh, program.function.lower)(*args).compile()
+    seconds = time.perf_counter() - began
+    held = list(args)
+
+    def call():
+        out = compiled(*held)
+        if program.name == "train step":
+            held[0], out = out
+        return out
+
+    timed = timing.warm(call, repeats)
+    memory = compiled.memory_analysis()
+    row = Row(
+        program.name, timed.seconds, count_flops(program.plain, *program.args), seconds, memory.temp_size_in_bytes
+    )
+    return row, compiled
+
+
+def sampling(mesh, sizes: Sizes, size: tuple[int, int], batch: int, dtype: str, repeats: int) -> list[Row]:
+    """Rows of the stages of a one-step video, and of all of them one after the other."""
+    rows, compiled, weights = [], {}, {}
+    programs = sample_programs(mesh, sizes, size, batch, dtype=dtype, vae_dtype=dtype)
+    inputs = {}
+    for program in programs:
+        held, *given = program.args
+        for name, part in held.items():
+            weights.setdefault(name, random_arrays.random_arrays(part))
+        inputs[program.name] = random_arrays.random_arrays(tuple(given))
+        args = ({name: weights[name] for name in held}, *inputs[program.name])
+        row, compiled[program.name] = measure(program, args, mesh, repeats)
+        rows.append(row)
+
+    def run(name: str, *given):
+        return compiled[name]({k: weights[k] for k in next(p for p in programs if p.name == name).args[0]}, *given)
+
+    def whole():
+        embed = run("clip", inputs["clip"][0])
+        latent = run("encode", *inputs["encode"])
+        noise, condition = inputs["denoise"]
+        return run("decode", run("denoise", noise, condition | {"image_embed": embed, "cond_latent": latent}))
+
+    total = timing.warm(whole, repeats)
+    return [*rows, Row("image to frames", total.seconds, sum(row.flops for row in rows))]
+
+
+def training(config, mesh, sizes: Sizes, size: tuple[int, int], repeats: int) -> list[Row]:
+    """Rows of the SF-V step and of its parts, each of which is compiled alone.
+
+    Parts that are no programs of their own are differences of medians: the backward pass of the generator, what the
+    discriminator adds to it, R1, and the optimisers with EMA and norms. XLA may fuse them otherwise in the whole step.
+    """
+    program = train_program(config, mesh, sizes, size)
+    state, frozen, batch = random_arrays.random_arrays(program.args)
+    generator, heads = state["generator"], state["heads"]
+    networks = METHODS[config.method].make_networks(sizes.unet, config)
+
+    def forward(generator, batch):
+        sigma = jnp.full(len(batch["latents"]), edm.SIGMA_MAX)
+        return edm.denoise(networks.generator(generator), edm.SIGMA_MAX * batch["latents"], sigma, batch)
+
+    def both(generator, batch):
+        return jax.grad(lambda g: jnp.mean(jnp.square(forward(g, batch))))(generator)
+
+    def gradients(r1_weight: float) -> Callable:
+        changed = config.copy_and_resolve_references()
+        changed.sfv.r1_weight = r1_weight
+        made = METHODS[config.method].make_gradients(networks, changed)
+        return lambda *args: made(*args, jax.random.key(0), 0)
+
+    everything = (generator, heads, frozen, batch)
+    calls = {
+        "G forward": (forward, (generator, batch)),
+        "G forward and backward": (both, (generator, batch)),
+        "gradients without R1": (gradients(0.0), everything),
+        "gradients": (gradients(config.sfv.r1_weight or 1e-5), everything),
+    }
+    rows = [
+        measure(Program(name, jax.jit(function), args, {}, function), args, mesh, repeats)[0]
+        for name, (function, args) in calls.items()
+    ]
+    step, _ = measure(program, (state, frozen, batch), mesh, repeats)
+    return [*rows, step]
+
+
+def split(rows: list[Row]) -> dict[str, float]:
+    """Seconds of the parts of the SF-V step, from the medians of `training`."""
+    forward, both, without, gradients, step = (timing.Timing(row.seconds).median for row in rows)
+    return {
+        "G forward": forward,
+        "G backward": both - forward,
+        "D, and the way of its gradient to the fake": without - both,
+        "R1": gradients - without,
+        "optimisers, EMA, norms": step - gradients,
+    }
+
+
+def table(rows: list[Row], limit: float) -> str:
+    """Markdown; `limit` in FLOP/s."""
+    lines = [
+        "| | ms, median (least to most) | TFLOP | TFLOP/s | of the matmul limit | temporary GiB | compiled in s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        timed = timing.Timing(row.seconds)
+        rate = row.flops / timed.median
+        memory = "" if row.temporary_bytes is None else f"{row.temporary_bytes / 2**30:.2f}"
+        compiled = "" if row.compile_seconds is None else f"{row.compile_seconds:.1f}"
+        shown = str(timed).replace(" ms", "")
+        cells = [
+            row.name,
+            shown,
+            f"{row.flops / 1e12:.3g}",
+            f"{rate / 1e12:.3g}",
+            f"{rate / limit:.0%}",
+            memory,
+            compiled,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def surroundings() -> dict:
+    """What the figures depend on."""
+    device = jax.devices()[0]
+    about = {"date": time.strftime("%Y-%m-%d"), "device": device.device_kind, "devices": jax.device_count()}
+    about |= {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    command = " ".join(["python -m sfv_jax.benchmark", *sys.argv[1:]])
+    if tunables := os.environ.get("GLIBC_TUNABLES"):
+        command = f"GLIBC_TUNABLES={tunables} {command}"
+    return about | {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "command": command}
