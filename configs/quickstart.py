@@ -7,7 +7,7 @@ disc or a square moves in one of four diagonal directions, so that the first fra
 average is a blur.
 """
 
-from sfv_jax import experiments
+from sfv_jax.reproduction import experiments
 
 BUDGET = experiments.Budget(base_steps=1400, steps=500, batch=8, conditions=64)
 

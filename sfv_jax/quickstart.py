@@ -11,107 +11,16 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 from absl import app, flags, logging
-from einops import rearrange
 from ml_collections import config_flags
-from PIL import Image, ImageDraw
 
 from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.config import ConfigError, world_of
-from sfv_jax.data.video import write_video
-from sfv_jax.evaluation.world import busiest_direction, nearest_future
+from sfv_jax.reproduction.strips import compare, picture, table
 from sfv_jax.runtime import compilation
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.training.loop import train
-
-CLIPS, SHOWN, HEIGHT = 64, 4, 64  # held-out clips scored, clips in the picture, their least height in it
-
-
-def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray, float]:
-    """Generated clips uint8 `[n, t, h, w, 3]` from the first frames of `frames`, and milliseconds per video.
-
-    The time is that of a single video from condition to latents, the best of five after one that compiled.
-    """
-    first = frames[:, 0]
-    size = first.shape[1:3]
-    keys = jax.random.split(jax.random.key(0), len(first))
-    condition = sampler.condition(list(first), size, keys, (6.0, 127.0, 0.0))
-    noise = jax.random.normal(jax.random.key(1), (len(first), *sampler.latent_shape(size)))
-    generated = np.asarray(sampler.codec.decode(sampler.latents(condition, noise, steps=steps)))
-    one = {k: v[:1] for k, v in condition.items()}
-    seconds = []
-    for _ in range(6):
-        began = time.perf_counter()
-        jax.block_until_ready(sampler.latents(one, noise[:1], steps=steps))
-        seconds.append(time.perf_counter() - began)
-    return generated, 1000 * min(seconds)
-
-
-def compare(world, teacher: Sampler, student: Sampler) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """(rows of the table, clips by name) on held-out clips."""
-    truth, labels = world.batch(range(CLIPS), "heldout")
-    clips = {"truth": truth, "still image": np.repeat(truth[:, :1], truth.shape[1], axis=1)}
-    latency = {}
-    for name, sampler, steps in (
-        ("teacher, 25 steps", teacher, 25),
-        ("teacher, 4 steps", teacher, 4),
-        ("teacher, 1 step", teacher, 1),
-        ("SF-V, 1 step", student, 1),
-    ):
-        clips[name], latency[name] = videos(sampler, truth, steps)
-    rows = []
-    for name, frames in clips.items():
-        nearest = [nearest_future(world, label, clip) for label, clip in zip(labels, frames, strict=True)]
-        rows.append(
-            {
-                "name": name,
-                "milliseconds": latency.get(name),
-                "distance": float(np.mean([distance for distance, _ in nearest])),
-                "busiest_direction": busiest_direction([label for _, label in nearest], world.directions),
-            }
-        )
-    return rows, clips
-
-
-def table(rows: list[dict], directions: int) -> str:
-    """The rows as Markdown, with what the columns mean."""
-    lines = ["| | ms per video | distance | busiest direction |", "| --- | ---: | ---: | ---: |"]
-    for row in rows:
-        time_ = "" if row["milliseconds"] is None else f"{row['milliseconds']:.0f}"
-        scores = " | ".join(f"{row[name]:.2f}" for name in ("distance", "busiest_direction"))
-        lines.append(f"| {row['name']} | {time_} | {scores} |")
-    notes = [
-        f"{CLIPS} held-out first frames.",
-        "Distance: RMSE in grey levels (0..255) to the nearest legal continuation, 0 is perfect.",
-        f"Busiest direction: share of the most frequent motion, {1 / directions:.2f} when all are used alike,"
-        " 1.00 after mode collapse.",
-        "Time: condition to latents of one video on this machine, warm.",
-    ]
-    return "\n".join([*lines, "", *notes])
-
-
-def picture(clips: dict[str, np.ndarray], path: Path) -> None:
-    """Writes `path` (.png): for each of the first clips, a row per method with its frames side by side; and a .gif."""
-    names = [name for name in clips if name != "still image"]
-    rows = [(name, clips[name][n]) for n in range(SHOWN) for name in names]
-    t, h, w = clips["truth"].shape[1:4]
-    scale, gap, label = max(HEIGHT // h, 1), 6, max(140, 7 * max(map(len, names)))
-    h, w = scale * h, scale * w
-    canvas = Image.new("RGB", (label + t * (w + 2), len(rows) * (h + 2) + gap * SHOWN), "white")
-    draw = ImageDraw.Draw(canvas)
-    for n, (name, frames) in enumerate(rows):
-        y = n * (h + 2) + gap * (n // len(names))
-        draw.text((4, y + h // 2 - 6), name, fill="black")
-        for k, frame in enumerate(frames):
-            canvas.paste(Image.fromarray(frame).resize((w, h), Image.Resampling.NEAREST), (label + k * (w + 2), y))
-    write_video(path, np.asarray(canvas)[None])
-    grid = np.stack([clips[name][:SHOWN] for name in names])
-    movie = rearrange(grid, "m n t h w c -> t (n h) (m w) c").repeat(scale, axis=1).repeat(scale, axis=2)
-    write_video(path.with_suffix(".gif"), movie, fps=4)
-
 
 FLAGS = flags.FLAGS
 

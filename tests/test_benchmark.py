@@ -1,5 +1,6 @@
 """The benchmark: what it imports, what it makes up, what it times. Figures are not tested."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfv_jax import benchmark, config
+from sfv_jax import config
 from sfv_jax.performance import measurement, random_arrays, timing
 from sfv_jax.performance.programs import Program, Sizes
 from sfv_jax.runtime import plain_config, sharding
@@ -123,9 +124,9 @@ def test_diffusers_computes_the_same(reference, capsys):
     """What is timed in turns has equal results: forward, decoder, whole; forward, and forward and backward."""
     from sfv_jax.performance import against_diffusers
 
-    unet = benchmark.UNetConfig.tiny(block_out_channels=(32, 32), num_attention_heads=(2, 2), num_frames=2)
-    vae = benchmark.VAEConfig.tiny(block_out_channels=(32, 32), layers_per_block=1)
-    sizes = Sizes(unet, vae, benchmark.CLIPConfig.tiny(projection_dim=32))
+    unet = measurement.UNetConfig.tiny(block_out_channels=(32, 32), num_attention_heads=(2, 2), num_frames=2)
+    vae = measurement.VAEConfig.tiny(block_out_channels=(32, 32), layers_per_block=1)
+    sizes = Sizes(unet, vae, measurement.CLIPConfig.tiny(projection_dim=32))
     whole = "image to frames"  # whose pixels are rounded to one of 255 levels: half of one is 1 % of their deviation
     stages = {False: ["UNet", "VAE decoder", whole], True: ["UNet", "UNet, forward and backward"]}
     for backward, names in stages.items():
@@ -141,10 +142,10 @@ def test_diffusers_computes_the_same(reference, capsys):
 def test_sampling_from_end_to_end():
     """Every stage is that of the sampler; the whole is run on what the stages hand on."""
     sizes = measurement.NETWORKS["tiny"]
-    sizes = benchmark.replace(sizes, unet=benchmark.replace(sizes.unet, num_frames=2, temporal_conv="matmul"))
+    sizes = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, num_frames=2, temporal_conv="matmul"))
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     rows = measurement.sampling(mesh, sizes, (64, 64), 1, "float32", 1)
     assert [row.name for row in rows] == ["clip", "encode", "denoise", "decode", "image to frames"]
     assert rows[-1].flops == sum(row.flops for row in rows[:-1]) > 0
     assert all(row.compile_seconds > 0 and row.temporary_bytes > 0 for row in rows[:-1])
-    json.dumps([benchmark.asdict(row) for row in rows])
+    json.dumps([dataclasses.asdict(row) for row in rows])

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-from sfv_jax import train
 from sfv_jax.checkpoints.base import load_generator
 from sfv_jax.runtime import processes, sharding
 from sfv_jax.runtime.processes import ProcessError, join
@@ -47,7 +46,7 @@ def run(workdir: Path, devices: int, steps: int, **mesh) -> dict:
     config = small_run.get_config()
     config.update(dict(steps=steps, mesh=mesh, sample_every=0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
+        patch.setattr(loop, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
         return jax.device_get(loop.train(config, workdir))
 
 

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 
 from sfv_jax import config as configs
-from sfv_jax import experiments, reproduce, trainings
 from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.config import patch_codec_of, unet_of, world_of
 from sfv_jax.data.video import write_video
 from sfv_jax.evaluation.protocol import Protocol
-from sfv_jax.experiments import BASE, Row
 from sfv_jax.methods import METHODS
+from sfv_jax.reproduction import experiments, jobs, tables
+from sfv_jax.reproduction import rows as stages
+from sfv_jax.reproduction import runs as trainings
+from sfv_jax.reproduction.experiments import BASE, Row
+from sfv_jax.reproduction.runs import Runs
 from sfv_jax.training.alarms import TrainingStopped
-from sfv_jax.trainings import Runs
 from tests import small_run
 
 ROWS = [Row("base, 1 step", BASE, published=2.0), Row("lcm, 2 steps", "animatelcm", 2, "animatelcm", published=1.0)]
@@ -61,14 +63,14 @@ class Made:
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch) -> reproduce.Bench:
+def bench(tmp_path, monkeypatch) -> stages.Bench:
     """Two rows in the smallest world; the score is the mean brightness."""
     monkeypatch.setitem(experiments.TABLES, "small", ("Small", ROWS))
     monkeypatch.setattr(trainings, "train", trained)
-    monkeypatch.setattr(reproduce, "Sampler", Made)
+    monkeypatch.setattr(stages, "Sampler", Made)
     base = tmp_path / "base"
     truth, _ = world_of(small_config(BASE, 0, "")).batch(range(4), "heldout")
-    return reproduce.Bench(
+    return stages.Bench(
         runs=Runs(tmp_path, lambda run, seed: small_config(run, seed, str(base)), base, True),
         truth=truth,
         images=list(truth[:, 0]),
@@ -93,7 +95,7 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
 
     object.__setattr__(bench, "score", scored)
     with pytest.raises(KeyboardInterrupt):
-        reproduce.reproduce(bench, ["small"], [0])
+        jobs.reproduce(bench, ["small"], [0])
     assert not (bench.runs.folder / "scores.md").exists()
 
     def never(*_, **__):
@@ -101,11 +103,11 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(trainings, "train", never)
-        patch.setattr(reproduce, "sample_clips", lambda *_: reproduce.read_clips(_[4], bench))
-        reproduce.reproduce(bench, ["small"], [0])
+        patch.setattr(stages, "sample_clips", lambda *_: stages.read_clips(_[4], bench))
+        jobs.reproduce(bench, ["small"], [0])
         table = (bench.runs.folder / "scores.md").read_text()
         assert calls == [4, 4, 4]
-        reproduce.reproduce(bench, ["small"], [0])
+        jobs.reproduce(bench, ["small"], [0])
         assert calls == [4, 4, 4] and (bench.runs.folder / "scores.md").read_text() == table
     assert "| base, 1 step | 2 |" in table and "published: lcm, 2 steps < base, 1 step" in table
     page = (bench.runs.folder / "index.html").read_text()
@@ -113,11 +115,11 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
     assert (bench.runs.folder / "strips.png").stat().st_size > 0
     load = partial(Made.load, bench.runs.base)
     # A row whose model was trained otherwise is made anew, and a workdir of another config is refused.
-    _, first = reproduce.ensure_row(bench, ROWS[0], 0, load)
-    _, second = reproduce.ensure_row(bench, ROWS[0], 1, load)
+    _, first = stages.ensure_row(bench, ROWS[0], 0, load)
+    _, second = stages.ensure_row(bench, ROWS[0], 1, load)
     assert calls == [4] * 4 and not np.array_equal(first, second)
     (bench.runs.base / "config.json").write_text(json.dumps(small_config(BASE, 1, "").to_dict()))
-    reproduce.ensure_row(bench, ROWS[0], 0, load)
+    stages.ensure_row(bench, ROWS[0], 0, load)
     assert calls == [4] * 5
     runs = dataclasses.replace(bench.runs, config=lambda run, seed: small_config(run, seed + 2, str(bench.runs.base)))
     with pytest.raises(WorkdirError, match="seed"):
@@ -126,8 +128,8 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
 
 def test_several_seeds_give_a_mean_and_a_range():
     records = [{"fvd": v, "interval": (0, 9), "distance": 2 * v, "digest": "x"} for v in (1.0, 2.0, 6.0)]
-    assert reproduce.summarise(records) == {"fvd": 3.0, "distance": 6.0, "interval": (1.0, 6.0)}
-    assert reproduce.summarise(records[:1]) is records[0]
+    assert tables.summarise(records) == {"fvd": 3.0, "distance": 6.0, "interval": (1.0, 6.0)}
+    assert tables.summarise(records[:1]) is records[0]
 
 
 @pytest.mark.parametrize("run", experiments.RUNS)
@@ -181,11 +183,11 @@ def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatc
         write_video(tmp_path / "real" / f"{n:02d}.mp4", clip, fps=7)
     features = lambda clips: clips.reshape(len(clips), -1, 3).mean(axis=1)  # noqa: E731
     about = {"file": "i3d.pt", "sha256": 64 * "0"}
-    monkeypatch.setattr(reproduce.fvd, "load_i3d", lambda path: (features, about))
+    monkeypatch.setattr(stages.fvd, "load_i3d", lambda path: (features, about))
     svd = SimpleNamespace(num_frames=14)
-    monkeypatch.setattr(reproduce, "read_model", lambda path: ({"unet": svd}, {}))
+    monkeypatch.setattr(stages, "read_model", lambda path: ({"unet": svd}, {}))
     runs = trainings.svd_runs(tmp_path, "svd", "data", [])
-    bench = reproduce.svd_bench(runs, str(tmp_path / "real"), "i3d.pt")
+    bench = stages.svd_bench(runs, str(tmp_path / "real"), "i3d.pt")
     assert bench.truth.shape == (21, 14, 240, 320, 3) and {x.shape for x in bench.images} == {(48, 64, 3)}
     protocol = Protocol()
     np.testing.assert_array_equal(
@@ -216,9 +218,9 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
     program = tmp_path / "python"
     program.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *bad*1/2) echo it broke; exit 1; esac\n')
     program.chmod(0o755)
-    monkeypatch.setattr(reproduce.sys, "executable", str(program))
-    reproduce.side_by_side(["--fast"], tmp_path, 2)
+    monkeypatch.setattr(jobs.sys, "executable", str(program))
+    jobs.side_by_side(["--fast"], tmp_path, 2)
     said = [(tmp_path / f"job{n}.log").read_text() for n in (0, 1)]
     assert said == [f"-m sfv_jax.reproduce --fast --share={n}/2\n" for n in (0, 1)]
     with pytest.raises(TrainingStopped, match=r"job1.log: \['it broke'\]; the same command continues"):
-        reproduce.side_by_side(["--bad"], tmp_path, 2)
+        jobs.side_by_side(["--bad"], tmp_path, 2)

@@ -15,7 +15,7 @@ from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import claim_workdir, flat
 from sfv_jax.config import world_of
 from sfv_jax.data.loader import latent_source, world_source
-from sfv_jax.experiments import BASE, TABLES, Budget, runs_of, svd_config, world_config
+from sfv_jax.reproduction.experiments import BASE, TABLES, Budget, runs_of, svd_config, world_config
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.training.loop import train
 from sfv_jax.training.step import step_flops

@@ -1,0 +1,1 @@
+"""The paper's tables: which models are trained, how each row is sampled and scored, and the quickstart's strips."""

@@ -1,0 +1,172 @@
+"""Rows of the tables: a trained model sampled in one way, scored, and timed."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sfv_jax.checkpoints.model_folder import read_model
+from sfv_jax.config import world_of
+from sfv_jax.evaluation import fvd, world
+from sfv_jax.evaluation.clips import Reading, find_clips
+from sfv_jax.evaluation.features import compute
+from sfv_jax.evaluation.frechet import MIN_SAMPLES, measure
+from sfv_jax.evaluation.protocol import Protocol
+from sfv_jax.reproduction.experiments import BASE, Budget, Row
+from sfv_jax.reproduction.runs import ReproduceError, Runs
+from sfv_jax.runtime.files import replacing, write_json
+from sfv_jax.runtime.sharding import make_mesh
+from sfv_jax.sampling.sampler import Sampler
+
+SHOWN = 4  # conditions in strips and on the page
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the tables are made.
+
+    Attributes:
+      runs: the models, and where all is kept.
+      truth: real clips uint8 `[n, t, h, w, 3]` at the size they are scored at; their first frames are the conditions.
+      images: the conditions at full size.
+      resize: of a generated clip to that size.
+      score: clips like `truth` -> `fvd`, `interval` and what else `columns` (title: name) shows.
+      options: of every call of the sampler.
+      load: of `Sampler.load`.
+      batch: videos sampled at a time.
+    """
+
+    runs: Runs
+    truth: np.ndarray
+    images: list[np.ndarray]
+    resize: Callable[[np.ndarray], np.ndarray]
+    score: Callable[[np.ndarray], dict]
+    columns: dict[str, str]
+    notes: list[str]
+    options: dict
+    load: dict
+    batch: int
+
+
+def world_bench(workdir: Path, runs: Runs, budget: Budget) -> Bench:
+    """The procedural world."""
+    rules = world_of(runs.config(BASE, 0))
+    truth, labels = rules.batch(range(budget.conditions), "heldout")
+
+    def score(clips):
+        found = world.score(rules, labels, clips, network=workdir / "worldnet")
+        return found | {"fvd": found["world_fvd"], "interval": found["world_fvd_interval"]}
+
+    columns = {"distance": "distance", "fit": "fit", "legal": "legal", "busiest": "busiest_direction"}
+    notes = [f"{title}: {world.MEANINGS[name]}." for title, name in columns.items()]
+    notes.append(f"FVD: {world.MEANINGS['world_fvd']}.")
+    options = dict(noise_aug_strength=0.0)
+    images, same = list(truth[:, 0]), lambda clip: clip
+    return Bench(runs, truth, images, same, score, columns, notes, options, {}, 64)
+
+
+def svd_bench(runs: Runs, real: str, i3d: str, size: tuple[int, int] = (576, 1024), batch: int = 8) -> Bench:
+    """SVD on real videos, scored by the protocol of `evaluate` (evaluation/protocol.py) on all clips of `real`.
+
+    `size` (height, width) is that of the videos generated.
+    """
+    for name, value in (("real", real), ("i3d", i3d)):
+        if not value:
+            raise ReproduceError(f"--scale svd needs --{name} (only --dry_run does without --real and --i3d)")
+    features, about = fvd.load_i3d(i3d)
+    frames = read_model(runs.base)[0]["unet"].num_frames
+    protocol, reading = Protocol(n=0, num_frames=frames, height=size[0], width=size[1]), Reading(frames, Protocol.fps)
+    images, truth = [], []
+    for _, clip in reading.frames(find_clips(real)):
+        images.append(protocol.cut(clip[0]).copy())
+        truth.append(protocol.real(clip))
+    if len(truth) < MIN_SAMPLES:
+        least = f"FVD needs {MIN_SAMPLES} or more"
+        raise ReproduceError(f"--real={real}: {len(truth)} clips of {frames} frames can be read, {least}")
+    truth = np.stack(truth)
+    known = compute(features, truth)
+
+    def score(clips):
+        found = measure(known, compute(features, clips), ddof=protocol.ddof)
+        return {"fvd": found.value, "interval": found.interval, "extrapolated": found.extrapolated}
+
+    mesh = make_mesh() if jax.device_count() > 1 else None
+    return Bench(
+        runs=runs,
+        truth=truth,
+        images=images,
+        resize=protocol.score,
+        score=score,
+        columns={"extrapolated": "extrapolated"},
+        notes=[
+            f"FVD with {about['file']} (SHA-256 {about['sha256'][:12]}); " + json.dumps(protocol.reading()) + ".",
+            *reading.unreadable,
+        ],
+        options=dict(height=protocol.height, width=protocol.width),
+        load=dict(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16", mesh=mesh),  # CPUs emulate it
+        batch=batch,
+    )
+
+
+def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -> tuple[dict, np.ndarray]:
+    """(record, clips) of a row: as kept, or made now by the sampler that `load` returns."""
+    folder = bench.runs.folder / f"seed{seed}" / "rows" / row.key
+    path = bench.runs.workdir(row.run, seed)
+    trained = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else None
+    origin = [str(path), trained, row.run, row.steps, row.sampler, row.guidance, seed, bench.options]
+    digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode() + bench.truth.tobytes()).hexdigest()
+    kept = folder / "row.json"
+    if kept.is_file() and (record := json.loads(kept.read_text()))["digest"] == digest:
+        return record, read_clips(folder, bench)
+    sampler = load()
+    clips = sample_clips(bench, sampler, row, seed, folder, digest)
+    record = {"digest": digest} | bench.score(clips) | latency(bench, sampler, row)
+    write_json(kept, record)
+    return record, clips
+
+
+def how(row: Row) -> dict:
+    """Options of the sampler for a row."""
+    return dict(steps=row.steps, sampler=row.sampler, guidance=row.guidance)
+
+
+def sample_clips(bench: Bench, sampler: Sampler, row: Row, seed: int, folder: Path, digest: str) -> np.ndarray:
+    """A clip for every condition, a batch per file; video n has seed 1000000 `seed` + n in every row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, len(bench.images), bench.batch):
+        file = folder / f"{first:06d}.npz"
+        if file.is_file():
+            with np.load(file) as known:
+                if str(known["digest"]) == digest:
+                    continue
+        images = bench.images[first : first + bench.batch]
+        seeds = [1_000_000 * seed + first + n for n in range(len(images))]
+        clips = np.stack([bench.resize(x) for x in sampler(images, seed=seeds, **how(row), **bench.options)])
+        with replacing(file) as temporary, temporary.open("wb") as out:
+            np.savez_compressed(out, clips=clips, digest=digest)
+    return read_clips(folder, bench)
+
+
+def read_clips(folder: Path, bench: Bench) -> np.ndarray:
+    """What `sample_clips` keeps."""
+    clips = []
+    for first in range(0, len(bench.images), bench.batch):
+        with np.load(folder / f"{first:06d}.npz") as file:
+            clips.append(file["clips"])
+    return np.concatenate(clips)
+
+
+def latency(bench: Bench, sampler: Sampler, row: Row, repeats: int = 5) -> dict:
+    """Milliseconds of one video, the best of some after one that compiled: per UNet call, and from image to frames."""
+    calls, wholes = [], []
+    for _ in range(repeats + 1):
+        times, began = {}, time.perf_counter()
+        sampler(bench.images[:1], times=times, **how(row), **bench.options)
+        wholes.append(time.perf_counter() - began)
+        calls.append(times["denoise"] / row.steps)
+    return {"ms_call": 1000 * min(calls[1:]), "ms_whole": 1000 * min(wholes[1:])}

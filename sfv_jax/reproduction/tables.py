@@ -1,0 +1,79 @@
+"""The paper's tables, filled with published and measured numbers, and the report page that shows them."""
+
+import json
+
+import numpy as np
+
+from sfv_jax.evaluation.report import Report
+from sfv_jax.reproduction import experiments
+from sfv_jax.reproduction.experiments import BASE, TABLES, Row
+from sfv_jax.reproduction.rows import SHOWN, Bench
+from sfv_jax.reproduction.strips import picture
+
+
+def summarise(records: list[dict]) -> dict:
+    """One seed: its record. Several: means, and the lowest and highest FVD in place of its bootstrap interval."""
+    if len(records) == 1:
+        return records[0]
+    names = [k for k, v in records[0].items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    values = [record["fvd"] for record in records]
+    return {k: float(np.mean([r[k] for r in records])) for k in names} | {"interval": (min(values), max(values))}
+
+
+def cells(bench: Bench, row: Row, record: dict) -> list:
+    """A row of a table."""
+    low, high = record["interval"]
+    shown = [record[name] for name in bench.columns.values()]
+    interval = f"{low:.1f} to {high:.1f}"
+    published, seconds = (None if x is None else f"{x:g}" for x in (row.published, row.seconds))  # as printed
+    times = [record["ms_call"], record["ms_whole"], seconds]
+    return [row.label, published, record["fvd"], len(bench.images), interval, *shown, *times]
+
+
+def orders(rows: list[Row], found: list[dict]) -> list[str]:
+    """The published and the measured order, best first."""
+    both = [(row, record["fvd"]) for row, record in zip(rows, found, strict=True) if row.published is not None]
+    if len(both) < 2:
+        return []
+    published = [row.label for row, _ in sorted(both, key=lambda pair: pair[0].published)]
+    measured = [row.label for row, _ in sorted(both, key=lambda pair: pair[1])]
+    same = "the same order" if published == measured else "the order differs"
+    return [f"Best first, published: {' < '.join(published)}.", f"Measured: {' < '.join(measured)}: {same}."]
+
+
+def curves(bench: Bench, runs: list[str], seed: int) -> dict[str, dict[str, list[float]]]:
+    """`{loss: {run: values}}` over log intervals."""
+    plots = {}
+    for run in runs:
+        file = bench.runs.workdir(run, seed) / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        for name in ("loss/denoising", "loss/consistency", "loss/adversarial", "loss/reconstruction", "loss/hinge"):
+            if values := [line[name] for line in lines if line.get(name) is not None]:
+                plots.setdefault(name.removeprefix("loss/"), {})[run] = values
+    return plots
+
+
+def make_report(bench: Bench, tables: list[str], seeds: list[int], records: dict, clips: dict) -> Report:
+    """Everything that was found; `records` and `clips` by row key, lists over seeds and of the first seed."""
+    report = Report("Tables of SF-V, reproduced")
+    several = f"means of seeds {', '.join(map(str, seeds))}; interval: lowest and highest seed"
+    notes = [*bench.notes, "N: conditions, held out."]
+    notes.append(f"Interval: {several}." if len(seeds) > 1 else f"Seed {seeds[0]}; interval: bootstrap, 95 %.")
+    notes.append("ms: one video on this machine, warm: per UNet call (two networks where guided), and image to frames.")
+    columns = ["", "published FVD", "FVD", "N", "interval", *bench.columns, "ms per call", "ms in all", "A100 s"]
+    for name in tables:
+        title, rows = TABLES[name]
+        found = [summarise(records[row.key]) for row in rows]
+        lines = [cells(bench, row, record) for row, record in zip(rows, found, strict=True)]
+        report.table(title, columns, lines, orders(rows, found) + (notes if name == tables[-1] else []))
+    names = dict.fromkeys(row.label for name in tables for row in TABLES[name][1] if row.key in clips)
+    keys = {row.label: row.key for name in tables for row in TABLES[name][1]}
+    shown = {"truth": bench.truth} | {label: clips[keys[label]] for label in names}
+    grid = {f"condition {n}": {label: x[n] for label, x in shown.items()} for n in range(min(SHOWN, len(bench.images)))}
+    report.clips("Side by side", grid, fps=4)
+    runs = [BASE, *experiments.runs_of(tables)]
+    for loss, series in curves(bench, runs, seeds[0]).items():
+        report.lines(f"Training: {loss}", series, "log interval", loss)
+    report.record = {"tables": tables, "seeds": seeds, "rows": records}
+    picture(shown, bench.runs.folder / "strips.png")
+    return report
