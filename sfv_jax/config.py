@@ -15,6 +15,7 @@ except ImportError:
     from sfv_jax.runtime.plain_config import ConfigDict
 
 from sfv_jax.data.worlds import World
+from sfv_jax.errors import UserError
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.unet import UNetConfig
 
@@ -267,7 +268,7 @@ def tiny_unet(codec: dict, size: int) -> dict:
     )
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that cannot be run; the message names the field."""
 
 
@@ -310,7 +311,7 @@ def unet_of(config: ConfigDict) -> UNetConfig:
 def _build(kind, changes: ConfigDict, name: str):
     try:
         return kind(**{k: _tuples(v) for k, v in changes.items()})
-    except (TypeError, ValueError) as error:
+    except (TypeError, UserError) as error:
         raise ConfigError(f"config.{name}: {error}") from error
 
 

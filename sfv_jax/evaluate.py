@@ -36,6 +36,7 @@ from sfv_jax.config import ConfigError, world_of
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError
 from sfv_jax.diffusion.solvers import SAMPLERS
+from sfv_jax.errors import UserError
 from sfv_jax.evaluation import scoring
 from sfv_jax.evaluation.clips import Clip, Reading, find_clips
 from sfv_jax.evaluation.features import FILES, load_features
@@ -69,7 +70,7 @@ LOAD = ("dtype", "vae_dtype", "raw")
 OPTIONS = ("steps", "sampler", "motion_bucket_id", "noise_aug_strength", "decode_chunk_size")
 
 
-class EvaluateError(ValueError):
+class EvaluateError(UserError):
     """The command line asks for something impossible; the message says what to change."""
 
 

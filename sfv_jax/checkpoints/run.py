@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import replacing
 
 MAY_CHANGE = (
@@ -43,7 +44,7 @@ MAY_CHANGE = (
 DAMAGED = "damaged"  # folder of a workdir for checkpoints that cannot be read
 
 
-class WorkdirError(ValueError):
+class WorkdirError(UserError):
     """The working directory cannot be used for this run; the message says why and what to do."""
 
 

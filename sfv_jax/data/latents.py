@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
+from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import replacing
 
 SCHEMA = 1
@@ -31,7 +32,7 @@ MANIFEST = "manifest.json"
 ARRAYS = ("latents", "cond_latent", "image_embed")
 
 
-class LatentError(ValueError):
+class LatentError(UserError):
     """A cache, or a record meant for one, that must not be used; the message says which and why."""
 
 

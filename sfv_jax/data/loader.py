@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 
 from sfv_jax.data.latents import ARRAYS, MANIFEST, SCHEMA, LatentError, count_records, read_json, shard_path
 from sfv_jax.data.worlds import World
+from sfv_jax.errors import UserError
 
 Example = dict[str, np.ndarray]
 REMAKE = "delete that file and run `python -m sfv_jax.prepare` as before: it makes again what is missing"
@@ -170,13 +171,13 @@ def make_loader(
       transform: applied to each example; must be a function of the example alone.
       num_threads: readers.
     Raises:
-      ValueError: if a row is not in the batch or the source is smaller than a batch.
+      UserError: if a row is not in the batch or the source is smaller than a batch.
     """
     rows = list(range(global_batch_size)) if rows is None else [int(row) for row in rows]
     if not rows or min(rows) < 0 or max(rows) >= global_batch_size:
         raise ValueError(f"rows {rows} are not rows of a batch of {global_batch_size}")
     if len(source) < global_batch_size:
-        raise ValueError(f"{len(source)} examples do not fill one batch of {global_batch_size}; use a smaller batch")
+        raise UserError(f"{len(source)} examples do not fill one batch of {global_batch_size}; use a smaller batch")
     order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     count = len(rows) * (len(order) // global_batch_size)
     dataset = grain.MapDataset.range(count).map(

@@ -17,11 +17,12 @@ import numpy as np
 from sfv_jax.data import latents, video
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.video import VideoError
+from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import write_json
 from sfv_jax.runtime.progress import progress
 
 
-class PrepareError(ValueError):
+class PrepareError(UserError):
     """Settings that make no sense; the message says what to change."""
 
 

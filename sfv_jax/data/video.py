@@ -13,6 +13,7 @@ from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageOps
 
+from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import replacing
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
@@ -20,7 +21,7 @@ _UNSPECIFIED = 2  # the value of an absent colour tag in a video stream
 _BT709 = 1
 
 
-class VideoError(ValueError):
+class VideoError(UserError):
     """A file that cannot be used; the message is one line that names the file and what is wrong with it."""
 
 
@@ -111,12 +112,12 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 7.0) -
     """Write frames, uint8 [t, h, w, 3] RGB, as .mp4, .gif, .webp or .png (all frames side by side).
 
     The file appears complete or not at all; missing folders are made. mp4 is H.264 with BT.709 colour, which needs
-    even sides: an odd one grows by a repeated row or column. Raises ValueError for other suffixes, shapes or dtypes.
+    even sides: an odd one grows by a repeated row or column. Raises UserError for other suffixes, shapes or dtypes.
     """
     path = Path(path)
     writer = _WRITERS.get(path.suffix.lower())
     if writer is None:
-        raise ValueError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(_WRITERS)}")
+        raise UserError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(_WRITERS)}")
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"{path}: frames must be uint8 [t, h, w, 3], got {frames.dtype} {list(frames.shape)}")
     with replacing(path) as temporary:

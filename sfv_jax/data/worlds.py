@@ -15,6 +15,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from sfv_jax.errors import UserError
+
 PALETTE = {
     "red": (230, 57, 70),
     "orange": (247, 151, 30),
@@ -51,7 +53,7 @@ class World:
 
     `size` is the side of the square frame and `radii` the range of sizes, both in pixels; `speeds` are pixels per
     frame; direction k points at `angle_offset + 360 k / directions` degrees, 0 being right and 90 down.
-    Raises ValueError for rules that cannot be drawn.
+    Raises UserError for rules that cannot be drawn.
     """
 
     size: int = 32
@@ -68,21 +70,21 @@ class World:
     def __post_init__(self):
         unknown = sorted(set(self.shapes) - set(SHAPES)) + sorted(set(self.colours) - set(PALETTE))
         if unknown:
-            raise ValueError(f"unknown shapes or colours {unknown}; known: {SHAPES} and {tuple(PALETTE)}")
+            raise UserError(f"unknown shapes or colours {unknown}; known: {SHAPES} and {tuple(PALETTE)}")
         if not (self.shapes and self.colours and self.backgrounds and self.speeds and self.directions > 0):
-            raise ValueError("a world needs at least one shape, colour, background, direction and speed")
+            raise UserError("a world needs at least one shape, colour, background, direction and speed")
         if not 0 < self.radii[0] <= self.radii[1] < self.size / 2 - _EDGE:
-            raise ValueError(f"radii {self.radii} must be positive, in order, and fit a frame of {self.size} pixels")
+            raise UserError(f"radii {self.radii} must be positive, in order, and fit a frame of {self.size} pixels")
         if self.num_frames < 1 or self.seed < 0:
-            raise ValueError(f"need num_frames >= 1 and seed >= 0, got {self.num_frames} and {self.seed}")
+            raise UserError(f"need num_frames >= 1 and seed >= 0, got {self.num_frames} and {self.seed}")
 
     def label(self, index: int, split: str = "train") -> Label:
         """The label of clip `index`, a function of (seed, split, index) alone.
 
-        Raises ValueError for an unknown split or a negative index.
+        Raises UserError for an unknown split or a negative index.
         """
         if split not in SPLITS or index < 0:
-            raise ValueError(f"need split in {tuple(SPLITS)} and index >= 0, got {split!r} and {index}")
+            raise UserError(f"need split in {tuple(SPLITS)} and index >= 0, got {split!r} and {index}")
         rng = np.random.default_rng((self.seed, SPLITS[split], int(index)))
         radius = rng.uniform(*self.radii)
         low, high = self.bounds(radius)

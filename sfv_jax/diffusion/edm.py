@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sfv_jax.errors import UserError
+
 Array = jax.Array
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 700.0, 7.0
 
@@ -32,7 +34,7 @@ def sampling_sigmas(steps: int, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RH
     One step goes from sigma_max straight to 0.
     """
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise UserError(f"steps must be at least 1, got {steps}")
     levels = karras_sigmas(steps, sigma_min, sigma_max, rho)[::-1] if steps > 1 else [sigma_max]
     return np.append(levels, 0.0).astype(np.float32)
 
@@ -102,10 +104,10 @@ def few_step_sigmas(steps: int, levels: int = 4) -> np.ndarray:
     For the paper's Tg = `levels` = 4: 700, then 70.54, then 2.269.
 
     Raises:
-      ValueError: for more steps than there are levels.
+      UserError: for more steps than there are levels.
     """
     if not 1 <= steps < levels:
-        raise ValueError(f"an SF-V generator of {levels} levels samples in 1 to {levels - 1} steps, got {steps}")
+        raise UserError(f"an SF-V generator of {levels} levels samples in 1 to {levels - 1} steps, got {steps}")
     return np.append(generator_sigmas(levels)[::-1][:steps], 0.0).astype(np.float32)
 
 
@@ -115,10 +117,10 @@ def consistency_sigmas(steps: int, levels: int = 40) -> np.ndarray:
     AnimateLCM's "StochasticIterative" schedule: sigma_min is never visited; 700, 128.6, 13.68, 0.4969 for 4 steps.
 
     Raises:
-      ValueError: for more steps than there are levels.
+      UserError: for more steps than there are levels.
     """
     if not 1 <= steps <= levels:
-        raise ValueError(f"AnimateLCM samples in 1 to {levels} steps, got {steps}")
+        raise UserError(f"AnimateLCM samples in 1 to {levels} steps, got {steps}")
     return np.append(karras_sigmas(levels)[::-1][:: levels // steps][:steps], 0.0).astype(np.float32)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sfv_jax.errors import UserError
+
 Array = jax.Array
 
 
@@ -82,7 +84,7 @@ def pseudo_huber(x: Array, target: Array, c: float | None = None, reduction: str
       reduction: "video" takes the norm over the whole latent of a video, as printed; "element" takes it per element and
         averages, which makes gradients smaller by about sqrt(d).
     Raises:
-      ValueError: for another reduction.
+      UserError: for another reduction.
     """
     x, target = x.astype(jnp.float32), target.astype(jnp.float32)
     if reduction == "video":
@@ -91,7 +93,7 @@ def pseudo_huber(x: Array, target: Array, c: float | None = None, reduction: str
     elif reduction == "element":
         square, d = jnp.square(x - target), 1
     else:
-        raise ValueError(f"reduction {reduction!r}: choose 'video' or 'element'")
+        raise UserError(f"reduction {reduction!r}: choose 'video' or 'element'")
     c = 0.00054 * math.sqrt(d) if c is None else c
     return jnp.mean(jnp.sqrt(square + c**2) - c)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfv_jax.diffusion import edm
+from sfv_jax.errors import UserError
 
 Array = jax.Array
 
@@ -90,15 +91,15 @@ def guidance_ramp(guidance: Sequence[float] | None, frames: int) -> Array | None
     the *last* weight exceeds 1 and ignores the ramp otherwise; here either end may.
 
     Raises:
-      ValueError: if neither end exceeds 1 (and not both are 1), or if it is no pair of numbers.
+      UserError: if neither end exceeds 1 (and not both are 1), or if it is no pair of numbers.
     """
     if guidance is None:
         return None
     if len(guidance) != 2 or not all(math.isfinite(g) and g >= 0 for g in guidance):
-        raise ValueError(f"guidance takes the weights of the first and the last frame, e.g. 1.0,3.0; got {guidance}")
+        raise UserError(f"guidance takes the weights of the first and the last frame, e.g. 1.0,3.0; got {guidance}")
     first, last = guidance
     if first == last == 1:
         return None
     if max(first, last) <= 1:
-        raise ValueError(f"guidance {first} to {last}: one end must exceed 1; for no guidance leave it out or give 1,1")
+        raise UserError(f"guidance {first} to {last}: one end must exceed 1; for no guidance leave it out or give 1,1")
     return jnp.linspace(first, last, frames, dtype=jnp.float32)

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
+from sfv_jax.errors import UserError
 from sfv_jax.sampling.sampler import resize
 
 
@@ -61,10 +62,10 @@ def diversity(clips: np.ndarray) -> float:
     Args:
       clips: uint8 `[n, t, h, w, 3]`, one per seed.
     Raises:
-      ValueError: for less than two videos, or two frames.
+      UserError: for less than two videos, or two frames.
     """
     if len(clips) < 2 or clips.shape[1] < 2:
-        raise ValueError(f"diversity needs two videos of two frames, got {clips.shape[:2]}")
+        raise UserError(f"diversity needs two videos of two frames, got {clips.shape[:2]}")
     later = clips[:, 1:].astype(np.float32)
     return float(np.mean([np.sqrt(np.mean(np.square(a - b))) for a, b in combinations(later, 2)]))
 

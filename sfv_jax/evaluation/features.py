@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sfv_jax.data.video import VideoError
+from sfv_jax.errors import UserError
 from sfv_jax.evaluation.clips import Clip, Reading
 from sfv_jax.evaluation.frechet import MIN_SAMPLES
 from sfv_jax.evaluation.fvd import Features, load_i3d
@@ -23,7 +24,7 @@ from sfv_jax.weights.folders import WeightsError
 FILES = {"form": "video files"}  # what clips are read from, unless told otherwise
 
 
-class StatisticsError(ValueError):
+class StatisticsError(UserError):
     """Kept statistics that do not belong to what is asked; the message says what differs."""
 
 
@@ -69,14 +70,14 @@ def compute(features: Callable, clips: Iterable[np.ndarray], batch_size: int = 8
     """float32 `[n, d]` of `clips`, uint8 `[t, h, w, 3]` of one shape; always `batch_size` at a time.
 
     Raises:
-      ValueError: if the features are not finite vectors.
+      UserError: if the features are not finite vectors.
     """
     parts, clips = [], iter(clips)
     while batch := list(islice(clips, batch_size)):
         full = np.stack(batch + batch[-1:] * (batch_size - len(batch)))  # one shape, compiled once
         found = np.asarray(features(full), np.float32)
         if found.ndim != 2 or len(found) != batch_size or not np.isfinite(found).all():
-            raise ValueError(f"features of {full.shape} must be finite [{batch_size}, d], got {found.shape}")
+            raise UserError(f"features of {full.shape} must be finite [{batch_size}, d], got {found.shape}")
         parts.append(found[: len(batch)])
     return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sfv_jax.errors import UserError
+
 MIN_SAMPLES = 20  # of each set: fewer say nothing
 
 
@@ -34,7 +36,7 @@ class Moments:
         if features.ndim != 2 or not len(features):
             raise ValueError(f"features must be [n, d] with n > 0, got {features.shape}")
         if not np.isfinite(features).all():
-            raise ValueError("features are not finite")
+            raise UserError("features are not finite")
         mean = features.mean(axis=0)
         centred = features - mean
         return cls(len(features), mean, centred.T @ centred)
@@ -50,10 +52,10 @@ class Moments:
         """`[d, d]`. Published FVD code divides by n (`ddof=0`, StyleGAN-V) or by n - 1 (the original).
 
         Raises:
-          ValueError: if there are no more than `ddof` samples.
+          UserError: if there are no more than `ddof` samples.
         """
         if self.n <= ddof:
-            raise ValueError(f"a covariance with ddof={ddof} needs more than {ddof} samples, got {self.n}")
+            raise UserError(f"a covariance with ddof={ddof} needs more than {ddof} samples, got {self.n}")
         return self.scatter / (self.n - ddof)
 
 
@@ -91,11 +93,11 @@ def measure(real: np.ndarray, fake: np.ndarray, *, ddof: int = 0, resamples: int
     """The distance between `real [n, d]` and `fake [n, d]`, extrapolated and with a bootstrap interval.
 
     Raises:
-      ValueError: unless both sets have the same number of samples, at least 20: distances compare at equal n only.
+      UserError: unless both sets have the same number of samples, at least 20: distances compare at equal n only.
     """
     if len(real) != len(fake) or len(real) < MIN_SAMPLES:
         least = f"both sets need the same number of samples, at least {MIN_SAMPLES}"
-        raise ValueError(f"{least}; got {len(real)} and {len(fake)}")
+        raise UserError(f"{least}; got {len(real)} and {len(fake)}")
     rng = np.random.default_rng(seed)
 
     def between(rows_real, rows_fake) -> float:

@@ -6,6 +6,7 @@ optional dependency: `pip install "sfv_jax[eval]"`.
 
 import numpy as np
 
+from sfv_jax.errors import UserError
 from sfv_jax.evaluation.appearance import luma
 
 FLOW_SIDE = 288  # short side in pixels at which flow is computed, so that sizes compare
@@ -13,7 +14,7 @@ CHANGE = 8.0  # grey levels of luma: what counts as a change of a pixel
 FROZEN_SHARE = 0.01  # a video in which fewer pixels change is frozen
 
 
-class FlowError(ValueError):
+class FlowError(UserError):
     """Optical flow cannot be computed here; the message says what to install."""
 
 

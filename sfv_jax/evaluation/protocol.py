@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sfv_jax.data.video import cover_resize_crop
+from sfv_jax.errors import UserError
 from sfv_jax.evaluation.frechet import MIN_SAMPLES
 
 FILTERS = {name.lower(): getattr(Image.Resampling, name) for name in ("BILINEAR", "BICUBIC", "LANCZOS", "BOX")}
@@ -48,11 +49,11 @@ class Protocol:
 
     def __post_init__(self):
         if self.crop not in ("none", "centre"):
-            raise ValueError(f"crop {self.crop!r}: choose none or centre")
+            raise UserError(f"crop {self.crop!r}: choose none or centre")
         if self.filter not in FILTERS:
-            raise ValueError(f"filter {self.filter!r}: choose one of {', '.join(FILTERS)}")
+            raise UserError(f"filter {self.filter!r}: choose one of {', '.join(FILTERS)}")
         if 0 < self.n < MIN_SAMPLES or self.n < 0:
-            raise ValueError(f"n is {self.n}: a Frechet distance needs at least {MIN_SAMPLES} clips")
+            raise UserError(f"n is {self.n}: a Frechet distance needs at least {MIN_SAMPLES} clips")
 
     def real(self, frames: np.ndarray) -> np.ndarray:
         """Real clips `[t, h, w, 3]` as they are scored: uint8 `[t, score_height, score_width, 3]`."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sfv_jax.diffusion import edm, losses
+from sfv_jax.errors import UserError
 from sfv_jax.methods import optim
 from sfv_jax.methods.common import accumulate, check_recipe, generator_state, update_generator, watch
 from sfv_jax.models import tree
@@ -44,19 +45,19 @@ def make_networks(unet: UNetConfig, config) -> Networks:
     """Generator, backbone and heads of a config.
 
     Raises:
-      ValueError: for settings that do not exist or contradict each other.
+      UserError: for settings that do not exist or contradict each other.
     """
     name, method = config.method, config[config.method]
     for field, choices in (("gan_loss", GAN_LOSSES), ("r1_form", ("gradient", "perturbation"))):
         if method[field] not in choices:
-            raise ValueError(f"{name}.{field}={method[field]!r}: choose one of {', '.join(choices)}")
+            raise UserError(f"{name}.{field}={method[field]!r}: choose one of {', '.join(choices)}")
     if method.gan_loss == "relativistic" and not method.shared_noise:
-        raise ValueError(
+        raise UserError(
             f"{name}.gan_loss='relativistic' compares real and fake at one noise: set {name}.shared_noise=True"
         )
     for field in ("generator_every", "heads_every"):
         if method[field] < 1:
-            raise ValueError(f"{name}.{field}={method[field]}: at least 1")
+            raise UserError(f"{name}.{field}={method[field]}: at least 1")
     optim.make_optimizer(config.heads_optimizer)
     heads = DiscriminatorConfig.for_unet(unet, **config.discriminator.to_dict())
     return check_recipe(config, Networks(unet, heads, config.dtype))

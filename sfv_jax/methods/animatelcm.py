@@ -27,7 +27,7 @@ def make_networks(unet: UNetConfig, config) -> Networks:
     """The UNet alone: student, target and teacher have one shape.
 
     Raises:
-      ValueError: for fewer than two levels.
+      UserError: for fewer than two levels.
     """
     edm.karras_sigmas(config.animatelcm.levels)
     return check_recipe(config, Networks(unet, None, config.dtype))

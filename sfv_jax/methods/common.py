@@ -46,7 +46,7 @@ def check_recipe(config, networks: Networks) -> Networks:
     """`networks`, if `config.trainable` and `config.generator_optimizer` are possible with them.
 
     Raises:
-      ValueError: saying which of them is not.
+      UserError: saying which of them is not.
     """
     optim.make_optimizer(config.generator_optimizer)
     optim.trainable(networks.abstract["generator"], config.trainable)

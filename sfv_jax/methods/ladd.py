@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from sfv_jax.diffusion import edm
 from sfv_jax.diffusion.solvers import guidance_ramp, sample
+from sfv_jax.errors import UserError
 from sfv_jax.methods import adversarial, sfv
 from sfv_jax.methods.common import frozen_copy
 from sfv_jax.models.networks import Networks, Params
@@ -17,19 +18,19 @@ def make_networks(unet, config) -> Networks:
     """As `adversarial.make_networks`.
 
     Raises:
-      ValueError: also for levels and probabilities that do not belong together, or impossible guidance.
+      UserError: also for levels and probabilities that do not belong together, or impossible guidance.
     """
     method = config.ladd
     for name in ("probabilities", "warmup_probabilities"):
         p = method[name]
         if len(p) != len(method.probabilities) or min(p) < 0 or abs(sum(p) - 1) > 1e-6:
-            raise ValueError(f"ladd.{name}={p}: one probability for each level, 1 together")
+            raise UserError(f"ladd.{name}={p}: one probability for each level, 1 together")
     if len(method.probabilities) > method.generator_levels:
-        raise ValueError(
+        raise UserError(
             f"ladd.generator_levels={method.generator_levels}: fewer than the {len(method.probabilities)} probabilities"
         )
     if method.teacher_steps < 0:
-        raise ValueError(f"ladd.teacher_steps={method.teacher_steps}: 0 for real videos, or a number of steps")
+        raise UserError(f"ladd.teacher_steps={method.teacher_steps}: 0 for real videos, or a number of steps")
     guidance_ramp(method.teacher_guidance, unet.num_frames)
     return adversarial.make_networks(unet, config)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sfv_jax.errors import UserError
 from sfv_jax.models import tree
 
 Array = jax.Array
@@ -77,23 +78,23 @@ def make_optimizer(config) -> optax.GradientTransformation:
     `schedule` says what follows the linear warm-up: "constant", or "cosine" or "linear" to zero in `decay_steps`.
 
     Raises:
-      ValueError: for an unknown name or schedule, or a schedule that `decay_steps` contradicts.
+      UserError: for an unknown name or schedule, or a schedule that `decay_steps` contradicts.
     """
     if config.name == "sm3":
         scale = scale_by_sm3(config.momentum, config.beta)
     elif config.name == "adamw":
         scale = optax.chain(optax.scale_by_adam(config.b1, config.b2), optax.add_decayed_weights(config.weight_decay))
     else:
-        raise ValueError(f"optimiser {config.name!r}: choose 'sm3' or 'adamw'")
+        raise UserError(f"optimiser {config.name!r}: choose 'sm3' or 'adamw'")
     schedules = {
         "constant": lambda: optax.schedules.constant_schedule(config.lr),
         "cosine": lambda: optax.schedules.cosine_decay_schedule(config.lr, config.decay_steps),
         "linear": lambda: optax.schedules.linear_schedule(config.lr, 0.0, config.decay_steps),
     }
     if config.schedule not in schedules:
-        raise ValueError(f"schedule {config.schedule!r}: choose 'constant', 'cosine' or 'linear'")
+        raise UserError(f"schedule {config.schedule!r}: choose 'constant', 'cosine' or 'linear'")
     if (config.schedule == "constant") != (config.decay_steps == 0):
-        raise ValueError(f"schedule {config.schedule!r} does not go with decay_steps={config.decay_steps}")
+        raise UserError(f"schedule {config.schedule!r} does not go with decay_steps={config.decay_steps}")
     schedule = schedules[config.schedule]()
     if config.warmup_steps:
         warmup = optax.schedules.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps)
@@ -114,14 +115,14 @@ def trainable(params: tree.Params, which: str) -> tree.Params:
     "spatial" is the rest. Another `which` is searched for in dotted paths ("up_blocks|conv_out").
 
     Raises:
-      ValueError: if it is no regular expression, or finds nothing.
+      UserError: if it is no regular expression, or finds nothing.
     """
     try:
         part = tree.select(params, TRAINABLE.get(which, which))
     except re.error as error:
-        raise ValueError(f"trainable {which!r} is not a regular expression: {error}") from error
+        raise UserError(f"trainable {which!r} is not a regular expression: {error}") from error
     if not part:
-        raise ValueError(f"trainable {which!r} finds no parameter: use 'all', 'temporal', 'spatial' or parts of paths")
+        raise UserError(f"trainable {which!r} finds no parameter: use 'all', 'temporal', 'spatial' or parts of paths")
     return part
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sfv_jax.diffusion import edm, losses
+from sfv_jax.errors import UserError
 from sfv_jax.methods import adversarial
 from sfv_jax.models.networks import Networks
 
@@ -19,10 +20,10 @@ def make_networks(unet, config) -> Networks:
     """As `adversarial.make_networks`.
 
     Raises:
-      ValueError: also for a jump outside the range of levels.
+      UserError: also for a jump outside the range of levels.
     """
     if not 0 <= config.ufogen.jump <= 1:
-        raise ValueError(f"ufogen.jump={config.ufogen.jump}: a share of all levels, 0 to 1")
+        raise UserError(f"ufogen.jump={config.ufogen.jump}: a share of all levels, 0 to 1")
     return adversarial.make_networks(unet, config)
 
 

@@ -12,6 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
+from sfv_jax.errors import UserError
 from sfv_jax.models.layers import AlphaBlender, GroupNorm, LayerNorm, Linear, TimestepEmbedding, fp32, matmul, remat
 from sfv_jax.models.layers import sinusoidal_embedding as sinusoid
 from sfv_jax.models.partitioning import flat, per_row, platform, promote, rows, unflat
@@ -89,14 +90,14 @@ def splash_attention(q: Array, k: Array, v: Array, block: int = SPLASH_BLOCK) ->
     queries, of which a device may hold few, are padded.
 
     Raises:
-      ValueError: for a number of keys that 128 does not divide.
+      UserError: for a number of keys that 128 does not divide.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     (_, s, heads, d), keys = q.shape, k.shape[1]
     if keys % LANES:
-        raise ValueError(f"attention kernel 'splash': {keys} tokens are not a multiple of {LANES}; choose auto")
+        raise UserError(f"attention kernel 'splash': {keys} tokens are not a multiple of {LANES}; choose auto")
     q = jnp.pad(q / math.sqrt(d), ((0, 0), (0, -s % LANES), (0, 0), (0, 0)))
     rows, columns = (max(b for b in range(LANES, block + 1, LANES) if n % b == 0) for n in (q.shape[1], keys))
     sizes = splash.BlockSizes(
@@ -122,7 +123,7 @@ def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
       kernel: "einsum", "blocked", "looped" (CPU), "reduce", "cudnn" (GPU, fp16/bf16), "splash" (TPU) or "auto", see
         `choose_kernel`.
     Raises:
-      ValueError: for an unknown kernel name, or where the kernel named is known to fail.
+      UserError: for an unknown kernel name, or where the kernel named is known to fail.
     """
     kernel = choose_kernel(q) if kernel == "auto" else kernel
     if kernel == "reduce":
@@ -131,12 +132,12 @@ def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
         return einsum_attention(q, k, v)
     if kernel == "cudnn":
         if q.shape[0] > CUDNN_BATCH:
-            raise ValueError(f"attention kernel 'cudnn': a batch of {q.shape[0]} exceeds {CUDNN_BATCH}; choose auto")
+            raise UserError(f"attention kernel 'cudnn': a batch of {q.shape[0]} exceeds {CUDNN_BATCH}; choose auto")
         return per_row(partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v)
     alone = {"splash": splash_attention, "looped": looped_attention}  # XLA cannot share them out
     kernels = {"einsum": einsum_attention, "blocked": blocked_attention} | alone
     if kernel not in kernels:
-        raise ValueError(f"attention kernel {kernel!r}: choose auto, cudnn, reduce or one of {sorted(kernels)}")
+        raise UserError(f"attention kernel {kernel!r}: choose auto, cudnn, reduce or one of {sorted(kernels)}")
     return per_row(kernels[kernel], q, k, v, partitioned=kernel not in alone)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 
+from sfv_jax.errors import UserError
 from sfv_jax.models import clip, tree
 from sfv_jax.models.partitioning import axis_size
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
@@ -95,7 +96,7 @@ class SVDCodec:
       memory: bytes of a device (`decode_pixels`); by default what the device tells. Where it tells nothing, as a CPU,
         large frames are decoded in pieces.
     Raises:
-      ValueError: for negative `pixels`.
+      UserError: for negative `pixels`.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class SVDCodec:
         memory: float | None = None,
     ):
         if pixels is not None and pixels < 0:
-            raise ValueError(f"decode_pixels {pixels}: give the pixels of a piece, or 0 to decode whole")
+            raise UserError(f"decode_pixels {pixels}: give the pixels of a piece, or 0 to decode whole")
         self.params, self.pixels, self.memory = params, pixels, memory
         self.vae_config, self.clip_config, self.decode_dtype = vae_config, clip_config, decode_dtype
         self.scaling_factor = vae_config.scaling_factor
@@ -191,7 +192,7 @@ class SVDCodec:
         t = latents.shape[1]
         size = t if chunk_size is None else chunk_size
         if size < 1:
-            raise ValueError(f"decode_chunk_size must be at least 1 frame, got {size}")
+            raise UserError(f"decode_chunk_size must be at least 1 frame, got {size}")
         pixels = self.pixels
         if pixels is None:
             shape = latents.shape[0], min(size, t), *latents.shape[2:]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from sfv_jax.errors import UserError
 from sfv_jax.models.layers import Conv2d, GroupNorm, Linear, TemporalConv, sinusoidal_embedding
 from sfv_jax.models.partitioning import rows
 from sfv_jax.models.unet import UNetConfig
@@ -41,10 +42,10 @@ class DiscriminatorConfig:
 
     def __post_init__(self):
         if not (self.spatial or self.temporal):
-            raise ValueError("a discriminator needs spatial heads, temporal heads, or both")
+            raise UserError("a discriminator needs spatial heads, temporal heads, or both")
         for name in ("spatial_kernel", "temporal_kernel"):
             if getattr(self, name) % 2 == 0:
-                raise ValueError(f"{name} must be odd, got {getattr(self, name)}")
+                raise UserError(f"{name} must be odd, got {getattr(self, name)}")
 
     @classmethod
     def for_unet(cls, unet: UNetConfig, **changes) -> "DiscriminatorConfig":

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from sfv_jax.errors import UserError
+
 Array = jax.Array
 
 # Output channels of the branches b0, b1a, b1b, b2a, b2b, b3b of each mixed block.
@@ -127,7 +129,7 @@ class I3D(nnx.Module):
 
     def __call__(self, frames: Array) -> Array:
         if frames.shape[1] < MIN_FRAMES:
-            raise ValueError(f"I3D needs at least {MIN_FRAMES} frames, got {frames.shape[1]}")
+            raise UserError(f"I3D needs at least {MIN_FRAMES} frames, got {frames.shape[1]}")
         x = self.Conv3d_1a_7x7(frames)
         for name in ("Conv3d_2b_1x1", "Conv3d_2c_3x3", *_MIXED):
             if name in _POOLS:

@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import lax
 
+from sfv_jax.errors import UserError
 from sfv_jax.models.partitioning import BATCH, axis_size, gathered, platform, promote, rows, shared_axis
 
 Array = jax.Array
@@ -53,7 +54,7 @@ class GroupNorm(nnx.Module):
     def __init__(self, channels: int, *, groups: int, eps: float, per_frame: bool, dtype, param_dtype, rngs):
         del rngs  # deterministic initialisation; kept so that every layer is built alike
         if channels % groups:
-            raise ValueError(f"GroupNorm: {channels} channels do not divide into {groups} groups")
+            raise UserError(f"GroupNorm: {channels} channels do not divide into {groups} groups")
         self.scale = nnx.Param(jnp.ones((channels,), param_dtype))
         self.bias = nnx.Param(jnp.zeros((channels,), param_dtype))
         self.groups, self.eps, self.per_frame, self.dtype = groups, eps, per_frame, dtype
@@ -154,7 +155,7 @@ class TemporalConv(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (kernel_size, 1, 1, i, o), param_dtype))
         self.bias = nnx.Param(jnp.zeros((o,), param_dtype))
         if form not in ("conv", "matmul"):
-            raise ValueError(f"temporal convolution form {form!r}: choose 'conv' or 'matmul'")
+            raise UserError(f"temporal convolution form {form!r}: choose 'conv' or 'matmul'")
         self.form, self.dtype = form, dtype
 
     def __call__(self, x: Array) -> Array:

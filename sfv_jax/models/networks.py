@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sfv_jax.errors import UserError
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig, DiscriminatorHeads
 from sfv_jax.models.unet import UNet, UNetConfig
@@ -32,6 +33,8 @@ class Networks:
     graphs: dict[str, nnx.GraphDef] = field(init=False, compare=False)
 
     def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         dtype = DTYPES[self.dtype]
         built = {"generator": tree.abstract(UNet, self.unet, dtype=dtype)}
         if self.discriminator is not None:

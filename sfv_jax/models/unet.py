@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from sfv_jax.errors import UserError
 from sfv_jax.models.attention import TransformerSpatioTemporal
 from sfv_jax.models.layers import (
     Conv2d,
@@ -52,12 +53,12 @@ class UNetConfig:
     def __post_init__(self):
         levels = len(self.block_out_channels)
         if len(self.num_attention_heads) != levels:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads has {len(self.num_attention_heads)} entries for {levels} block_out_channels"
             )
         for channels, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):
             if channels % heads or channels % self.norm_groups:
-                raise ValueError(f"{channels} channels must divide by {heads} heads and by {self.norm_groups} groups")
+                raise UserError(f"{channels} channels must divide by {heads} heads and by {self.norm_groups} groups")
 
     @classmethod
     def svd(cls, **changes) -> "UNetConfig":

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from sfv_jax.errors import UserError
 from sfv_jax.models import tiling
 from sfv_jax.models.attention import attention
 from sfv_jax.models.layers import (
@@ -200,12 +201,12 @@ class TemporalVAE(nnx.Module):
         """Posterior mean `[b, t, h/8, w/8, 4]`, unscaled, of `frames [b, t, h, w, 3]` in [-1, 1].
 
         Raises:
-          ValueError: if height or width does not divide by the downscale factor.
+          UserError: if height or width does not divide by the downscale factor.
         """
         h, w = frames.shape[2:4]
         step = self.config.downscale
         if h % step or w % step:
-            raise ValueError(f"frames of {h}x{w}: height and width must be multiples of {step}")
+            raise UserError(f"frames of {h}x{w}: height and width must be multiples of {step}")
         return jnp.split(self.quant_conv(self.encoder(frames)), 2, axis=-1)[0]
 
     def decode(self, latents: Array) -> Array:

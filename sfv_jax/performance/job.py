@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sfv_jax.config import ConfigError
+from sfv_jax.errors import UserError
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.performance import programs, targets
 from sfv_jax.performance.cost import Cost, measure, planner_rss
@@ -23,7 +24,7 @@ DECODING = ("decode_chunk_size", "decode_pixels")
 WHAT = {"train": (448, 768), "sample": (576, 1024), "prepare": (448, 768)}  # and the default height, width
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """Something that cannot be planned; the message says what to change."""
 
 
@@ -41,7 +42,7 @@ def build(config: ConfigDict, target: Target, devices: list, what: str, size: tu
         return mesh, programs.prepare_programs(mesh, sizes, size, options["batch_size"] or 1)
     try:
         mesh = make_mesh(**config.mesh, devices=devices)
-    except ValueError as error:
+    except UserError as error:
         raise ConfigError(f"config: {error} of {target.name}") from error
     if what == "train":
         return mesh, [programs.train_program(config, mesh, sizes, size)]

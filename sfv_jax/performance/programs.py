@@ -18,6 +18,7 @@ from sfv_jax import config as configs
 from sfv_jax.checkpoints.base import is_run, read_run
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.config import ConfigDict, ConfigError
+from sfv_jax.errors import UserError
 from sfv_jax.methods import METHODS
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig, CLIPVision
@@ -101,7 +102,7 @@ def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int,
     try:
         local_rows(mesh, config.batch_size, config.accumulation_steps)
         networks = method.make_networks(sizes.unet, config)
-    except (KeyError, TypeError, ValueError) as error:
+    except UserError as error:
         raise ConfigError(f"config: {error}") from error
     abstract = jax.eval_shape(
         lambda params: method.init_state(networks, config, params), networks.abstract["generator"]

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 import jax
 
+from sfv_jax.errors import UserError
+
 GB, GIB = 1e9, 2**30
 
 
-class TargetError(ValueError):
+class TargetError(UserError):
     """A target that cannot be planned for; the message says what can."""
 
 

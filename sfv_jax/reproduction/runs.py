@@ -15,6 +15,7 @@ from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import claim_workdir, flat
 from sfv_jax.config import world_of
 from sfv_jax.data.loader import latent_source, world_source
+from sfv_jax.errors import UserError
 from sfv_jax.reproduction.experiments import BASE, TABLES, Budget, runs_of, svd_config, world_config
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.training.loop import train
@@ -24,7 +25,7 @@ CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, an assumption: s
 CHIP_RATE = 0.4 * 989e12  # of an H100 in bf16, at 40 % of its peak: an assumption
 
 
-class ReproduceError(ValueError):
+class ReproduceError(UserError):
     """The command line asks for something impossible; the message says what to change."""
 
 

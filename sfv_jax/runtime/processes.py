@@ -8,8 +8,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sfv_jax.errors import UserError
 
-class ProcessError(RuntimeError):
+
+class ProcessError(UserError):
     """The processes of a run cannot work together; the message says why."""
 
 

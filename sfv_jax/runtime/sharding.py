@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sfv_jax.errors import UserError
+
 AXES = ("data", "fsdp", "spatial")
 BATCH = P(("data", "fsdp"))
 SMALL = 2**14  # elements below which a tensor is replicated: gathering it costs more than keeping it
@@ -42,13 +44,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, spatial: int = 1, devices=None) -> 
     """Mesh over `devices` (all by default) with the axes of `AXES`; `data=-1` takes what the others leave.
 
     Raises:
-      ValueError: if the sizes do not multiply to the number of devices.
+      UserError: if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     if data == -1:
         data = max(len(devices) // (fsdp * spatial), 1)
     if min(data, fsdp, spatial) < 1 or data * fsdp * spatial != len(devices):
-        raise ValueError(f"mesh data={data} fsdp={fsdp} spatial={spatial} does not cover {len(devices)} devices")
+        raise UserError(f"mesh data={data} fsdp={fsdp} spatial={spatial} does not cover {len(devices)} devices")
     grid = np.asarray(devices).reshape(data, fsdp, spatial)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -115,11 +117,11 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int, accumulation_steps: int
     Processes whose devices share samples along `spatial` get the same rows.
 
     Raises:
-      ValueError: if a micro-batch cannot be shared evenly.
+      UserError: if a micro-batch cannot be shared evenly.
     """
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (accumulation_steps * shares):
-        raise ValueError(
+        raise UserError(
             f"batch_size={batch_size} does not divide into accumulation_steps={accumulation_steps} times "
             f"data x fsdp = {shares} devices of the mesh"
         )

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from sfv_jax.data.video import read_image, write_video
+from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import replacing
 from sfv_jax.sampling.sampler import Sampler
 
@@ -30,7 +31,7 @@ OPTIONS = (
 NUMBERS = {"guidance": ((2,), "two numbers, e.g. 1.0,3.0"), "mesh": ((2, 3), "two or three numbers, e.g. 4,2 or 1,1,8")}
 
 
-class SampleError(ValueError):
+class SampleError(UserError):
     """The command line asks for something impossible; the message says what to change."""
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from sfv_jax.checkpoints.base import load_generator
 from sfv_jax.diffusion.solvers import SAMPLERS, guidance_ramp, sample
+from sfv_jax.errors import UserError
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise, finite
 from sfv_jax.models.networks import DTYPES, Networks
@@ -21,7 +22,7 @@ from sfv_jax.runtime.sharding import batch_sharding, on_mesh, param_shardings, r
 Array = jax.Array
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """A stage made NaN or infinity; the message names the stage, its dtype and what to do."""
 
 
@@ -86,11 +87,11 @@ class Sampler:
           check_finite: see the class.
         Raises:
           WeightsError, WorkdirError: if `path` is neither.
-          ValueError: for an unknown dtype, negative `decode_pixels`, or options of a decoder where there is none.
+          UserError: for an unknown dtype, negative `decode_pixels`, or options of a decoder where there is none.
         """
         for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
             if value not in DTYPES:
-                raise ValueError(f"{name} {value!r}: choose one of {', '.join(DTYPES)}")
+                raise UserError(f"{name} {value!r}: choose one of {', '.join(DTYPES)}")
         place = mesh and partial(param_shardings, mesh)
         base = load_generator(path, raw=raw, place=place, dtype=DTYPES[dtype])
         codec = base.codec
@@ -100,7 +101,7 @@ class Sampler:
             codec = SVDCodec(codec.vae_config, codec.clip_config, weights, **options)
         elif vae_dtype != "float32" or decode_pixels is not None:
             option = f"vae_dtype {vae_dtype!r}" if decode_pixels is None else f"decode_pixels {decode_pixels}"
-            raise ValueError(f"{option}: {path} has the patch codec, which has no decoder network")
+            raise UserError(f"{option}: {path} has the patch codec, which has no decoder network")
         sampler = cls(base.unet, base.params, codec, dtype, mesh=mesh, check_finite=check_finite)
         sampler.step = base.step
         return sampler
@@ -122,12 +123,12 @@ class Sampler:
           keys: `[b]` typed keys, for samplers that add fresh noise in more than one step.
         """
         if sampler not in SAMPLERS:
-            raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+            raise UserError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
         schedule = SAMPLERS[sampler]
         if not schedule.fresh or steps == 1:
             keys = None
         elif keys is None:
-            raise ValueError(f"sampler {sampler!r} adds fresh noise: it needs one random key per video")
+            raise UserError(f"sampler {sampler!r} adds fresh noise: it needs one random key per video")
         ramp = guidance_ramp(guidance, noise.shape[1])
         noise, condition, keys = self._share((noise, condition, keys))
         return self._generate(self.params, noise, condition, schedule.sigmas(steps), ramp, keys)
@@ -183,7 +184,7 @@ class Sampler:
           times: filled with the seconds of the stages "clip", "encode", "denoise", "decode" (compilation included,
             when there is any). Only then the device is waited for between them.
         Raises:
-          ValueError: for sizes the codec cannot represent, seeds that do not match the images, impossible options.
+          UserError: for sizes the codec cannot represent, seeds that do not match the images, impossible options.
           NonFiniteError: see `check_finite`.
         """
         checks = {}
@@ -202,14 +203,14 @@ class Sampler:
 
         images = [np.asarray(image) for image in images]
         if not images:
-            raise ValueError("no images")
+            raise UserError("no images")
         count, size = len(images), self.size(images[0], height, width)
         seeds = [seed + n for n in range(count)] if isinstance(seed, int | np.integer) else list(seed)
         if len(seeds) != count:
-            raise ValueError(f"{count} images need as many seeds, got {len(seeds)}")
+            raise UserError(f"{count} images need as many seeds, got {len(seeds)}")
         shape = self.latent_shape(size, num_frames)
         if noise is not None and noise.shape != (count, *shape):
-            raise ValueError(f"noise has shape {noise.shape}, these images need {(count, *shape)}")
+            raise UserError(f"noise has shape {noise.shape}, these images need {(count, *shape)}")
         rows = self._rows(count)
         images, seeds = [images[n] for n in rows], [seeds[n] for n in rows]
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(jnp.stack([jax.random.key(s) for s in seeds]))
@@ -240,7 +241,7 @@ class Sampler:
         for name, n in zip(("height", "width"), size, strict=True):
             if n % down or n < down:
                 near = [m for m in (n // down * down, n // down * down + down) if m > 0]
-                raise ValueError(f"{name} {n} is not a multiple of {down}; nearest: {' and '.join(map(str, near))}")
+                raise UserError(f"{name} {n} is not a multiple of {down}; nearest: {' and '.join(map(str, near))}")
         return size
 
     def _embed(self, images: Sequence[np.ndarray], size: tuple[int, int]) -> Array:
@@ -251,7 +252,7 @@ class Sampler:
         groups = [originals] if alike else [[image] for image in originals]
         embed = jnp.concatenate([self.codec.embed(self._share(np.stack(group))) for group in groups])
         if embed.shape[-1] != self.unet.cross_attention_dim:
-            raise ValueError(
+            raise UserError(
                 f"images of {size[0]}x{size[1]} are embedded in {embed.shape[-1]} numbers, the UNet takes "
                 f"{self.unet.cross_attention_dim}: use the size the model was trained at"
             )
@@ -304,7 +305,7 @@ class Sampler:
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 `[height, width, 3]`: Lanczos, aspect ratio not kept, as StableVideoDiffusionPipeline does it."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"an image must be uint8 [h, w, 3], got {image.dtype} {image.shape}")
+        raise UserError(f"an image must be uint8 [h, w, 3], got {image.dtype} {image.shape}")
     if image.shape[:2] == size:
         return image
     from PIL import Image  # not on bare accelerator images, where the benchmark runs

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sfv_jax.errors import UserError
+
 # Gradients flow in this order, so the first block that is not finite is nearest to the cause.
 GROUPS = ("batch", "generator_gradient", "heads_gradient", "generator", "heads")
 BACKWARD = ("conv_out", "conv_norm_out", "up_blocks", "mid_block", "down_blocks", "conv_in")
@@ -21,7 +23,7 @@ class Alarm(NamedTuple):
     message: str
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(UserError):
     """Training stopped by an alarm; the message is one line with the step, the cause and how to go on."""
 
 

@@ -11,6 +11,7 @@ from sfv_jax.checkpoints.base import describe_run
 from sfv_jax.checkpoints.run import Checkpoints, claim_workdir, flat
 from sfv_jax.config import ConfigError
 from sfv_jax.data.loader import make_loader
+from sfv_jax.errors import UserError
 from sfv_jax.methods import METHODS
 from sfv_jax.runtime.device import peak_flops
 from sfv_jax.runtime.processes import agree, once
@@ -36,13 +37,13 @@ def train(config: ConfigDict, workdir: Path) -> dict:
     try:
         mesh = make_mesh(**config.mesh)
         rows = local_rows(mesh, config.batch_size, config.accumulation_steps)
-    except ValueError as error:
+    except UserError as error:
         raise ConfigError(f"config: {error}") from error
     base = load_base(config, mesh)
     source = open_source(config, base, config.data.split)
     try:
         networks = method.make_networks(base.unet, config)
-    except (KeyError, TypeError, ValueError) as error:
+    except UserError as error:
         raise ConfigError(f"config: {error}") from error
 
     def init(params):
@@ -53,7 +54,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
     params, base = base.params, replace(base, params=None)  # the state replaces them
     try:
         loader = make_loader(source, global_batch_size=config.batch_size, seed=config.seed, rows=rows)
-    except ValueError as error:
+    except UserError as error:
         raise ConfigError(f"config.batch_size={config.batch_size}: {error}") from error
 
     def claim():  # after all that can refuse the config

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import is_alive
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights or a model folder that cannot be used as they are; the message says what is wrong and what to do."""
 
 
