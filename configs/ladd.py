@@ -9,6 +9,7 @@
 """
 
 from sfv_jax import config as defaults
+from sfv_jax.errors import UserError
 
 
 def get_config(arg: str = ""):
@@ -16,5 +17,5 @@ def get_config(arg: str = ""):
     if arg == "tiny":
         config = defaults.tiny(config)
     elif arg:
-        raise ValueError(f"configs/ladd.py takes :tiny or nothing, not :{arg}")
+        raise UserError(f"configs/ladd.py takes :tiny or nothing, not :{arg}")
     return config.lock()

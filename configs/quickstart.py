@@ -2,11 +2,12 @@
 
     python -m sfv_jax.quickstart --workdir runs/quickstart
 
-runs both and compares them. World, networks and learning rates are those of `reproduce` (sfv_jax/experiments.py): a
-disc or a square moves in one of four diagonal directions, so that the first frame leaves four futures open and their
-average is a blur.
+runs both and compares them. World, networks and learning rates are those of `reproduce`
+(sfv_jax/reproduction/experiments.py): a disc or a square moves in one of four diagonal directions, so that the first
+frame leaves four futures open and their average is a blur.
 """
 
+from sfv_jax.errors import UserError
 from sfv_jax.reproduction import experiments
 
 BUDGET = experiments.Budget(base_steps=1400, steps=500, batch=8, conditions=64)
@@ -14,7 +15,7 @@ BUDGET = experiments.Budget(base_steps=1400, steps=500, batch=8, conditions=64)
 
 def get_config(arg: str = "teacher"):
     if arg not in ("teacher", "sfv"):
-        raise ValueError(f"configs/quickstart.py takes :teacher or :sfv, not :{arg}")
+        raise UserError(f"configs/quickstart.py takes :teacher or :sfv, not :{arg}")
     config = experiments.world_config(experiments.BASE if arg == "teacher" else "sfv", BUDGET, seed=0).unlock()
     config.update(log_every=50 if arg == "teacher" else 20, sample_every=config.checkpoint_every)
     return config.lock()

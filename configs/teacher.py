@@ -7,6 +7,7 @@
 """
 
 from sfv_jax import config as defaults
+from sfv_jax.errors import UserError
 
 
 def get_config(arg: str = ""):
@@ -14,5 +15,5 @@ def get_config(arg: str = ""):
     if arg == "tiny":
         config = defaults.tiny(config)
     elif arg:
-        raise ValueError(f"configs/teacher.py takes :tiny or nothing, not :{arg}")
+        raise UserError(f"configs/teacher.py takes :tiny or nothing, not :{arg}")
     return config.lock()

@@ -3,21 +3,20 @@
 "paper" is SF-V (arXiv 2406.04324); "choice" marks what no source states, with the reason in docs/decisions.md.
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
-
-from absl import app
+from typing import TYPE_CHECKING
 
 try:
     from ml_collections import ConfigDict
 except ImportError:
     from sfv_jax.runtime.plain_config import ConfigDict
 
-from sfv_jax.data.worlds import World
 from sfv_jax.errors import UserError
-from sfv_jax.models.codec import PatchCodec
-from sfv_jax.models.unet import UNetConfig
+
+if TYPE_CHECKING:  # configs are read by commands that have no use for JAX yet
+    from sfv_jax.data.worlds import World
+    from sfv_jax.models.codec import PatchCodec
+    from sfv_jax.models.unet import UNetConfig
 
 
 def sm3(lr: float, **changes) -> ConfigDict:
@@ -276,7 +275,7 @@ class ConfigError(UserError):
 SAME_PARAMETERS = ("remat", "temporal_conv", "attention_kernel", "num_frames")
 
 
-def same_unet(unet: UNetConfig, config: ConfigDict) -> UNetConfig:
+def same_unet(unet: "UNetConfig", config: ConfigDict) -> "UNetConfig":
     """`unet`, that of `config.init`, computed as `config.unet` says.
 
     Raises:
@@ -288,23 +287,29 @@ def same_unet(unet: UNetConfig, config: ConfigDict) -> UNetConfig:
     return replace(unet, **{k: config.unet[k] for k in SAME_PARAMETERS if k in config.unet})
 
 
-def plain_unet(unet: UNetConfig) -> UNetConfig:
+def plain_unet(unet: "UNetConfig") -> "UNetConfig":
     """`unet` without recomputation and fused attention: its jaxpr shows the FLOPs of the model."""
     return replace(unet, remat=False, attention_kernel="einsum")
 
 
-def world_of(config: ConfigDict) -> World:
+def world_of(config: ConfigDict) -> "World":
     """The world of `config.data.world`."""
+    from sfv_jax.data.worlds import World
+
     return _build(World, config.data.world, "data.world")
 
 
-def patch_codec_of(config: ConfigDict) -> PatchCodec:
+def patch_codec_of(config: ConfigDict) -> "PatchCodec":
     """The codec of `config.patch_codec`."""
+    from sfv_jax.models.codec import PatchCodec
+
     return _build(PatchCodec, config.patch_codec, "patch_codec")
 
 
-def unet_of(config: ConfigDict) -> UNetConfig:
+def unet_of(config: ConfigDict) -> "UNetConfig":
     """SVD's UNet with the changes of `config.unet`."""
+    from sfv_jax.models.unet import UNetConfig
+
     return _build(UNetConfig, config.unet, "unet")
 
 
@@ -318,14 +323,3 @@ def _build(kind, changes: ConfigDict, name: str):
 def _tuples(value):
     """JSON's lists as the tuples they were, at every depth: what is built must be hashable."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but one line instead of a traceback for a config field that does not exist."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except AttributeError as error:
-        while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its KeyError
-            error = error.args[0]
-        command = Path(argv[0]).stem
-        sys.exit(f"{command}: no such config field: " + " ".join(str(error.args[0]).split()))

@@ -15,17 +15,16 @@ Every tensor must be accounted for, in name and shape; a conversion that stops h
 import signal
 import sys
 
-from absl import app, flags, logging
+from absl import flags
 
-from sfv_jax.checkpoints.exporter import WHAT, export_model
-from sfv_jax.checkpoints.importer import DTYPES, import_model
-from sfv_jax.checkpoints.model_folder import read_model
-from sfv_jax.checkpoints.run import WorkdirError
-from sfv_jax.weights.folders import WeightsError
+from sfv_jax import choices
+from sfv_jax.runtime import commands
 
 
 def report(folder: str) -> None:
     """Prints what a model folder holds."""
+    from sfv_jax.checkpoints.model_folder import read_model
+
     _, meta = read_model(folder)
     for name, facts in meta["components"].items():
         print(f"{name:14} {facts['parameters']:>13,} parameters  {facts['dtype']}")
@@ -37,37 +36,35 @@ def define_flags() -> None:
     flags.DEFINE_string("base", None, "For a UNet alone: the model folder with the VAE, CLIP tower and config.")
     flags.DEFINE_bool("allow_pickle", False, "Read .bin and .ckpt files too, by torch, their tensors only.")
     flags.DEFINE_bool("export", False, "From a model folder or a training run to a diffusers folder.")
-    flags.DEFINE_enum("what", "pipeline", WHAT, "With --export: pipeline or UNet folder, or one file.")
+    flags.DEFINE_enum("what", "pipeline", choices.EXPORTS, "With --export: pipeline or UNet folder, or one file.")
     flags.DEFINE_string("max_shard_size", "10GB", "With --export: larger weight files of a folder are cut into shards.")
     flags.DEFINE_bool("fp16", False, "The fp16 variant of the diffusers files: read it, or write it with --export.")
     flags.DEFINE_bool("raw", False, "Of a training run, the trained weights instead of their moving average.")
-    flags.DEFINE_enum("dtype", "source", DTYPES, "What the model folder stores.")
+    flags.DEFINE_enum("dtype", "source", choices.STORED_DTYPES, "What the model folder stores.")
     flags.DEFINE_integer("num_frames", None, "Frames per clip of a single file's UNet, if its name does not tell.")
     flags.DEFINE_bool("overwrite", False, "Replace an existing --dst.")
 
 
-def main(_) -> None:
+def main() -> None:
+    from sfv_jax.checkpoints.exporter import export_model
+    from sfv_jax.checkpoints.importer import import_model
+
     args = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("convert: stopped by SIGTERM"))  # so that folders are cleared
     variant = "fp16" if args.fp16 else None
     try:
         if args.export:
-            options = dict(what=args.what, raw=args.raw, max_shard_size=args.max_shard_size, overwrite=args.overwrite)
+            options = commands.values("what", "raw", "max_shard_size", "overwrite")
             export_model(args.src, args.dst, variant=variant, **options)
         else:
-            options = dict(num_frames=args.num_frames, allow_pickle=args.allow_pickle, overwrite=args.overwrite)
-            options |= dict(base=args.base, variant=variant, dtype=args.dtype, verbose=True)
-            for note in import_model(args.src, args.dst, **options):
+            options = commands.values("num_frames", "allow_pickle", "overwrite", "base", "dtype")
+            for note in import_model(args.src, args.dst, variant=variant, verbose=True, **options):
                 print(note)
             report(args.dst)
-    except (WeightsError, WorkdirError) as error:
-        raise SystemExit(f"convert: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("convert: stopped") from None
     print(f"wrote {args.dst}")
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    commands.run(main, define_flags)

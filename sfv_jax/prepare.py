@@ -10,25 +10,20 @@ to continue after an interruption: finished shards are kept. Several workers sha
 
 import dataclasses
 import os
-import sys
 
-from absl import app, flags, logging
+from absl import flags
 
-from sfv_jax.checkpoints.base import load_encoders
-from sfv_jax.data.latents import LatentError
-from sfv_jax.data.preparation import PrepareError, Settings, make_encoder, run
-from sfv_jax.data.video import VideoError
-from sfv_jax.runtime import compilation
-from sfv_jax.weights.folders import WeightsError
+from sfv_jax.data.settings import Settings
+from sfv_jax.runtime import commands
 
-_FLAGS = flags.FLAGS
+FLAGS = flags.FLAGS
 
 
 def _settings_with_flags() -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(Settings) if field.name != "model"]
 
 
-def _define_flags() -> None:
+def define_flags() -> None:
     flags.DEFINE_string("videos", None, "folder of videos, searched recursively", required=True)
     flags.DEFINE_string("svd", None, "model folder made by sfv_jax.convert, or diffusers folder", required=True)
     flags.DEFINE_string("out", None, "folder of the cache", required=True)
@@ -39,29 +34,26 @@ def _define_flags() -> None:
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
     for field in _settings_with_flags():
         define[field.type](field.name, field.default, field.metadata["help"])
+    commands.define_compiler_flags()
 
 
-def main(argv: list[str]) -> None:
-    """Flags in, cache out. Exits with a message, not a traceback, for what the user can put right."""
-    del argv
-    logging.set_verbosity(logging.WARNING)  # orbax tells every step of a load
-    compilation.set_up()
-    try:
-        settings = Settings(**{field.name: _FLAGS[field.name].value for field in _settings_with_flags()})
-        codec, model = load_encoders(_FLAGS.svd)
-        encode = make_encoder(codec, settings.noise_aug_strength, settings.seed)
-        sharing = {name: _FLAGS[name].value for name in ("batch_size", "threads", "worker", "workers")}
-        manifest = run(_FLAGS.videos, _FLAGS.out, encode, dataclasses.replace(settings, model=model), **sharing)
-    except (LatentError, PrepareError, VideoError, WeightsError) as error:
-        sys.exit(f"prepare: {error}")
+def main() -> None:
+    from sfv_jax.checkpoints.base import load_encoders
+    from sfv_jax.data.preparation import make_encoder, run
+    from sfv_jax.runtime import compilation
+
+    compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
+    settings = Settings(**commands.values(*(field.name for field in _settings_with_flags())))
+    codec, model = load_encoders(FLAGS.svd)
+    encode = make_encoder(codec, settings.noise_aug_strength, settings.seed)
+    sharing = commands.values("batch_size", "threads", "worker", "workers")
+    manifest = run(FLAGS.videos, FLAGS.out, encode, dataclasses.replace(settings, model=model), **sharing)
     if manifest:
         for entry in manifest["skipped"]:
             print(f"skipped {entry['clip']}: {entry['reason']}")
         clips = ", ".join(f"{count} clips in {split}" for split, count in manifest["clips"].items())
-        print(f"{_FLAGS.out}: {clips}, {len(manifest['skipped'])} skipped")
+        print(f"{FLAGS.out}: {clips}, {len(manifest['skipped'])} skipped")
 
 
 if __name__ == "__main__":
-    _define_flags()
-    compilation.define_flags()
-    app.run(main)
+    commands.run(main, define_flags)

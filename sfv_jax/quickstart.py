@@ -7,37 +7,32 @@ comparison a `.png` and a `.gif`, `table.md` and `table.json`. Scores are exact:
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from sfv_jax.checkpoints.run import WorkdirError
-from sfv_jax.config import ConfigError, world_of
-from sfv_jax.reproduction.strips import compare, picture, table
-from sfv_jax.runtime import compilation
-from sfv_jax.sampling.sampler import Sampler
-from sfv_jax.training.alarms import TrainingStopped
-from sfv_jax.training.loop import train
+from sfv_jax.runtime import commands
 
 FLAGS = flags.FLAGS
 
 
-def main(_):
-    logging.set_verbosity(logging.WARNING)
-    compilation.set_up()
+def main() -> None:
+    from sfv_jax.config import world_of
+    from sfv_jax.reproduction.strips import compare, picture, table
+    from sfv_jax.runtime import compilation
+    from sfv_jax.sampling.sampler import Sampler
+    from sfv_jax.training.loop import train
+
+    compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
     workdir, began = Path(FLAGS.workdir), time.monotonic()
     student = FLAGS.sfv.copy_and_resolve_references()
     student.init = str(workdir / "teacher")
-    try:
-        print("1/3 teacher: denoising on the procedural world")
-        train(FLAGS.teacher, workdir / "teacher")
-        print("2/3 SF-V: one step, from the teacher's weights")
-        train(student, workdir / "sfv")
-    except (ConfigError, TrainingStopped, WorkdirError) as error:
-        sys.exit(f"quickstart: {error}")
+    print("1/3 teacher: denoising on the procedural world")
+    train(FLAGS.teacher, workdir / "teacher")
+    print("2/3 SF-V: one step, from the teacher's weights")
+    train(student, workdir / "sfv")
     print("3/3 comparison on held-out clips")
     world = world_of(FLAGS.sfv)
     rows, clips = compare(world, *(Sampler.load(workdir / name) for name in ("teacher", "sfv")))
@@ -49,9 +44,12 @@ def main(_):
     print(f"\n{text}\n\nLook at {workdir / 'comparison.png'}. {minutes:.1f} minutes in all.")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
     config_flags.DEFINE_config_file("teacher", "configs/quickstart.py:teacher", "the teacher's config")
     config_flags.DEFINE_config_file("sfv", "configs/quickstart.py:sfv", "SF-V's config")
     flags.DEFINE_string("workdir", "runs/quickstart", "folder for everything that is made")
-    compilation.define_flags()
-    app.run(main)
+    commands.define_compiler_flags()
+
+
+if __name__ == "__main__":
+    commands.run(main, define_flags)

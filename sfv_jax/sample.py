@@ -7,55 +7,44 @@ a video in the folder `--out`, `--batch_size` images of a size at a time. The su
 .webp, or .png for a strip of frames. Beside each video a .json records all that is needed to make it again.
 """
 
-import math
-import sys
 from pathlib import Path
 
-import jax
-from absl import app, flags, logging
+from absl import flags
 
-from sfv_jax.checkpoints.run import WorkdirError
-from sfv_jax.data.video import VideoError
-from sfv_jax.diffusion.solvers import SAMPLERS
-from sfv_jax.models.networks import DTYPES
-from sfv_jax.runtime import compilation
-from sfv_jax.runtime.sharding import make_mesh
-from sfv_jax.sampling.files import OPTIONS, SampleError, batches, jobs, numbers, run
-from sfv_jax.sampling.sampler import Sampler
-from sfv_jax.weights.folders import WeightsError
+from sfv_jax import choices
+from sfv_jax.runtime import commands
 
 FLAGS = flags.FLAGS
 
 
-def main(_):
-    logging.set_verbosity(logging.WARNING)
-    compilation.set_up()
-    try:
-        pairs = jobs(Path(FLAGS.image), Path(FLAGS.out), f".{FLAGS.format}")
-        options = {name: FLAGS[name].value for name in OPTIONS}
-        options["guidance"] = numbers("guidance", FLAGS.guidance, float)
-        mesh = numbers("mesh", FLAGS.mesh, int)
-        load = {name: FLAGS[name].value for name in ("dtype", "vae_dtype", "decode_pixels", "raw", "check_finite")}
-        if mesh:
-            mesh = make_mesh(*mesh, devices=jax.devices()[: math.prod(mesh)])
-        sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
-        origin = {"checkpoint": str(FLAGS.checkpoint), "step": sampler.step, "mesh": FLAGS.mesh} | load
-        for batch, size in batches(sampler, pairs, options, FLAGS.batch_size):
-            run(sampler, batch, size, seed=FLAGS.seed, options=options, origin=origin, timed=FLAGS.times)
-    except (SampleError, VideoError, WeightsError, WorkdirError, ValueError) as error:
-        sys.exit(f"sample: {error}")
+def main() -> None:
+    from sfv_jax.runtime import compilation
+    from sfv_jax.runtime.sharding import first_devices
+    from sfv_jax.sampling.files import OPTIONS, batches, jobs, run
+    from sfv_jax.sampling.sampler import Sampler
+
+    compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
+    pairs = jobs(Path(FLAGS.image), Path(FLAGS.out), f".{FLAGS.format}")
+    options = commands.values(*OPTIONS)
+    options["guidance"] = commands.numbers("guidance", FLAGS.guidance)
+    mesh = first_devices(commands.numbers("mesh", FLAGS.mesh))
+    load = commands.values("dtype", "vae_dtype", "decode_pixels", "raw", "check_finite")
+    sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
+    origin = {"checkpoint": str(FLAGS.checkpoint), "step": sampler.step, "mesh": FLAGS.mesh} | load
+    for batch, size in batches(sampler, pairs, options, FLAGS.batch_size):
+        run(sampler, batch, size, seed=FLAGS.seed, options=options, origin=origin, timed=FLAGS.times)
 
 
-def _define_flags() -> None:
+def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "model folder, or workdir of a training run", required=True)
     flags.DEFINE_string("image", None, "image, or folder of images", required=True)
     flags.DEFINE_string("out", None, "video (.mp4 .gif .webp .png), or folder for a folder of images", required=True)
-    flags.DEFINE_enum("format", "mp4", ["mp4", "gif", "webp", "png"], "of the videos of a folder")
+    flags.DEFINE_enum("format", "mp4", choices.VIDEO_FORMATS, "of the videos of a folder")
     flags.DEFINE_integer("steps", 1, "calls of the UNet; 1: one forward pass", lower_bound=1)
     flags.DEFINE_enum(
         "sampler",
         "euler",
-        list(SAMPLERS),
+        choices.SAMPLERS,
         "euler: SVD; sfv: up to 3 steps at an SF-V generator's training levels, fresh noise in between (sfv_euler:"
         " none); animatelcm: up to 40 steps, fresh noise in between",
     )
@@ -67,8 +56,8 @@ def _define_flags() -> None:
     flags.DEFINE_float("motion_bucket_id", 127, "amount of motion the model is told")
     flags.DEFINE_float("noise_aug_strength", 0.02, "deviation of the noise on the condition image, pixels in [-1, 1]")
     flags.DEFINE_list("guidance", None, "first,last weight of the guidance ramp (1.0,3.0 for SVD); default: none")
-    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "compute and parameter dtype of the UNet")
-    flags.DEFINE_enum("vae_dtype", "float32", list(DTYPES), "compute dtype of the VAE's decoder")
+    flags.DEFINE_enum("dtype", "float32", choices.DTYPES, "compute and parameter dtype of the UNet")
+    flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the VAE's decoder")
     flags.DEFINE_integer(
         "decode_chunk_size",
         None,
@@ -86,9 +75,8 @@ def _define_flags() -> None:
     flags.DEFINE_bool("times", False, "print and record the seconds of each stage (the first call compiles)")
     flags.DEFINE_bool("check_finite", True, "stop at NaN or infinity and name the stage that made it")
     flags.DEFINE_bool("raw", False, "the trained weights instead of their moving average (workdirs only)")
+    commands.define_compiler_flags()
 
 
 if __name__ == "__main__":
-    _define_flags()
-    compilation.define_flags()
-    app.run(main)
+    commands.run(main, define_flags)

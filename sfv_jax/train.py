@@ -14,43 +14,38 @@ import os
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from sfv_jax import config as configs
-from sfv_jax.checkpoints.run import WorkdirError
-from sfv_jax.config import ConfigError
-from sfv_jax.data.latents import LatentError
-from sfv_jax.runtime import compilation
-from sfv_jax.runtime.processes import ProcessError, join
-from sfv_jax.training.alarms import TrainingStopped
-from sfv_jax.training.loop import train
-from sfv_jax.weights.folders import WeightsError
+from sfv_jax.runtime import commands
 
 FLAGS = flags.FLAGS
 
 
-def main(_):
-    logging.set_verbosity(logging.WARNING)  # orbax reports every rename
-    compilation.set_up()
+def main() -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # before JAX starts
+    from sfv_jax.runtime import compilation, processes
+    from sfv_jax.training.loop import train
+
+    compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
+    processes.join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     try:
-        join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         train(FLAGS.config, Path(FLAGS.workdir))
-    except (ConfigError, LatentError, ProcessError, TrainingStopped, WeightsError, WorkdirError) as error:
-        sys.exit(f"train: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         sys.exit(f"train: {error}: make room, then run the same command again to continue from the last checkpoint")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "configs/X.py or configs/X.py:tiny", lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of the run, made if absent")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto")
     flags.DEFINE_integer("num_processes", None, "processes of this run, with --coordinator")
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0, with --coordinator")
     flags.mark_flags_as_required(["config", "workdir"])
-    compilation.define_flags()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    app.run(main, flags_parser=configs.parse_flags)
+    commands.define_compiler_flags()
+
+
+if __name__ == "__main__":
+    commands.run(main, define_flags)

@@ -78,7 +78,7 @@ def ours(component: str) -> tree.Params:
 @pytest.fixture(scope="session")
 def model_folder(pipeline_folder, tmp_path_factory):
     """`pipe`, converted to our model folder."""
-    from sfv_jax.convert import import_model
+    from sfv_jax.checkpoints.importer import import_model
 
     folder = tmp_path_factory.mktemp("models") / "svd-tiny"
     import_model(pipeline_folder, folder)

@@ -13,18 +13,17 @@ from sfv_jax.runtime import compilation
 
 COMMAND = """
 import jax
-from absl import app, flags
-from sfv_jax import compiling
+from absl import flags
+from sfv_jax.runtime import commands, compilation
 
-def main(_):
-    compiling.set_up()
+def main():
+    compilation.set_up(flags.FLAGS.compile_effort, flags.FLAGS.compile_memory_effort)
     hits = []
     jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("/cache_hits")))
     jax.jit(lambda x: jax.numpy.sort(x) @ x)(jax.numpy.arange(9.0))
     print(jax.config.jax_compilation_cache_dir, any(hits), jax.config.jax_exec_time_optimization_effort)
 
-compiling.define_flags()
-app.run(main)
+commands.run(main, commands.define_compiler_flags)
 """
 
 
@@ -47,10 +46,10 @@ def test_a_second_start_finds_its_programs(tmp_path):
 
 KEEP = """
 import resource, sys, jax
-from sfv_jax import compiling
+from sfv_jax.runtime import compilation
 
 if sys.argv[1:]:
-    compiling.keep_memory()
+    compilation.keep_memory()
 call = jax.jit(lambda x: jax.numpy.cumsum(x[::-1]) + x)
 x = jax.block_until_ready(jax.numpy.ones(2**24))
 for n in range(6):
@@ -96,13 +95,12 @@ def config(monkeypatch):
     config = Config(jax_compilation_cache_dir=None, jax_enable_compilation_cache=True, jax_platforms="tpu")
     config.update = lambda name, value: config.__setitem__(name, value)
     monkeypatch.setattr(jax, "config", config)
-    monkeypatch.setattr(compilation, "FLAGS", Config(compile_effort=None, compile_memory_effort=0.5))
     return config
 
 
 def test_a_cache_that_was_named_stays(config):
     config["jax_compilation_cache_dir"] = "mine"
-    compilation.set_up()
+    compilation.set_up(memory_effort=0.5)
     assert config.jax_compilation_cache_dir == "mine" and config.jax_memory_fitting_effort == 0.5
     assert "jax_exec_time_optimization_effort" not in config
 

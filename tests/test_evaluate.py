@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from sfv_jax import evaluate
 from sfv_jax.config import patch_codec_of, unet_of
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
-from sfv_jax.evaluation import features, scoring
+from sfv_jax.evaluation import features, request, scoring
 from sfv_jax.evaluation.clips import find_clips
 from sfv_jax.evaluation.generation import generate, read_strip
 from sfv_jax.evaluation.protocol import Protocol
@@ -338,16 +337,16 @@ def test_features_that_are_none():
 )
 def test_modes_that_mean_nothing(flags, message):
     nothing = dict.fromkeys(("videos", "reference", "checkpoint", "dataset", "data"))
-    with pytest.raises(evaluate.EvaluateError, match=message):
-        evaluate.mode(nothing | flags)
+    with pytest.raises(request.EvaluateError, match=message):
+        request.mode(nothing | flags)
 
 
 def test_a_place_for_results_that_is_none(tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file/below/it"):
         values = {"videos": "a", "checkpoint": None, "reference": None, "out": str(out)}
-        with pytest.raises(evaluate.EvaluateError, match="cannot be a folder for the results: .*file is no folder"):
-            evaluate.run(values)
+        with pytest.raises(request.EvaluateError, match="cannot be a folder for the results: .*file is no folder"):
+            request.run(values)
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +360,7 @@ def small_sampler() -> Sampler:
 def test_latency_by_stage(small_sampler):
     image, report = np.zeros((16, 16, 3), np.uint8), Report("latency")
     options = {"steps": 2, "guidance": None, "decode_chunk_size": None, "sampler": "euler"}
-    evaluate.add_latency(report, small_sampler, options, Protocol(height=16, width=16, num_frames=2))
+    request.add_latency(report, small_sampler, options, Protocol(height=16, width=16, num_frames=2))
     timed = report.record["latency"]
     assert set(timed) >= set(latency.STAGES) and all(timed[name]["seconds"] > 0 for name in latency.STAGES)
     parts = [timed[name]["flops"] for name in latency.STAGES if name != "end to end"]

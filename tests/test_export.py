@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sfv_jax import convert
-from sfv_jax.checkpoints import exporter
+from sfv_jax.checkpoints import exporter, importer
 from sfv_jax.checkpoints.base import describe_run
 from sfv_jax.checkpoints.card import model_card
 from sfv_jax.checkpoints.model_folder import read_model
@@ -34,7 +33,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def half_folder(pipeline_folder, tmp_path_factory):
     """The model folder of `pipe`, stored in bfloat16."""
     folder = tmp_path_factory.mktemp("half") / "model"
-    convert.import_model(pipeline_folder, folder, dtype="bfloat16")
+    importer.import_model(pipeline_folder, folder, dtype="bfloat16")
     return folder
 
 
@@ -93,7 +92,7 @@ def test_one_step_of_diffusers_on_the_exported_folder(reference, model_folder, t
     from diffusers import StableVideoDiffusionPipeline
     from PIL import Image
 
-    convert.export_model(model_folder, tmp_path / "out")
+    exporter.export_model(model_folder, tmp_path / "out")
     pipe = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.set_timesteps(1)
@@ -122,7 +121,7 @@ def test_one_step_of_diffusers_on_the_exported_folder(reference, model_folder, t
 def test_bfloat16_models_leave_as_fp16_and_fp32(half_folder, params, tmp_path):
     expected = jax.tree.map(lambda x: np.asarray(x).astype(jax.numpy.bfloat16), params["unet"])
     for variant in (None, "fp16"):
-        convert.export_model(half_folder, tmp_path / str(variant), what="unet", variant=variant)
+        exporter.export_model(half_folder, tmp_path / str(variant), what="unet", variant=variant)
         found, config, _ = load_component(tmp_path / str(variant), "unet")
         dtype = np.float16 if variant else np.float32
         assert config == dataclasses.replace(CONFIGS["unet"], temporal_conv="conv")
@@ -155,7 +154,7 @@ def test_what_diffusers_would_compute_otherwise_is_refused(model_folder, tmp_pat
     (copy / "model.json").write_text(json.dumps(meta))
     for what in exporter.WHAT:
         with pytest.raises(WeightsError, match=f"unet: {field} is .*, diffusers has .* built in"):
-            convert.export_model(copy, tmp_path / "out.safetensors", what=what)
+            exporter.export_model(copy, tmp_path / "out.safetensors", what=what)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
     to_json("unet", UNetConfig.svd())
 
@@ -177,8 +176,8 @@ def run(model_folder, params, tmp_path_factory):
 
 
 def test_a_run_leaves_with_its_card(run, model_folder, params, tmp_path):
-    convert.export_model(run, tmp_path / "raw", what="unet", raw=True)
-    convert.export_model(run, tmp_path / "sfv-cats")
+    exporter.export_model(run, tmp_path / "raw", what="unet", raw=True)
+    exporter.export_model(run, tmp_path / "sfv-cats")
     for folder, factor in ((tmp_path / "raw", 2), (tmp_path / "sfv-cats" / "unet", 1)):
         expected = jax.tree.map(lambda x: factor * np.asarray(x), params["unet"])  # noqa: B023
         assert jax.tree.all(jax.tree.map(np.array_equal, load_component(folder, "unet")[0], expected))
@@ -217,7 +216,7 @@ def test_a_run_whose_model_is_gone(tmp_path):
     (tmp_path / "run").mkdir()
     describe_run(tmp_path / "run", CONFIGS["unet"], None, tmp_path / "model")
     with pytest.raises(WeightsError, match="run was trained from .*model, which is gone"):
-        convert.export_model(tmp_path / "run", tmp_path / "out")
+        exporter.export_model(tmp_path / "run", tmp_path / "out")
 
 
 def test_values_too_large_for_fp16(params, tmp_path):

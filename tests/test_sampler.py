@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from sfv_jax.diffusion import edm
 from sfv_jax.diffusion.solvers import guidance_ramp, sample, step_noise
+from sfv_jax.errors import UserError
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig, CLIPVision
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.networks import Networks
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
+from sfv_jax.runtime.commands import numbers
 from sfv_jax.runtime.sharding import make_mesh, param_shardings
-from sfv_jax.sampling.files import SampleError, numbers
 from sfv_jax.sampling.sampler import NonFiniteError, Sampler
 from tests.conftest import noise
 
@@ -270,8 +271,8 @@ def test_unknown_dtype(tmp_path):
 
 
 def test_numbers_of_a_flag():
-    assert numbers("mesh", ["1", "1", "8"], int) == (1, 1, 8) and numbers("mesh", ["4", "2"], int) == (4, 2)
-    assert numbers("guidance", [], float) is None
+    assert numbers("mesh", ["1", "1", "8"]) == (1, 1, 8) and numbers("mesh", ["4", "2"]) == (4, 2)
+    assert numbers("guidance", []) is None
     for name, values in (("guidance", ["1", "2", "3"]), ("mesh", ["1"]), ("mesh", ["a", "b"])):
-        with pytest.raises(SampleError, match=f"--{name}={','.join(values)}: give two"):
-            numbers(name, values, float)
+        with pytest.raises(UserError, match=f"--{name}={','.join(values)}: give two"):
+            numbers(name, values)

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from sfv_jax import convert
+from sfv_jax.checkpoints import exporter
 from sfv_jax.checkpoints import model_folder as store
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig
@@ -307,13 +307,13 @@ def test_command(single_file, params, tmp_path):
     loaded, configs, meta = store.load_model(tmp_path / "model")
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params)) and configs["unet"].num_frames == 5
     assert list(meta["source"]["sha256"]) == ["svd-tiny.safetensors"] and meta["scheduler"]["sigma_max"] == 700.0
-    convert.export_model(tmp_path / "model", tmp_path / "again.safetensors", what="comfyui")
+    exporter.export_model(tmp_path / "model", tmp_path / "again.safetensors", what="comfyui")
     found, expected = load_file(tmp_path / "again.safetensors"), load_file(single_file)
     assert found.keys() == expected.keys() and all(np.array_equal(found[k], expected[k]) for k in expected)
     with pytest.raises(WeightsError, match="again.safetensors exists already"):
-        convert.export_model(tmp_path / "model", tmp_path / "again.safetensors", what="comfyui")
+        exporter.export_model(tmp_path / "model", tmp_path / "again.safetensors", what="comfyui")
     (tmp_path / "again.safetensors").unlink()
     with pytest.raises(WeightsError, match="again.md exists already"):
-        convert.export_model(tmp_path / "model", tmp_path / "again.safetensors", what="comfyui")
+        exporter.export_model(tmp_path / "model", tmp_path / "again.safetensors", what="comfyui")
     with pytest.raises(WeightsError, match="must end in .safetensors"):
-        convert.export_model(tmp_path / "model", tmp_path / "other", what="comfyui")
+        exporter.export_model(tmp_path / "model", tmp_path / "other", what="comfyui")

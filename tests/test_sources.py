@@ -235,8 +235,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if the test
 read = diffusers._read
 diffusers._read = lambda *a: (print("reading", flush=True), time.sleep(0.1), read(*a))[-1]
 sys.argv = ["convert", "--src", sys.argv[1], "--dst", sys.argv[2]]
-convert.define_flags()
-convert.app.run(convert.main)
+convert.commands.run(convert.main, convert.define_flags)
 """
 
 

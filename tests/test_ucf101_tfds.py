@@ -11,10 +11,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from sfv_jax import evaluate
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError
-from sfv_jax.evaluation import features, scoring
+from sfv_jax.evaluation import features, request, scoring
 from sfv_jax.evaluation.protocol import Protocol
 
 LENGTHS = {"train": [1], "test": [15, 10]}
@@ -103,7 +102,7 @@ def test_what_the_preparation_lost_is_told(root):
 
 def test_a_score_carries_its_source(root, tmp_path):
     values = {"dataset": "ucf101", "data": str(root), "split": "testlist01"}
-    clips, name, source = evaluate.dataset_clips(values)
+    clips, name, source = request.dataset_clips(values)
     still = lambda images, *, num_frames, **_: np.stack([np.repeat(x[None], num_frames, 0) for x in images])  # noqa: E731
     colours = lambda x: x.astype(np.float32).mean((2, 3)).reshape(len(x), -1)  # noqa: E731
     protocol, kept = Protocol(n=20, **SMALL), tmp_path / "kept.npz"
@@ -114,7 +113,7 @@ def test_a_score_carries_its_source(root, tmp_path):
     manifest = json.loads((tmp_path / "out/generated/manifest.json").read_text())
     assert manifest["origin"]["source"]["config"] == "ucf101_1_256"
     # Names are numbers, alike for every configuration: the source tells statistics apart.
-    other, _, elsewhere = evaluate.dataset_clips(values | {"split": "testlist02"})
+    other, _, elsewhere = request.dataset_clips(values | {"split": "testlist02"})
     with pytest.raises(features.StatisticsError, match="config is ucf101_1_256 there, ucf101_2 here; file_format"):
         features.features_of(other, protocol, colours, {"kind": "function"}, source=elsewhere, kept=kept)
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from sfv_jax import convert
+from sfv_jax.checkpoints import exporter, importer
 from sfv_jax.checkpoints import model_folder as store
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec
@@ -59,7 +59,7 @@ def assert_same_weights(folder, other, variant=None):
 
 
 def test_round_trip_fp32(pipeline_folder, model_folder, tmp_path):
-    convert.export_model(model_folder, tmp_path / "out")
+    exporter.export_model(model_folder, tmp_path / "out")
     assert_same_weights(tmp_path / "out", pipeline_folder)
 
 
@@ -69,9 +69,9 @@ def test_round_trip_fp16_and_reload(reference, pipe, tmp_path):
 
     half = reference.pipeline(CONFIGS["unet"], CONFIGS["vae"], CONFIGS["image_encoder"])
     reference.save(half, tmp_path / "in", variant="fp16")
-    convert.import_model(tmp_path / "in", tmp_path / "model")
+    importer.import_model(tmp_path / "in", tmp_path / "model")
     assert store.read_model(tmp_path / "model")[1]["components"]["unet"]["dtype"] == "float16"
-    convert.export_model(tmp_path / "model", tmp_path / "out", variant="fp16")
+    exporter.export_model(tmp_path / "model", tmp_path / "out", variant="fp16")
     assert_same_weights(tmp_path / "out", tmp_path / "in", "fp16")
 
     again = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "out", variant="fp16", dtype=torch.float16)
@@ -82,14 +82,14 @@ def test_round_trip_fp16_and_reload(reference, pipe, tmp_path):
 
 
 def test_export_is_what_diffusers_writes(reference, pipeline_folder, model_folder, tmp_path):
-    convert.export_model(model_folder, tmp_path / "out")
+    exporter.export_model(model_folder, tmp_path / "out")
     for component in ("unet", "vae"):
         found, expected = ((f / component / "config.json").read_text() for f in (tmp_path / "out", pipeline_folder))
         assert json.loads(found) == json.loads(expected)
 
 
 def test_source_dtype_can_be_changed(pipeline_folder, tmp_path):
-    convert.import_model(pipeline_folder, tmp_path / "model", dtype="bfloat16")
+    importer.import_model(pipeline_folder, tmp_path / "model", dtype="bfloat16")
     params, _, _ = store.load_model(tmp_path / "model", ("vae",))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jax.numpy.bfloat16.dtype}
 
@@ -132,7 +132,7 @@ def test_load_codec(model_folder, tmp_path):
     with pytest.raises(WeightsError, match="has no vae, image_encoder, only unet"):
         store.load_model(tmp_path / "m")
     with pytest.raises(WeightsError, match="has a patch codec"):
-        convert.export_model(tmp_path / "m", tmp_path / "out")
+        exporter.export_model(tmp_path / "m", tmp_path / "out")
 
 
 def test_every_tensor_that_does_not_fit_is_listed(unet_folder):
@@ -240,9 +240,9 @@ def test_interrupted_conversion_leaves_nothing(pipeline_folder, model_folder, tm
     monkeypatch.setattr(store if direction == "import" else pipeline, "write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
         if direction == "import":
-            convert.import_model(pipeline_folder, tmp_path / "out")
+            importer.import_model(pipeline_folder, tmp_path / "out")
         else:
-            convert.export_model(model_folder, tmp_path / "out")
+            exporter.export_model(model_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,12 +250,12 @@ def test_existing_destination(pipeline_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("kept")
     with pytest.raises(WeightsError, match="out exists already"):
-        convert.import_model(pipeline_folder, tmp_path / "out")
+        importer.import_model(pipeline_folder, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").exists()
     with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out", overwrite=True):
         _ = 1 / 0
     assert (tmp_path / "out" / "mine.txt").exists()
-    convert.import_model(pipeline_folder, tmp_path / "out", overwrite=True)
+    importer.import_model(pipeline_folder, tmp_path / "out", overwrite=True)
     assert sorted(p.name for p in tmp_path.rglob("*.json")) == ["model.json"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

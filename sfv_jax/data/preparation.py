@@ -16,55 +16,13 @@ import numpy as np
 
 from sfv_jax.data import latents, video
 from sfv_jax.data.latents import LatentError
+from sfv_jax.data.settings import PrepareError, Settings
 from sfv_jax.data.video import VideoError
-from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import write_json
 from sfv_jax.runtime.progress import progress
 
-
-class PrepareError(UserError):
-    """Settings that make no sense; the message says what to change."""
-
-
 # (frames uint8 [b, t, h, w, 3], seeds uint32 [b]) -> {"latents", "cond_latent", "image_embed"}, each [b, ...]
 Encode = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
-
-
-def _setting(default, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides the content of a cache; each field but `model` is a flag of the command.
-
-    The defaults are the paper's training set-up (section 4) and SVD's own conditioning. Raises PrepareError
-    for impossible values.
-    """
-
-    height: int = _setting(448, "frame height in pixels, a multiple of 8")
-    width: int = _setting(768, "frame width in pixels, a multiple of 8")
-    num_frames: int = _setting(14, "frames per clip")
-    fps: float = _setting(7.0, "frames per second the videos are resampled to")
-    motion_bucket_id: float = _setting(127.0, "how much motion the clips are said to show")
-    noise_aug_strength: float = _setting(0.02, "deviation of the noise on the first frame, of pixels in [-1, 1]")
-    clips_per_video: int = _setting(1, "most clips cut from one video, evenly spread and not overlapping")
-    shard_size: int = _setting(1024, "clips per shard, what an interruption can lose")
-    heldout_fraction: float = _setting(0.0, "part of the files that goes to the split 'heldout'")
-    seed: int = _setting(0, "decides the noise on the first frames and which files are held out")
-    model: str = _setting("", 'identity of the encoders\' weights, "" if unknown')
-
-    def __post_init__(self):
-        for name in ("height", "width"):
-            side = getattr(self, name)
-            if side < 8 or side % 8:
-                below = max(side, 0) // 8 * 8
-                nearest = f"{below} and {below + 8}" if below else "8"
-                raise PrepareError(f"{name} {side} is not a positive multiple of 8; nearest: {nearest}")
-        if min(self.num_frames, self.clips_per_video, self.shard_size) < 1 or self.fps <= 0 or self.seed < 0:
-            raise PrepareError("num_frames, clips_per_video, shard_size and fps must be positive, seed at least 0")
-        if not 0 <= self.heldout_fraction < 1 or self.noise_aug_strength < 0:
-            raise PrepareError("heldout_fraction must lie in [0, 1) and noise_aug_strength be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,17 +15,17 @@ converts a state dict, for machines without torch.
 """
 
 import json
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from sfv_jax.models import tree
 from sfv_jax.models.i3d import I3D, I3DConfig, preprocess
+from sfv_jax.runtime import commands
 from sfv_jax.runtime.files import sha256
 from sfv_jax.weights.diffusers import their_shape, to_ours, to_theirs
 from sfv_jax.weights.folders import WeightsError, shape_problems
@@ -150,16 +150,16 @@ def _torchscript(path: Path) -> Features:
 FLAGS = flags.FLAGS
 
 
-def main(_):
-    try:
-        convert(FLAGS.src, FLAGS.dst, batch_norm_eps=FLAGS.batch_norm_eps)
-    except WeightsError as error:
-        sys.exit(f"fvd: {error}")
+def main() -> None:
+    convert(FLAGS.src, FLAGS.dst, batch_norm_eps=FLAGS.batch_norm_eps)
     print(f"wrote {FLAGS.dst}; name it with --i3d")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
     flags.DEFINE_string("src", None, "state dict of InceptionI3d", required=True)
     flags.DEFINE_string("dst", None, "safetensors file to write", required=True)
     flags.DEFINE_float("batch_norm_eps", None, "which port: 1e-3 (default) or 1e-5")
-    app.run(main)
+
+
+if __name__ == "__main__":
+    commands.run(main, define_flags)

@@ -23,15 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from einops import rearrange
 from flax import nnx
 from ml_collections import config_flags
 
-from sfv_jax.config import ConfigError, world_of
+from sfv_jax.config import world_of
 from sfv_jax.data.worlds import Label, World
 from sfv_jax.models import tree
 from sfv_jax.models.codec import to_signed
+from sfv_jax.runtime import commands
 from sfv_jax.runtime.files import replacing
 
 TASKS = ("shape", "colour", "direction", "speed")
@@ -205,17 +206,16 @@ def _place(cache: str | Path | None) -> Path:
 FLAGS = flags.FLAGS
 
 
-def main(_):
-    try:
-        world = world_of(FLAGS.config)
-    except ConfigError as error:
-        sys.exit(f"worldnet: {error}")
-    _, about = load(world, FLAGS.cache)
+def main() -> None:
+    _, about = load(world_of(FLAGS.config), FLAGS.cache)
     accuracy = ", ".join(f"{name} {value:.3f}" for name, value in about["accuracy"].items())
     print(f"held-out accuracy: {accuracy}; trained in {about['seconds']:.0f} s")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
     config_flags.DEFINE_config_file("config", "configs/quickstart.py:teacher", "a config with data.world")
     flags.DEFINE_string("cache", None, "folder to keep the network in; default: the user's cache")
-    app.run(main)
+
+
+if __name__ == "__main__":
+    commands.run(main, define_flags)

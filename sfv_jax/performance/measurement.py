@@ -5,21 +5,23 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import jaxlib
 
+from sfv_jax import config as configs
 from sfv_jax.diffusion import edm
+from sfv_jax.errors import UserError
 from sfv_jax.methods import METHODS
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.performance import random_arrays, timing
 from sfv_jax.performance.programs import Program, Sizes, sample_programs, train_program
-from sfv_jax.runtime.device import count_flops
-from sfv_jax.runtime.sharding import on_mesh
+from sfv_jax.runtime.device import count_flops, peak_flops, peak_memory
+from sfv_jax.runtime.sharding import make_mesh, on_mesh
 
 
 def scaled(*channels: int) -> Sizes:
@@ -36,6 +38,51 @@ NETWORKS = {
     "small": scaled(64, 128, 256, 256),
     "tiny": Sizes(UNetConfig.tiny(), VAEConfig.tiny(), CLIPConfig.tiny(projection_dim=32)),
 }
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+      networks: a name of `NETWORKS`.
+      height, width: of the video, pixels.
+      num_frames: None for as many as the networks were trained with.
+      dtype: compute dtype, also of the VAE's decoder.
+      repeats: warm calls that are timed.
+      train: the SF-V step instead of sampling, with `remat` if activations are to be computed again.
+      compare: "diffusers" to measure that package in turns with ours, on the same weights.
+    """
+
+    networks: str = "svd"
+    height: int = 576
+    width: int = 1024
+    num_frames: int | None = None
+    batch_size: int = 1
+    dtype: str = "bfloat16"
+    repeats: int = 10
+    train: bool = False
+    remat: bool = False
+    compare: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    def sizes(self) -> Sizes:
+        """The networks.
+
+        Raises:
+          UserError: for a size that they cannot make.
+        """
+        sizes = NETWORKS[self.networks]
+        changes = {"num_frames": self.num_frames} if self.num_frames else {}
+        if jax.default_backend() == "cpu":
+            changes["temporal_conv"] = "matmul"
+        sizes = replace(sizes, unet=replace(sizes.unet, remat=self.remat and self.train, **changes))
+        if any(side < sizes.downscale or side % sizes.downscale for side in self.size):
+            raise UserError(f"--height {self.height} --width {self.width}: both must be multiples of {sizes.downscale}")
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -191,3 +238,45 @@ def surroundings() -> dict:
     if tunables := os.environ.get("GLIBC_TUNABLES"):
         command = f"GLIBC_TUNABLES={tunables} {command}"
     return about | {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "command": command}
+
+
+def run(request: Request) -> dict:
+    """Measures and prints what `request` names; returns the figures, JSON.
+
+    Raises:
+      UserError: see `Request.sizes`.
+    """
+    sizes = request.sizes()
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    limit = timing.matmul_limit(request.dtype)
+    about = surroundings()
+    result = {"surroundings": about, "matmul_flops": limit, "peak_flops": peak_flops(about["device"])}
+    print(f"{about['device']}: {limit / 1e12:.3g} TFLOP/s in {request.dtype} matrix products", flush=True)
+    if request.compare:
+        from sfv_jax.performance.against_diffusers import against_diffusers
+
+        result["diffusers"] = against_diffusers(
+            sizes, request.size, request.batch_size, request.dtype, request.repeats, request.train
+        )
+    else:
+        rows = _rows(request, mesh, sizes)
+        print("\n" + table(rows, limit))
+        result["rows"] = [asdict(row) for row in rows]
+        result["parts"] = split(rows) if request.train else {}
+    for name, seconds in result.get("parts", {}).items():
+        print(f"{name}: {1000 * seconds:.1f} ms")
+    for peak in peak_memory().values():
+        result["peak_gib"] = peak
+        print(f"most memory in use on the device: {peak:.2f} GiB")
+    return result
+
+
+def _rows(request: Request, mesh, sizes: Sizes) -> list[Row]:
+    """Rows of sampling, or of the SF-V step."""
+    if not request.train:
+        return sampling(mesh, sizes, request.size, request.batch_size, request.dtype, request.repeats)
+    config = configs.sfv()
+    config.update(dict(batch_size=request.batch_size, accumulation_steps=1, dtype=request.dtype))
+    if request.networks == "tiny":
+        config.discriminator.update(temporal_kernel=3, projection_dim=8, sinusoid_dim=16)
+    return training(config, mesh, sizes, request.size, request.repeats)

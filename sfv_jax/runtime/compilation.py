@@ -9,37 +9,24 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jax
-from absl import flags
-
-FLAGS = flags.FLAGS
 
 
-def define_flags() -> None:
-    """`--compile_effort` and `--compile_memory_effort`, for `set_up`."""
-    for name, what in (
-        ("compile_effort", "fast programs"),
-        ("compile_memory_effort", "programs that need less memory"),
-    ):
-        text = f"XLA's effort for {what}, from -1 (compile soonest) to 1, where its backend heeds it; default 0"
-        flags.DEFINE_float(name, None, text, lower_bound=-1.0, upper_bound=1.0, module_name=sys.argv[0])
+def set_up(effort: float | None = None, memory_effort: float | None = None, *, runs: bool = True) -> None:
+    """Prepares a command to compile: sets the compiler's effort and the cache of compiled programs.
 
+    A command that `runs` the programs also keeps its memory (`keep_memory`).
 
-def set_up(*, runs: bool = True) -> None:
-    """To be called by a command before it compiles: sets the effort and the cache of compiled programs.
-
-    A command that `runs` them also keeps its memory (`keep_memory`).
+    Args:
+      effort, memory_effort: for fast programs, and for programs that need less memory; from -1 to 1, None for XLA's 0.
 
     The cache is `cache_folder()`, or what JAX_COMPILATION_CACHE_DIR names; JAX_ENABLE_COMPILATION_CACHE=false turns it
     off. A folder that cannot be written is reported on stderr and costs nothing but the compilation.
     """
     if runs:
         keep_memory()
-    for name, effort in (
-        ("jax_exec_time_optimization_effort", FLAGS.compile_effort),
-        ("jax_memory_fitting_effort", FLAGS.compile_memory_effort),
-    ):
-        if effort is not None:
-            jax.config.update(name, effort)
+    for name, value in (("jax_exec_time_optimization_effort", effort), ("jax_memory_fitting_effort", memory_effort)):
+        if value is not None:
+            jax.config.update(name, value)
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
     folder = cache_folder()

@@ -5,6 +5,7 @@ shares the rows of every frame. Weights are gathered where they are used, activa
 (sfv_jax/models/placing.py). All axes are Auto, so a step computes the same function on every mesh.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -53,6 +54,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, spatial: int = 1, devices=None) -> 
         raise UserError(f"mesh data={data} fsdp={fsdp} spatial={spatial} does not cover {len(devices)} devices")
     grid = np.asarray(devices).reshape(data, fsdp, spatial)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def first_devices(sizes: tuple[int, ...] | None) -> jax.sharding.Mesh | None:
+    """Mesh of these `sizes` (data, fsdp[, spatial]) over as many devices, the first there are; None for None."""
+    return sizes and make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
 
 
 def param_shardings(mesh: jax.sharding.Mesh, abstract):

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import time
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
 from sfv_jax.data.video import read_image, write_video
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import replacing
+from sfv_jax.runtime.versions import package_versions
 from sfv_jax.sampling.sampler import Sampler
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -26,9 +26,6 @@ OPTIONS = (
     "noise_aug_strength",
     "decode_chunk_size",
 )
-
-
-NUMBERS = {"guidance": ((2,), "two numbers, e.g. 1.0,3.0"), "mesh": ((2, 3), "two or three numbers, e.g. 4,2 or 1,1,8")}
 
 
 class SampleError(UserError):
@@ -57,24 +54,6 @@ def record(path: Path, settings: dict) -> None:
         temporary.write_text(json.dumps(settings, indent=1))
 
 
-def numbers(name: str, values: list[str] | None, kind: type) -> tuple | None:
-    """The numbers of the flag `name`; None if it was not given.
-
-    Raises:
-      SampleError: if they are not as many as `NUMBERS` says, or not numbers.
-    """
-    if not values:
-        return None
-    counts, wanted = NUMBERS[name]
-    try:
-        found = tuple(kind(value) for value in values)
-    except ValueError:
-        found = ()
-    if len(found) not in counts:
-        raise SampleError(f"--{name}={','.join(values)}: give {wanted}")
-    return found
-
-
 def batches(sampler: Sampler, pairs: list[tuple[Path, Path]], options: dict, size: int):
     """Yields lists of `(n, image, out)`, consecutive images whose videos have one size, at most `size` of them; and it.
 
@@ -100,7 +79,7 @@ def run(sampler: Sampler, batch: list, size: tuple[int, int], *, seed: int, opti
     options = options | {"height": size[0], "width": size[1]}
     videos = sampler(images, seed=[seed + n for n, _, _ in batch], times=times, **options)
     seconds = time.monotonic() - began
-    packages = {name: version(name) for name in ("sfv_jax", "jax", "flax")}
+    packages = package_versions("jax", "flax")
     for (n, image, out), frames in zip(batch, videos, strict=True):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_video(out, frames, fps=options["fps"])
