@@ -17,7 +17,7 @@ run() { printf '\n$ %s\n' "$*"; "$@"; }
 
 if [ -z "$svd" ]; then
   svd=$out/svd-small
-  for variant in "" fp16; do run env PYTHONPATH="$here" "$python" -m tests.reference "$svd${variant:+-$variant}" $variant; done
+  for variant in "" fp16; do run env PYTHONPATH="$here" "$python" -m tests.support.reference "$svd${variant:+-$variant}" $variant; done
   run "$python" -m sfv_jax.convert --src "$svd-fp16" --dst "$out/model-fp16"
 fi
 run "$python" -m sfv_jax.convert --src "$svd" --dst "$out/model"

@@ -14,10 +14,10 @@ shift 2
 mkdir -p "$out"
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 
-run env PYTHONPATH="$here" "$python" -m tests.reference "$out/svd-small"
+run env PYTHONPATH="$here" "$python" -m tests.support.reference "$out/svd-small"
 run "$python" -m sfv_jax.convert --src "$out/svd-small" --dst "$out/model"
 run "$python" -m sfv_jax.prepare --videos "$videos" --svd "$out/model" --out "$out/cache" "${size[@]}" --batch_size=4
-run env PYTHONPATH="$here" "$python" -m tests.random_i3d "$out/i3d.pt"
+run env PYTHONPATH="$here" "$python" -m tests.support.random_i3d "$out/i3d.pt"
 tables=("$python" -m sfv_jax.reproduce --scale svd --svd "$out/model" --data "$out/cache" --real "$videos"
   --i3d "$out/i3d.pt" --workdir "$out/tables" "${size[@]}" --set steps=2 --set batch_size=2 --set accumulation_steps=1
   --set dtype=float32 --set log_every=1 --set sample_every=0 --set unet.temporal_conv=matmul)

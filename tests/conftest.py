@@ -14,8 +14,8 @@ import pytest
 
 from sfv_jax.models import tree
 from sfv_jax.runtime import sharding
-from tests import golden
-from tests.golden import CONFIGS, noise
+from tests.support import golden
+from tests.support.golden import CONFIGS, noise
 
 # One cache of compiled programs for this session: its worker processes and the commands that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -31,7 +31,7 @@ __all__ = ["CONFIGS", "Case", "error", "noise"]
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of a network, batch 2 with nothing in common, and what the reference makes of them (`tests.golden`)."""
+    """Inputs of a network, batch 2 with nothing in common, and outputs of the reference (`tests.support.golden`)."""
 
     inputs: tuple
     expected: np.ndarray
@@ -40,9 +40,9 @@ class Case:
 
 @pytest.fixture(scope="session")
 def reference():
-    """The module `tests.reference`; tests that use it are skipped without torch."""
+    """The module `tests.support.reference`; tests that use it are skipped without torch."""
     pytest.importorskip("torch")
-    from tests import reference
+    from tests.support import reference
 
     return reference
 

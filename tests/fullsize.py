@@ -26,8 +26,8 @@ import numpy as np
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
-from tests.golden import CONFIGS as TINY
-from tests.golden import noise, random_tensor
+from tests.support.golden import CONFIGS as TINY
+from tests.support.golden import noise, random_tensor
 
 CONFIGS = {"unet": UNetConfig.svd(), "vae": VAEConfig.svd(), "image_encoder": CLIPConfig.svd()}
 PARAMETERS = {"unet": 1_524_623_082, "vae": 97_742_847, "image_encoder": 632_076_800}
@@ -58,7 +58,7 @@ def make(folder: Path, half: bool) -> None:
     """Writes the diffusers folder, one network in memory at a time."""
     import torch
 
-    from tests import reference
+    from tests.support import reference
 
     tiny = reference.pipeline(*TINY.values())
     reference.save(tiny, folder)  # for the small files beside the networks
@@ -121,7 +121,7 @@ def theirs(source: Path, out: Path, part: str, half: bool) -> None:
     import transformers
 
     from sfv_jax.weights.components import COMPONENTS
-    from tests import reference
+    from tests.support import reference
 
     diffusers.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()

@@ -17,9 +17,9 @@ from sfv_jax.checkpoints.base import load_generator
 from sfv_jax.runtime import processes, sharding
 from sfv_jax.runtime.processes import ProcessError, join
 from sfv_jax.training import loop
-from tests import small_run
+from tests.support import small_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # The first steps of SM3 move parameters by 0.016. Its state holds normalised gradients, up to 30 in size.
 BOUNDS = {"generator": 2e-5, "ema": 2e-5, "opt_g": 1e-3, "step": 0}
 
@@ -36,7 +36,7 @@ def launch(workdir: Path, *flags: str) -> subprocess.CompletedProcess:
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
         JAX_DEFAULT_MATMUL_PRECISION="highest",
     )
-    arguments = ["--config", str(ROOT / "tests/small_run.py"), "--workdir", str(workdir), *flags]
+    arguments = ["--config", str(ROOT / "tests/support/small_run.py"), "--workdir", str(workdir), *flags]
     command = [str(ROOT / "launch/local.sh"), "-n", "2", "-d", "4", "--", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
 

@@ -20,7 +20,7 @@ from sfv_jax.reproduction import runs as trainings
 from sfv_jax.reproduction.experiments import BASE, Row
 from sfv_jax.reproduction.runs import Runs
 from sfv_jax.training.alarms import TrainingStopped
-from tests import small_run
+from tests.support import small_run
 
 ROWS = [Row("base, 1 step", BASE, published=2.0), Row("lcm, 2 steps", "animatelcm", 2, "animatelcm", published=1.0)]
 

@@ -10,7 +10,7 @@ import pytest
 from sfv_jax.methods import sfv
 from sfv_jax.methods.common import accumulate
 from tests.conftest import noise
-from tests.test_methods import Plain, make_batch, sfv_config
+from tests.methods.test_methods import Plain, make_batch, sfv_config
 
 
 def test_accumulation_is_the_mean_of_its_micro_batches():

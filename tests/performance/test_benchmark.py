@@ -17,7 +17,7 @@ from sfv_jax.performance import measurement, random_arrays, timing
 from sfv_jax.performance.programs import Program, Sizes
 from sfv_jax.runtime import plain_config, sharding
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BLOCK = """
 import importlib.abc, sys
 class Block(importlib.abc.MetaPathFinder):

@@ -1,4 +1,4 @@
-"""Torch references for the tests: diffusers pipelines with the random weights of `tests.golden`, run in float64."""
+"""Torch references of the tests: diffusers pipelines with the random weights of `tests.support.golden`, in float64."""
 
 import copy
 import sys
@@ -22,7 +22,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from sfv_jax.models.clip import MEAN, STD, CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
-from tests.golden import component_weights
+from tests.support.golden import component_weights
 
 
 def unet(config: UNetConfig, *, random=True) -> UNetSpatioTemporalConditionModel:
@@ -228,6 +228,6 @@ def versions() -> dict[str, str]:
     return {module.__name__: module.__version__ for module in (diffusers, transformers, torch, np)}
 
 
-if __name__ == "__main__":  # python -m tests.reference FOLDER [fp16]: a small SVD-shaped folder of random weights
+if __name__ == "__main__":  # FOLDER [fp16]: writes a small SVD-shaped folder of random weights
     tiny = pipeline(UNetConfig.tiny(num_frames=14), VAEConfig.tiny(), CLIPConfig.tiny())
     save(tiny, Path(sys.argv[1]), variant=sys.argv[2] if len(sys.argv) > 2 else None)

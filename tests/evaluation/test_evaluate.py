@@ -27,7 +27,7 @@ from sfv_jax.models.unet import UNet
 from sfv_jax.performance import latency
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.folders import WeightsError
-from tests.small_run import get_config
+from tests.support.small_run import get_config
 
 USABLE, SHORT = 22, 2
 SMALL = dict(height=64, width=96, score_height=24, score_width=32)

@@ -7,7 +7,7 @@ import pytest
 from sfv_jax.methods import sfv
 from sfv_jax.models import tree
 from sfv_jax.models.unet import UNetConfig
-from tests.test_methods import QUICK, C, D, make_batch, moved, sfv_config
+from tests.methods.test_methods import QUICK, C, D, make_batch, moved, sfv_config
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from sfv_jax.sampling.sampler import Sampler
-from tests import golden
 from tests.conftest import error
-from tests.golden import FRAMES, IDS, RUNS, SIZE
+from tests.support import golden
+from tests.support.golden import FRAMES, IDS, RUNS, SIZE
 
 
 @pytest.fixture(scope="module")

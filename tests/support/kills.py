@@ -1,7 +1,7 @@
 """Kills runs with SIGKILL at random moments, continues them, and compares the outcome with an undisturbed run.
 
-    python -m tests.kills --kills 100
-    python -m tests.kills --kills 100 --what prepare
+    python -m tests.support.kills --kills 100
+    python -m tests.support.kills --kills 100 --what prepare
 
 Every second kill waits for a checkpoint (or shard) to be half written, the others strike at a random time after the
 process has made some progress. `train` must end with the same arrays and the same metrics, bit for bit; `prepare` with
@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from etils import epath
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMITTED = "commit_success.txt"  # the file orbax writes last
 TINY = dict(
     steps=100,
@@ -199,7 +199,7 @@ def make_inputs(folder: Path, clips: int) -> tuple[Path, Path]:
     """(videos, svd): `clips` short videos of the procedural world and a tiny pair of encoders with random weights."""
     from sfv_jax.data.video import write_video
     from sfv_jax.data.worlds import World
-    from tests.test_data import write_encoders
+    from tests.data.test_preparation import write_encoders
 
     for index in range(clips):
         write_video(folder / "videos" / f"{index:03d}.mp4", World(size=48, num_frames=8).clip(index)[0])

@@ -1,6 +1,6 @@
 """Golden files: outputs of the torch reference that let the parity tests run without torch.
 
-    python -m tests.golden
+    python -m tests.support.golden
 
 makes `tests/golden/*.npz` anew (that needs torch) and prints how far the new arrays are from the stored ones. Weights
 and inputs are drawn by numpy from seeds, here, so only expected outputs are stored: float32 roundings of what
@@ -20,7 +20,7 @@ from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.weights.diffusers import manifest
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 CONFIGS = {"unet": UNetConfig.tiny(), "vae": VAEConfig.tiny(), "image_encoder": CLIPConfig.tiny()}
 
 STEPS = (1, 4, 8, 16, 25)  # of the noise schedules
@@ -133,7 +133,7 @@ def load(name: str) -> dict[str, np.ndarray]:
 
 def fresh() -> dict[str, dict[str, np.ndarray]]:
     """`{file: {name: array}}`, float64, from the torch reference as it is now."""
-    from tests import reference
+    from tests.support import reference
 
     pipe = reference.pipeline(*CONFIGS.values())
     unet, taps = reference.run_unet(pipe.unet, *unet_inputs())
@@ -169,7 +169,7 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def main() -> None:
-    from tests import reference
+    from tests.support import reference
 
     versions = json.dumps(reference.versions())
     FOLDER.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ from sfv_jax.performance import job as planning
 from sfv_jax.runtime import sharding
 from sfv_jax.runtime.device import count_flops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZE = (8, 8)
 OPTIONS = dict(
     batch_size=None,

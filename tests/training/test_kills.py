@@ -1,6 +1,6 @@
-"""A few deaths by SIGKILL; `python -m tests.kills` deals out many."""
+"""A few deaths by SIGKILL; `python -m tests.support.kills` deals out many."""
 
-from tests import kills
+from tests.support import kills
 
 
 def test_training_killed_and_continued_ends_as_if_undisturbed(tmp_path):

@@ -1,4 +1,4 @@
-"""Our networks against what diffusers and transformers make of random weights in float64 (`tests.golden`)."""
+"""Our networks against what diffusers and transformers make of random weights in float64 (`tests.support.golden`)."""
 
 import dataclasses
 import hashlib
@@ -16,10 +16,10 @@ from sfv_jax.models.layers import sinusoidal_embedding
 from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.weights.diffusers import manifest
-from tests import golden
 from tests.conftest import CONFIGS, error, noise
+from tests.support import golden
 
-MANIFESTS = json.loads((Path(__file__).parent / "manifests" / "svd.json").read_text())
+MANIFESTS = json.loads((Path(__file__).parents[1] / "manifests" / "svd.json").read_text())
 FULL = {"unet": UNetConfig.svd(), "vae": VAEConfig.svd(), "image_encoder": CLIPConfig.svd()}
 
 

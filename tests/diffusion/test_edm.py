@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sfv_jax.diffusion import edm
-from tests import golden
 from tests.conftest import noise
+from tests.support import golden
 
 # sigma of diffusers' EulerDiscreteScheduler with SVD's config, without the final 0.
 SCHEDULES = {

@@ -1,6 +1,6 @@
 """I3D weights as they are published, a PyTorch state dict, with random numbers.
 
-python -m tests.random_i3d i3d.pt
+python -m tests.support.random_i3d i3d.pt
 """
 
 import sys

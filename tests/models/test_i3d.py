@@ -13,7 +13,7 @@ from sfv_jax.models import i3d, tree
 from sfv_jax.weights.folders import WeightsError
 
 torch = pytest.importorskip("torch")
-from tests import random_i3d  # noqa: E402 (needs torch)
+from tests.support import random_i3d  # noqa: E402 (needs torch)
 
 F = torch.nn.functional
 

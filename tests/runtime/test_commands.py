@@ -40,7 +40,7 @@ commands.run(main, define_flags)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     return subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, cwd=root)
 
 

@@ -25,7 +25,7 @@ from sfv_jax.training import inputs, loop
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.weights.folders import WeightsError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 CHANGES = dict(
     steps=4,
     log_every=1,

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from tests import golden
+from tests.support import golden
 
 
 def test_stored_files_equal_a_fresh_run(reference):

@@ -18,7 +18,7 @@ from sfv_jax.methods import METHODS, adversarial, animatelcm, ladd, sfv, ufogen
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime import sharding
 from tests.conftest import noise
-from tests.test_methods import C, D, Plain, assert_trees_close, moved, unscaled, wide
+from tests.methods.test_methods import C, D, Plain, assert_trees_close, moved, unscaled, wide
 
 pytestmark = pytest.mark.usefixtures("compile_little")
 

@@ -1,0 +1,1 @@
+"""Helpers of the tests: references, random weights, small runs, golden files, kills."""
