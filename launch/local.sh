@@ -1,28 +1,36 @@
 #!/usr/bin/env bash
-# One run in several processes of this machine, over loopback: to try what a cluster will do.
+# Trains in several processes on this machine, connected over loopback: a rehearsal for a cluster.
 #
 #     launch/local.sh [--dry-run] [-n PROCESSES] [-d DEVICES] -- --config configs/sfv.py:tiny --workdir runs/local ...
 #
-# Each process has DEVICES fake CPU devices. Output of process 0 is shown, that of the others goes to $LOGS/process-I.log
-# (default: a new temporary folder). If one fails, all are stopped and its log is shown.
+# Each process has DEVICES fake CPU devices. The output of process 0 is shown; that of the others goes to
+# $LOGS/process-I.log (default: a new temporary folder). If one process fails, all are stopped and the logs are shown.
+# PYTHON names the interpreter; the default is .venv/bin/python of this repository, then python3.
+# --dry-run prints the command instead of running it.
 set -euo pipefail
 processes=2 devices=4 dry=
 while [ $# -gt 0 ]; do
   case $1 in
+    --help) sed -nE '2,/^[^#]/s/^#( |$)//p' "$0"; exit ;;
     --dry-run) dry=1; shift ;;
     -n) processes=$2; shift 2 ;;
     -d) devices=$2; shift 2 ;;
     --) shift; break ;;
-    *) echo "local.sh: $1? arguments of train come after --" >&2; exit 2 ;;
+    *) echo "local.sh: $1? arguments of train come after --; see --help" >&2; exit 2 ;;
   esac
 done
-python=${PYTHON:-python3}
+here=$(cd "$(dirname "$0")/.." && pwd)
+python=$here/.venv/bin/python
+[ -x "$python" ] || python=python3
+python=${PYTHON:-$python}
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
 export JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo  # exchanges data between processes over TCP
 train=("$python" -m sfv_jax.train "--coordinator=127.0.0.1:$port" "--num_processes=$processes" "$@")
 if [ -n "$dry" ]; then
-  printf '%s\n' "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices ${train[*]} --process_id={0..$((processes - 1))}"
+  printf 'JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=%q JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo' "$devices"
+  printf ' %q' "${train[@]}"
+  echo " --process_id={0..$((processes - 1))}"
   exit
 fi
 

@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# The whole road on real videos: convert, prepare, train (killed and resumed), sample, export, reload in diffusers.
+# Runs the whole workflow on real videos: convert, prepare, train (killed, resumed), sample, export, reload in diffusers
 #
 #     launch/real_input.sh VIDEOS OUT [SVD]
 #
 # VIDEOS is a folder of video files, OUT a new folder. SVD is a diffusers folder of Stable Video Diffusion; without it
-# the script writes one of the same shape with small random networks (needs the [test] extra), in fp32 and fp16.
+# the script writes one of the same structure with small random networks, in fp32 and fp16 (needs the [test] extra).
+# PYTHON names the interpreter; the default is .venv/bin/python of this repository, then python3.
 set -euo pipefail
-videos=${1:?folder of videos} out=${2:?new folder}
+if [ "${1:-}" = --help ]; then sed -nE '2,/^[^#]/s/^#( |$)//p' "$0"; exit; fi
+videos=${1:?give VIDEOS, a folder of videos; see --help} out=${2:?give OUT, a new folder; see --help}
 svd=${3:-}
 here=$(cd "$(dirname "$0")/.." && pwd)
-python=${PYTHON:-python3}
+python=$here/.venv/bin/python
+[ -x "$python" ] || python=python3
+python=${PYTHON:-$python}
 # shellcheck disable=SC2086
 size="--height=64 --width=128"
 mkdir -p "$out"

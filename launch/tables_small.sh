@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# The tables at `--scale svd` from beginning to end with small random networks: what a pod will do, in minutes on CPU.
+# Makes the tables of `--scale svd` with small random networks, start to finish: a rehearsal for a pod, minutes on CPU.
 #
 #     launch/tables_small.sh VIDEOS OUT [--only=table2]
 #
-# VIDEOS is a folder of 20 or more video files of 14 frames, which stand for the training data and for UCF-101; OUT a new
-# folder. Networks and I3D are random (needs the [test] extra), so the numbers say nothing; that they come out does.
+# VIDEOS is a folder of 20 or more video files of 14 frames, which stand in for the training data and for UCF-101; OUT
+# is a new folder. Networks and I3D are random (needs the [test] extra), so the numbers mean nothing; the run shows that
+# every stage works. Further arguments go to `reproduce`.
+# PYTHON names the interpreter; the default is .venv/bin/python of this repository, then python3.
 set -euo pipefail
-videos=${1:?folder of videos} out=${2:?new folder}
+if [ "${1:-}" = --help ]; then sed -nE '2,/^[^#]/s/^#( |$)//p' "$0"; exit; fi
+videos=${1:?give VIDEOS, a folder of videos; see --help} out=${2:?give OUT, a new folder; see --help}
 here=$(cd "$(dirname "$0")/.." && pwd)
-python=${PYTHON:-python3}
+python=$here/.venv/bin/python
+[ -x "$python" ] || python=python3
+python=${PYTHON:-$python}
 size=(--height=64 --width=128)
 shift 2
 mkdir -p "$out"
