@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageOps
@@ -19,6 +21,8 @@ from sfv_jax.runtime.files import replacing
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 _UNSPECIFIED = 2  # the value of an absent colour tag in a video stream
 _BT709 = 1
+# PyAV up to 18 rejects undecodable metadata unless asked to replace it; PyAV 19 accepts it and has no such option.
+_TOLERANT: dict[str, Any] = {"metadata_errors": "replace"} if hasattr(InputContainer, "metadata_errors") else {}
 
 
 class VideoError(UserError):
@@ -128,7 +132,7 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 7.0) -
 def _open(path: str | os.PathLike) -> Iterator[tuple]:
     """Yield (container, video stream), decoder set to refuse damage; FFmpeg errors become VideoError."""
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(str(path), "r", **_TOLERANT) as container:
             # The cover picture of a song counts as a video stream, but is none.
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:

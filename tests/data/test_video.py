@@ -27,9 +27,11 @@ def numbers(frames: np.ndarray) -> list[int]:
     return (bars @ (1 << np.arange(8))).tolist()
 
 
-def encode(path: Path, frames: np.ndarray, rate, codec="libx264", colorspace=None, **options) -> Path:
-    """Write a file with PyAV alone, so that reading is not tested against our own writer."""
+def encode(path: Path, frames: np.ndarray, rate, codec="libx264", colorspace=None, title=None, **options) -> Path:
+    """Writes a file with PyAV alone, so that reading is not tested against our own writer."""
     with av.open(str(path), "w") as container:
+        if title:
+            container.metadata["title"] = title
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         if colorspace:
@@ -112,6 +114,17 @@ def test_files_without_pictures_are_refused(tmp_path):
         read_clip(tone(tmp_path / "tone.mp4"))
     with pytest.raises(VideoError, match="No such file"):
         read_clip(tmp_path / "absent.mp4")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_title_in_another_encoding_is_no_damage(tmp_path, suffix):
+    """Old files have titles in Latin-1; this one is not valid UTF-8."""
+    path = encode(tmp_path / f"title{suffix}", numbered(7), 7, title="the tETE", bf="0")
+    written = path.read_bytes()
+    assert written.count(b"tETE") == 1
+    path.write_bytes(written.replace(b"tETE", "\u00e9t\u00e9s".encode("latin-1")))
+    assert numbers(read_clip(path, num_frames=7)) == list(range(7))
+    assert video.duration(path) > 0
 
 
 COLOUR = np.array([200, 50, 100])
