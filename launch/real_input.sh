@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the whole workflow on real videos: convert, prepare, train (killed, resumed), sample, export, reload in diffusers
+# Runs the whole workflow on real videos: convert, prepare, train (killed, resumed), sample, export, load in diffusers.
 #
 #     launch/real_input.sh VIDEOS OUT [SVD]
 #
