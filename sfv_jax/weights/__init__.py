@@ -1,1 +1,1 @@
-"""Weights on disk: diffusers layouts in and out, strict both ways, without torch."""
+"""Weights on disk: strict readers and writers of the diffusers, single-file and hub layouts, without torch."""

@@ -1,6 +1,7 @@
-"""The three components of SVD, and their `config.json` as diffusers and transformers write it."""
+"""The three components of SVD, and conversion of their configs from and to the `config.json` of their libraries."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from flax import nnx
 
@@ -9,20 +10,26 @@ from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.weights.folders import WeightsError
 
-DIFFUSERS_VERSION = "0.42.1"  # the writer whose files ours equal
-# Ours alone, with the values that diffusers has built in.
+DIFFUSERS_VERSION = "0.42.1"  # the version whose files ours equal
+# Config fields of ours that diffusers lacks, with the constants that diffusers uses instead.
 BUILT_IN = {"norm_groups": 32, "resnet_eps": 1e-6, "mid_eps": 1e-5}
 
 
 @dataclass(frozen=True)
 class Component:
-    """A network of the pipeline: our module and config, and what the other side calls them."""
+    """A network of the pipeline: our module and config, and their names in the diffusers layout.
+
+    Attributes:
+      module, config: our classes.
+      library, class_name: the package ("diffusers" or "transformers") and class of the same network.
+      weights: name of the weight file up to the variant.
+    """
 
     module: type[nnx.Module]
     config: type
     library: str
     class_name: str
-    weights: str  # name of the weight file up to the variant
+    weights: str
 
 
 COMPONENTS = {
@@ -31,10 +38,10 @@ COMPONENTS = {
     "image_encoder": Component(CLIPVision, CLIPConfig, "transformers", "CLIPVisionModelWithProjection", "model"),
 }
 
-# Fields that no tensor depends on, or that are settled before or differently: never compared.
+# Fields never compared: no tensor depends on them, or they are checked elsewhere.
 _FREE = {"_class_name", "_diffusers_version", "architectures", "force_upcast", "sample_size"}
-# transformers leaves out what equals its defaults.
-_CLIP_DEFAULTS = dict(
+# transformers omits fields that equal these defaults.
+_CLIP_DEFAULTS: dict[str, Any] = dict(
     hidden_size=768,
     intermediate_size=3072,
     num_hidden_layers=12,
@@ -50,11 +57,13 @@ _CLIP_DEFAULTS = dict(
 
 
 def to_json(component: str, config) -> dict:
-    """The `config.json` of `component` for one of our configs.
+    """Returns the `config.json` of `component` for one of our configs.
 
-    Fields that only say how to compute (`temporal_conv`, `attention_kernel`, `remat`, `decode_pixels`) are left out.
+    Fields that only choose an implementation (`temporal_conv`, `attention_kernel`, `remat`, `decode_pixels`) are
+    omitted.
+
     Raises:
-      WeightsError: if a field that diffusers has no name for is not what it has built in (`BUILT_IN`).
+      WeightsError: if a field that diffusers lacks differs from the constant that diffusers uses (`BUILT_IN`).
     """
     for field, value in BUILT_IN.items():
         if getattr(config, field, value) != value:
@@ -99,10 +108,16 @@ def _clip_json(config: CLIPConfig, shared: dict) -> dict:
 
 
 def from_json(component: str, data: dict, where: str):
-    """Our config of a `config.json` read from `where`.
+    """Converts the content of a `config.json` to our config.
 
+    Args:
+      component: a key of `COMPONENTS`.
+      data: the JSON object.
+      where: the file's name, for error messages.
+    Returns:
+      An instance of the component's config class.
     Raises:
-      WeightsError: if it describes another class, or asks for something our networks do not do; lists every field.
+      WeightsError: if `data` describes another class or a network that ours cannot express; lists every such field.
     """
     expected = COMPONENTS[component]
     found = data.get("_class_name") or (data.get("architectures") or ["(no class name)"])[0]
@@ -125,8 +140,8 @@ def from_json(component: str, data: dict, where: str):
     return config
 
 
-def _like(kind: type, value, levels: int):
-    """`value` as a field of type `kind`: diffusers takes one number for all levels or one per level."""
+def _like(kind: object, value, levels: int):
+    """Converts `value` to a field of type `kind`; diffusers allows one number for all levels or one per level."""
     if kind is int or kind is float:
         return value[0] if isinstance(value, list) else value
     return tuple(value) if isinstance(value, list) else (value,) * levels

@@ -1,7 +1,7 @@
-"""Weights in the diffusers folder layout, in and out: same names, other leaves, strict both ways, without torch.
+"""Strict reader and writer of weights in the diffusers folder layout, without torch.
 
-A parameter path of ours is a diffusers key but for the last word: `kernel`, `scale` and `embedding` are all `weight`
-there. Kernels are stored with their axes in the order of JAX, see `to_ours`.
+Our parameter paths equal the keys of diffusers except for the last word: `kernel`, `scale` and `embedding` are all
+`weight` in diffusers. Our kernels have their axes in the order of JAX, see `to_ours`.
 """
 
 import itertools
@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,51 +21,57 @@ from sfv_jax.weights.lazy import Lazy, read_all
 from sfv_jax.weights.reader import DTYPES, FLOATS, Tensors, open_weights
 from sfv_jax.weights.writer import write_weights
 
-# Axes of a kernel in torch's order -> in ours, by rank: Linear (o, i), Conv2d (o, i, h, w), Conv3d (o, i, k, 1, 1).
+# Permutation of a kernel's axes from torch's order to ours, by rank.
+# Torch: Linear (o, i), Conv2d (o, i, h, w), Conv3d (o, i, k, 1, 1).
 _AXES = {2: (1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # VAEs before 2023
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in VAEs before 2023
 
 
 def their_name(path: str) -> str:
-    """`down_blocks.0.norm.scale -> down_blocks.0.norm.weight`."""
+    """Converts a parameter path to the key of diffusers: `down_blocks.0.norm.scale` to `down_blocks.0.norm.weight`."""
     return re.sub(r"\.(kernel|scale|embedding)$", ".weight", path)
 
 
 def to_ours(path: str, value: np.ndarray) -> np.ndarray:
-    """A tensor of theirs as our parameter `path`: Linear `[i, o]`, Conv2d `[h, w, i, o]`, Conv3d `[k, 1, 1, i, o]`."""
+    """Permutes the axes of a diffusers tensor to those of our parameter `path`.
+
+    Kernels become Linear `[i, o]`, Conv2d `[h, w, i, o]` or Conv3d `[k, 1, 1, i, o]`; other tensors are unchanged.
+    """
     return value.transpose(_AXES[value.ndim]) if path.endswith(".kernel") else value
 
 
 def to_theirs(path: str, value: np.ndarray) -> np.ndarray:
-    """Inverse of `to_ours`."""
+    """Inverts `to_ours`."""
     return value.transpose(np.argsort(_AXES[value.ndim])) if path.endswith(".kernel") else value
 
 
 def their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of `to_theirs` without an array."""
+    """Returns the shape that `to_theirs` would give a parameter of `shape`."""
     return tuple(shape[axis] for axis in np.argsort(_AXES[len(shape)])) if path.endswith(".kernel") else tuple(shape)
 
 
 @lru_cache(maxsize=16)
 def manifest(component: str, config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that a diffusers weight file of this network holds. Not to be changed by the caller."""
+    """Returns `{name: shape}` of a diffusers weight file of this network. Callers must not change the cached dict."""
     _, shapes = tree.abstract(COMPONENTS[component].module, config)
     return {their_name(path): their_shape(path, x.shape) for path, x in tree.flatten(shapes).items()}
 
 
 def find_weights(names: Iterable[str], stem: str, variant: str | None = None) -> list[str]:
-    """The weight files among the files of a component's folder: one file, or shards with their index first.
+    """Selects the weight files among the files of a component's folder: one file, or shards with their index first.
 
-    Shards may have the variant before or after their number, and lack an index. Safetensors come before pickles.
+    Shards may have the variant before or after their number, and may lack an index. Safetensors are preferred to
+    pickles.
 
     Args:
+      names: names of the folder's files.
       stem: name up to the variant, as diffusers or transformers choose it.
-      variant: only of this variant; None: the plain ones, else those of "fp16".
+      variant: the only variant to accept; None: plain files, else those of "fp16".
     Returns:
-      Names, empty if there are none.
+      File names; an empty list if there are no weight files.
     """
     names = sorted(names)
-    pickled = "pytorch_model" if stem == "model" else stem  # as transformers calls it
+    pickled = "pytorch_model" if stem == "model" else stem  # the name in transformers
     for suffix, start in (("safetensors", stem), ("bin", pickled)):
         for word in [f".{variant}"] if variant else ["", ".fp16"]:
             if f"{start}{word}.{suffix}" in names:
@@ -82,18 +89,18 @@ def find_weights(names: Iterable[str], stem: str, variant: str | None = None) ->
 def open_component(
     folder: str | Path, component: str, *, variant: str | None = None, allow_pickle: bool = False
 ) -> tuple[Tensors, object]:
-    """One network of a diffusers pipeline folder, not yet read.
+    """Opens one network of a diffusers pipeline folder without reading its tensors.
 
     Args:
       folder: the component's own folder, with `config.json` and its weights in one or several files.
       component: "unet", "vae" or "image_encoder".
-      variant: "fp16" to read those files even if plain ones lie beside them.
-      allow_pickle: take `.bin` files where there are no safetensors.
+      variant: "fp16" to read those files even where plain ones exist.
+      allow_pickle: accept `.bin` files where there are no safetensors.
     Returns:
-      tensors: by the present names of diffusers, all of them and no others.
+      tensors: exactly the network's tensors, under the present names of diffusers.
       config: our config.
     Raises:
-      WeightsError: for a config or files that are not exactly such a network; lists all tensors that do not fit.
+      WeightsError: if the config or the files are not exactly such a network; lists all tensors that do not fit.
     """
     folder = Path(folder)
     config = from_json(component, read_json(folder / "config.json"), str(folder / "config.json"))
@@ -111,7 +118,7 @@ def open_component(
 
 
 def _refuse_incomplete(folder: Path, names: list[str]) -> None:
-    """Shards without an index: from the first to the last."""
+    """Raises WeightsError unless shards without an index are numbered from the first to the last."""
     found = [re.search(r"-(\d{5})-of-(\d{5})", name) for name in names]
     numbers = [(int(match[1]), int(match[2])) for match in found if match]
     if numbers and numbers != [(n + 1, len(numbers)) for n in range(len(numbers))]:
@@ -119,11 +126,17 @@ def _refuse_incomplete(folder: Path, names: list[str]) -> None:
 
 
 def fit(tensors: Tensors, component: str, config, problem: str) -> Tensors:
-    """`tensors` by diffusers' present names, if they are exactly those of the network that `config` describes.
+    """Renames `tensors` to diffusers' present names and checks them against the network that `config` describes.
 
+    Args:
+      tensors: tensors under present or old names of diffusers.
+      component: "unet", "vae" or "image_encoder".
+      config: our config.
+      problem: first line of the error message.
+    Returns:
+      The renamed tensors.
     Raises:
-      WeightsError: beginning with `problem`, then listing every missing, unexpected, misshapen, duplicate or
-        non-floating tensor.
+      WeightsError: if any tensor is missing, unexpected, misshapen, duplicate or non-floating; lists all of them.
     """
     names = [name for name in tensors.names() if not name.endswith(".position_ids")]
     stored = {modern_name(name): name for name in names}
@@ -138,12 +151,14 @@ def fit(tensors: Tensors, component: str, config, problem: str) -> Tensors:
 
 
 def lazy_params(tensors: Tensors, component: str, config, dtype=None) -> tree.Params:
-    """`tensors`, which `fit` accepted, as a nested dict of `Lazy` leaves in our layout.
+    """Converts `tensors`, which `fit` accepted, to a nested dict of `Lazy` leaves in our layout.
 
     Args:
-      dtype: what to cast to; None keeps the file's.
-    Raises:
-      WeightsError: when a leaf is read that holds NaN or infinite values, or values that `dtype` cannot hold.
+      tensors, component, config: as returned by and passed to `fit`.
+      dtype: dtype of the leaves; None keeps that of the file.
+    Returns:
+      Nested dict of `Lazy` leaves. Reading one raises WeightsError if its values are NaN, infinite or outside the
+      range of `dtype`.
     """
 
     def leaf(path: str, shape: tuple[int, ...]) -> Lazy:
@@ -152,7 +167,8 @@ def lazy_params(tensors: Tensors, component: str, config, dtype=None) -> tree.Pa
         return Lazy(shape, kind, lambda: to_ours(path, _read(tensors, name, kind)))
 
     _, shapes = tree.abstract(COMPONENTS[component].module, config)
-    return tree.unflatten({path: leaf(path, x.shape) for path, x in tree.flatten(shapes).items()})
+    leaves: dict[str, Any] = {path: leaf(path, x.shape) for path, x in tree.flatten(shapes).items()}
+    return tree.unflatten(leaves)
 
 
 def _read(tensors: Tensors, name: str, dtype: np.dtype) -> np.ndarray:
@@ -172,21 +188,21 @@ def load_component(folder: str | Path, component: str, *, variant: str | None = 
     """Reads one network of a diffusers pipeline folder.
 
     Args:
-      folder, component, variant: as in `open_component`.
-      dtype: what to cast to; None keeps the file's.
+      folder, component, variant: as for `open_component`.
+      dtype: dtype of the arrays; None keeps that of the file.
     Returns:
       params: nested dict of numpy arrays in our layout.
       config: our config.
       files: the weight files that were read.
     Raises:
-      WeightsError: as `open_component` and `lazy_params`.
+      WeightsError: if `open_component` refuses the folder, or values are NaN, infinite or outside the range of `dtype`.
     """
     tensors, config = open_component(folder, component, variant=variant)
     return read_all(lazy_params(tensors, component, config, dtype)), config, tensors.files
 
 
 def modern_name(name: str) -> str:
-    """The present name of a tensor: VAE attentions were once `query`, `key`, `value`, `proj_attn`."""
+    """Replaces the old names of VAE attentions (`query`, `key`, `value`, `proj_attn`) by the present ones."""
     return re.sub(
         r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name
     )
@@ -201,13 +217,18 @@ def save_component(
     variant: str | None = None,
     max_shard_size: int | str = "10GB",
 ) -> None:
-    """Writes one network as diffusers does: `config.json` and its weights, fp16 for variant "fp16", else fp32.
+    """Writes one network in the diffusers layout: `config.json` and its weights.
 
-    Tensors are read and written one by one; beside `params` only the largest is held in memory.
+    Tensors are read and written one by one: besides `params`, memory holds at most one tensor.
 
     Args:
+      folder: the component's folder, created if missing.
+      component: "unet", "vae" or "image_encoder".
       params: nested dict of arrays, readable from this process, of any floating dtype.
-      max_shard_size: larger weights are cut into shards with an index, as `save_pretrained` does.
+      config: our config.
+      variant: "fp16" to write fp16 files with that suffix; None writes fp32.
+      max_shard_size: bytes or text such as "10GB"; larger weights are split into shards with an index, as
+        `save_pretrained` does.
     Raises:
       WeightsError: if diffusers cannot express the config, `params` are not such a network, or fp16 cannot hold them.
     """
@@ -223,8 +244,15 @@ def save_component(
 
 
 def reader(component: str, params: tree.Params, config) -> tuple[dict, Callable[[str], np.ndarray]]:
-    """`(shapes, read)` of our parameters under diffusers' names: what there is, and how to get one as numpy array.
+    """Presents our parameters under diffusers' names.
 
+    Args:
+      component: "unet", "vae" or "image_encoder".
+      params: nested dict of arrays in our layout.
+      config: our config.
+    Returns:
+      shapes: `{name: shape}` in the layout of diffusers.
+      read: function from a name to its tensor as a numpy array in the layout of diffusers.
     Raises:
       WeightsError: if `params` are not the network that `config` describes.
     """

@@ -1,11 +1,11 @@
-"""What all readers and writers of weights share: one error, and files that are complete or absent."""
+"""Shared parts of all readers and writers of weights: one error class, and folders that are complete or absent."""
 
 import glob
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from sfv_jax.runtime.files import is_alive
 
 
 class WeightsError(UserError):
-    """Weights or a model folder that cannot be used as they are; the message says what is wrong and what to do."""
+    """Unusable weights or model folder; the message gives the cause and the remedy."""
 
 
 def shape_problems(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """One line for every name that is missing, unexpected or of another shape; empty if all is well."""
+    """Returns one sorted line per missing, unexpected or misshapen name; empty if `found` equals `expected`."""
     lines = [f"missing: {name}" for name in expected.keys() - found.keys()]
     lines += [f"unexpected: {name}" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
@@ -28,17 +28,20 @@ def shape_problems(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises WeightsError if `path` exists and may not be replaced."""
+    """Raises WeightsError if `path` exists and `overwrite` is not set."""
     if path.exists() and not overwrite:
         raise WeightsError(f"{path} exists already: choose another destination or pass --overwrite")
 
 
 @contextmanager
-def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty hidden folder next to `path`, which takes the name `path` when the block ends without an error.
+def new_folder(path: str | Path, *, overwrite: bool = False) -> Generator[Path, None, None]:
+    """Yields an empty hidden folder next to `path`, and renames it to `path` if the block ends without an error.
 
+    Args:
+      path: the final name.
+      overwrite: replace an existing `path`; the old folder remains until the new one is complete.
     Raises:
-      WeightsError: if `path` exists and `overwrite` is not set. With `overwrite` the old folder stays until the end.
+      WeightsError: if `path` exists and `overwrite` is not set.
     """
     path = Path(path).absolute()
     _clear_remains(path)
@@ -57,7 +60,7 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _clear_remains(path: Path) -> None:
-    """Removes what killed processes of this machine left of an earlier attempt at `path`; a replaced folder returns."""
+    """Removes folders that killed processes of this machine left beside `path`; restores a folder being replaced."""
     for suffix in ("old", "partial"):
         start = f".{path.name}.{suffix}-{socket.gethostname()}-"
         for left in path.parent.glob(f"{glob.escape(start)}*"):
@@ -71,7 +74,11 @@ def _clear_remains(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises WeightsError if it is missing or not one."""
+    """Reads a JSON object from a file.
+
+    Raises:
+      WeightsError: if the file is missing or contains anything else.
+    """
     if not path.is_file():
         raise WeightsError(f"{path} does not exist")
     try:

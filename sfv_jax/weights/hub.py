@@ -1,4 +1,4 @@
-"""Weights of the Hugging Face hub, downloaded only where a source is written `hub:ORG/NAME`."""
+"""Weights of the Hugging Face hub, downloaded only for sources of the form `hub:ORG/NAME`."""
 
 import re
 from pathlib import Path
@@ -12,13 +12,17 @@ SMALL = ("model_index.json", "scheduler/scheduler_config.json", "feature_extract
 
 
 def download(source: str, variant: str | None = None) -> Path:
-    """The local folder of `hub:ORG/NAME`, or the file of `hub:ORG/NAME/FILE`, in the hub's cache.
+    """Downloads a repository or a file of the hub into the hub's cache.
 
-    Of a pipeline only the files of one precision that a conversion needs are downloaded.
+    From a pipeline only the files of one precision that a conversion reads are downloaded.
+
     Args:
-      variant: as in `diffusers.find_weights`.
+      source: `hub:ORG/NAME` or `hub:ORG/NAME/FILE`.
+      variant: as for `diffusers.find_weights`.
+    Returns:
+      The local folder of the repository, or the local file.
     Raises:
-      WeightsError: without a connection, without the right to read, or if there is nothing of that name.
+      WeightsError: if the connection fails, access is not granted, or no repository or file has that name.
     """
     match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
     if not match:
@@ -53,10 +57,14 @@ def _connection_errors() -> tuple[type[Exception], ...]:
 
 
 def needed(files: list[str], repo: str, variant: str | None = None) -> list[str]:
-    """The files of a pipeline or of a UNet's repository that a conversion reads.
+    """Selects the files that a conversion reads from a pipeline or from a repository of a UNet alone.
 
+    Args:
+      files: all files of the repository.
+      repo: ORG/NAME, for error messages.
+      variant: as for `diffusers.find_weights`.
     Raises:
-      WeightsError: if `files` are those of neither, or have no such variant.
+      WeightsError: if `files` form neither, or lack the variant.
     """
     if "model_index.json" not in files and "config.json" in files:
         places, small = {"": COMPONENTS["unet"].weights}, ["config.json"]

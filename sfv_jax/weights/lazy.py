@@ -1,4 +1,4 @@
-"""Parameters that are still on disk: read when they are written, so that a conversion holds little at a time."""
+"""Parameters that remain on disk until they are written, so that a conversion needs little memory."""
 
 import math
 import threading
@@ -11,12 +11,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
-IN_FLIGHT = 2**28  # bytes of parameters read and being written at a time; a larger parameter goes alone
+IN_FLIGHT = 2**28  # bytes of parameters in memory while a tree is written; a larger parameter is written alone
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """A leaf of a parameter tree that `read` gets as a numpy array of `shape` and `dtype`."""
+    """Leaf of a parameter tree whose `read()` returns a numpy array of `shape` and `dtype`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -35,11 +35,11 @@ class Lazy:
 
 
 class _LazyHandler(type_handlers.NumpyHandler):
-    """Saves `Lazy` leaves as what they become, some at a time.
+    """Orbax handler that saves `Lazy` leaves as numpy arrays, at most `IN_FLIGHT` bytes at a time.
 
     Attributes:
-      error: what a leaf raised. Kept for `save_tree`, as orbax would report it with the traces of three threads.
-      stopped: nobody waits for the rest.
+      error: exception of a leaf's `read`, for `save_tree`; orbax would report it with the traces of three threads.
+      stopped: whether the remaining leaves are to be skipped.
     """
 
     def __init__(self):
@@ -63,7 +63,7 @@ class _LazyHandler(type_handlers.NumpyHandler):
 
 
 def _groups(sizes: list[int]) -> list[list[int]]:
-    """Positions of `sizes` in order, cut into runs of at most IN_FLIGHT bytes (or one)."""
+    """Splits the positions of `sizes` into consecutive runs of at most `IN_FLIGHT` bytes or of one position."""
     groups: list[list[int]] = []
     used = 0
     for n, size in enumerate(sizes):
@@ -76,12 +76,12 @@ def _groups(sizes: list[int]) -> list[list[int]]:
 
 
 def read_all(params: dict) -> dict:
-    """The same tree with numpy arrays for `Lazy` leaves."""
+    """Returns the tree with numpy arrays in place of its `Lazy` leaves."""
     return jax.tree.map(lambda leaf: leaf.read(), params)
 
 
 def watched(params: dict, done: Callable[[int], None]) -> dict:
-    """The same tree, calling `done(bytes)` whenever a `Lazy` leaf has been read."""
+    """Returns the tree with `Lazy` leaves that call `done(bytes)` after each read."""
 
     def watch(leaf):
         def read() -> np.ndarray:
@@ -98,7 +98,7 @@ def save_tree(path: Path, params: dict) -> None:
     """Writes an orbax tree of jax, numpy or `Lazy` leaves, which `ocp.StandardCheckpointer` restores.
 
     Raises:
-      Exception: the first that a leaf raises. What was written by then is to be removed by the caller.
+      Exception: if a leaf raises it; the first one. The caller must remove the incomplete files.
     """
     lazy = _LazyHandler()
     registry = type_handlers.create_type_handler_registry(
@@ -111,7 +111,7 @@ def save_tree(path: Path, params: dict) -> None:
     with ocp.Checkpointer(handler) as checkpointer:
         try:
             checkpointer.save(path, ocp.args.PyTreeSave(params))
-        except BaseException:  # orbax's threads go on writing: nobody may clear the folder before they end
+        except BaseException:  # orbax's threads continue to write: the folder must not be removed before they end
             lazy.stopped = True
             for thread in set(threading.enumerate()) - before:
                 if not thread.daemon:

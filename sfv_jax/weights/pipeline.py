@@ -1,4 +1,4 @@
-"""A whole StableVideoDiffusionPipeline folder: its networks, and the small files beside them."""
+"""Reader and writer of a whole StableVideoDiffusionPipeline folder: networks and small files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from sfv_jax.weights.folders import WeightsError, new_folder, read_json
 PIPELINE = "StableVideoDiffusionPipeline"
 SIGMAS = {"sigma_min": 0.002, "sigma_max": 700.0}  # of SVD's scheduler_config.json
 
-# With Karras sigmas between two limits the betas have no effect; diffusers wants them all the same.
+# With Karras sigmas between two limits the betas have no effect, but diffusers requires them.
 SCHEDULER = SIGMAS | {
     "_class_name": "EulerDiscreteScheduler",
     "_diffusers_version": DIFFUSERS_VERSION,
@@ -47,18 +47,19 @@ FEATURE_EXTRACTOR = {
 
 
 def open_pipeline(folder: str | Path, *, variant: str | None = None, dtype=None, allow_pickle: bool = False):
-    """A StableVideoDiffusionPipeline folder, its weights not yet read.
+    """Opens a StableVideoDiffusionPipeline folder without reading its weights.
 
     Args:
-      variant, allow_pickle: as in `diffusers.open_component`.
-      dtype: as in `diffusers.lazy_params`.
+      folder: the pipeline's folder.
+      variant, allow_pickle: as for `diffusers.open_component`.
+      dtype: as for `diffusers.lazy_params`.
     Returns:
       params: `{"unet": ..., "vae": ..., "image_encoder": ...}`, nested dicts of `Lazy` leaves.
       configs: our configs by the same names.
       scheduler: `{"sigma_min", "sigma_max", "rho"}`.
-      files: `{"unet/config.json": path}` of every file that matters.
+      files: `{"unet/config.json": path}` of all weight files and their configs.
     Raises:
-      WeightsError: if it is not such a folder or any part of it differs from what SVD's networks are.
+      WeightsError: if the folder is not such a pipeline, or any part of it differs from SVD's networks.
     """
     folder = Path(folder)
     check_pipeline(folder)
@@ -73,7 +74,11 @@ def open_pipeline(folder: str | Path, *, variant: str | None = None, dtype=None,
 
 
 def check_pipeline(folder: Path) -> None:
-    """Raises WeightsError unless `model_index.json` names SVD's pipeline."""
+    """Checks that `model_index.json` names SVD's pipeline.
+
+    Raises:
+      WeightsError: if it is missing or names another pipeline.
+    """
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder")
     if not (folder / "model_index.json").is_file():
@@ -84,8 +89,10 @@ def check_pipeline(folder: Path) -> None:
 
 
 def read_scheduler(folder: Path) -> dict:
-    """The noise range of the pipeline's scheduler; `rho` 7 is diffusers' constant.
+    """Reads the noise range of the pipeline's scheduler.
 
+    Returns:
+      `{"sigma_min", "sigma_max", "rho"}`; `rho` is 7, the constant of diffusers.
     Raises:
       WeightsError: if the networks were not trained for v-prediction.
     """
@@ -97,7 +104,11 @@ def read_scheduler(folder: Path) -> dict:
 
 
 def check_normalisation(folder: Path) -> None:
-    """Raises WeightsError if the pipeline normalises CLIP's images in another way than `clip.preprocess`."""
+    """Checks that the pipeline normalizes CLIP's images as `clip.preprocess` does.
+
+    Raises:
+      WeightsError: if its mean or standard deviation differs.
+    """
     path = folder / "feature_extractor" / "preprocessor_config.json"
     data = read_json(path)
     for field, ours in (("image_mean", clip.MEAN), ("image_std", clip.STD)):
@@ -119,12 +130,15 @@ def save_pipeline(
     """Writes a folder that `StableVideoDiffusionPipeline.from_pretrained` loads, complete or not at all.
 
     Args:
-      load: gives the parameters of a component by name; called once for each, so that only one is held at a time.
-      configs: of all three components.
+      folder: the folder to write.
+      load: function from the name of a component to its parameters; called once per component, so that memory holds
+        one component at a time.
+      configs: our configs of all three components by name.
       scheduler: `{"sigma_min", "sigma_max"}`. With one step diffusers starts at sigma_max and ends at 0.
-      variant: "fp16" for half precision files of that name, None for fp32.
-      max_shard_size: as in `save_component`.
-      card: text of `README.md`.
+      variant: "fp16" for half precision files with that suffix, None for fp32.
+      max_shard_size: as for `save_component`.
+      card: text of `README.md`; None writes none.
+      overwrite: replace an existing folder.
     Raises:
       WeightsError: if the folder exists, or a component cannot be expressed (see `save_component`).
     """
@@ -136,8 +150,8 @@ def save_pipeline(
         to_json(name, configs[name])  # refuse before anything large is loaded
     with new_folder(folder, overwrite=overwrite) as partial:
         for name in COMPONENTS:
-            options = dict(variant=variant, max_shard_size=max_shard_size)
-            save_component(partial / name, name, load(name), configs[name], **options)
+            shards = {"variant": variant, "max_shard_size": max_shard_size}
+            save_component(partial / name, name, load(name), configs[name], **shards)
         for name in ("scheduler", "feature_extractor"):
             (partial / name).mkdir()
         write_json(partial / "scheduler" / "scheduler_config.json", SCHEDULER | {k: scheduler[k] for k in SIGMAS})

@@ -1,7 +1,7 @@
-"""Named tensors in files, read one at a time: safetensors by our own strict reader, pickles by torch on request.
+"""Strict reader of named tensors, one at a time: safetensors by our own code, pickles by torch on request.
 
 A safetensors file is 8 bytes with the length of its header (little endian), the header as JSON, then the tensors.
-Nothing in a file is believed before it is checked, and tensors are read, not mapped: memory holds one of them.
+Every header field is checked before it is used, and tensors are read, not mapped: memory holds one of them.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 
 from sfv_jax.weights.folders import WeightsError, read_json
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_HEADER = 100_000_000  # bytes; limit of the safetensors library
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -43,11 +43,13 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that still lies in its file.
+    """A tensor on disk.
 
     Attributes:
+      file: the file that contains it.
+      shape: its shape.
       dtype: code of the safetensors format, such as "F16".
-      load: reads it.
+      load: function that reads it.
     """
 
     file: Path
@@ -61,7 +63,8 @@ class Tensors:
     """The tensors of one or several files by name.
 
     Attributes:
-      files: that they lie in; with an index, the index too.
+      files: the files that contain them, after their index if there is one.
+      entries: the tensors by name.
       metadata: strings of the files' headers.
     """
 
@@ -76,48 +79,49 @@ class Tensors:
         return self.entries[name].shape
 
     def dtype(self, name: str) -> str:
-        """Code of the safetensors format, such as "F16"."""
+        """Returns the code of the safetensors format, such as "F16"."""
         return self.entries[name].dtype
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, in the file's own dtype.
+        """Reads a tensor in the dtype of its file.
 
         Raises:
-          WeightsError: if the file changed since it was opened.
+          WeightsError: if the file became shorter or unreadable since it was opened.
         """
         return self.entries[name].load()
 
     def renamed(self, names: dict[str, str]) -> "Tensors":
-        """The tensors `{new name: present name}`, and no others."""
+        """Selects and renames tensors; `names` is `{new name: present name}`."""
         return dataclasses.replace(self, entries={new: self.entries[old] for new, old in names.items()})
 
     def where(self) -> str:
-        """What to call the files in a message."""
+        """Returns a description of the files for messages."""
         return str(self.files[0]) if len(self.files) == 1 else f"{self.files[0].parent} ({len(self.files)} files)"
 
 
 def open_weights(paths: str | Path | Iterable[str | Path], allow_pickle: bool = False) -> Tensors:
-    """The tensors of a file, of several files, or of the shards that an `*.index*.json` lists; reads headers only.
+    """Opens a file, several files, or the shards listed in an `*.index*.json`; reads headers only.
 
     Args:
+      paths: the file or files.
       allow_pickle: also read `.bin`, `.ckpt`, `.pt` and `.pth`, by torch with `weights_only=True`.
     Raises:
-      WeightsError: for a file that is absent, broken, or made to harm; for a pickle without `allow_pickle`; for a
-        tensor that two files hold; for an index that does not tell the truth.
+      WeightsError: if a file is absent, broken or malicious, is a pickle without `allow_pickle`, two files contain the
+        same tensor, or an index contradicts its shards.
     """
-    paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    if len(paths) == 1 and paths[0].suffix == ".json":
-        return _open_index(paths[0], allow_pickle)
+    files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if len(files) == 1 and files[0].suffix == ".json":
+        return _open_index(files[0], allow_pickle)
     entries: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    for path in paths:
+    for path in files:
         found, strings = (_open_pickle if path.suffix in PICKLES else _open_safetensors)(_checked(path, allow_pickle))
         both = sorted(entries.keys() & found.keys())
         if both:
             raise WeightsError(f"{both[0]} is in two files: {entries[both[0]].file} and {path}")
         entries |= found
         metadata |= strings
-    return Tensors(tuple(paths), entries, metadata)
+    return Tensors(tuple(files), entries, metadata)
 
 
 def _checked(path: Path, allow_pickle: bool) -> Path:
@@ -151,12 +155,12 @@ def _open_index(path: Path, allow_pickle: bool) -> Tensors:
     tensors = open_weights(shards, allow_pickle)
     for name, file in where.items():
         if name not in tensors.entries:
-            raise WeightsError(f"{path} says that {name!r} is in {file}, but it is not")
+            raise WeightsError(f"{path} lists {name!r} in {file}, but it is not there")
         if tensors.entries[name].file.name != file:
-            raise WeightsError(f"{path} says that {name!r} is in {file}, but {tensors.entries[name].file.name} has it")
+            raise WeightsError(f"{path} lists {name!r} in {file}, but it is in {tensors.entries[name].file.name}")
     surplus = sorted(tensors.entries.keys() - where.keys())
     if surplus:
-        raise WeightsError(f"{path} does not know {surplus[0]}, which {tensors.entries[surplus[0]].file.name} holds")
+        raise WeightsError(f"{path} does not list {surplus[0]}, which is in {tensors.entries[surplus[0]].file.name}")
     return dataclasses.replace(tensors, files=(path, *tensors.files))
 
 
@@ -198,7 +202,7 @@ def _header(path: Path, text: bytes) -> dict:
 
 
 def _span(path: Path, name: str, entry) -> tuple[int, int]:
-    """First and last byte (exclusive) of a tensor, counted from the end of the header."""
+    """Returns the first and last byte (exclusive) of a tensor, counted from the end of the header."""
 
     def broken(why: str) -> WeightsError:
         return WeightsError(f"{path} has a broken header: tensor {name!r} {why}")
@@ -223,7 +227,7 @@ def _whole(numbers) -> bool:
 
 
 def _refuse_overlaps(path: Path, spans: dict[str, tuple[int, int]], size: int) -> None:
-    """Tensors must follow each other without overlap or gap and fill the file."""
+    """Raises WeightsError unless the tensors fill the file without overlap or gap."""
     end, before = 0, ""
     for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if start < end:
@@ -281,7 +285,7 @@ def _open_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _load_pickle(torch, path: Path):
-    """Tensors only; mapped from the file, where the format allows it."""
+    """Loads tensors only, mapped from the file where the format allows it."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
@@ -293,7 +297,7 @@ def _load_pickle(torch, path: Path):
 def _unpickler(torch, x) -> Callable[[], np.ndarray]:
     def load() -> np.ndarray:
         value = x.detach().contiguous()
-        if value.dtype == torch.bfloat16:  # which numpy does not know
+        if value.dtype == torch.bfloat16:  # numpy has no such dtype
             return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return value.numpy()
 

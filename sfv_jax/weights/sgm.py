@@ -1,22 +1,23 @@
-"""The names of Stability's original single file (`svd.safetensors`, `svd_xt.safetensors`), which ComfyUI loads too.
+"""Tensor names of Stability's original single file (`svd.safetensors`, `svd_xt.safetensors`), which ComfyUI also loads.
 
-Derived by rules from a config: where every tensor of a diffusers folder lies in such a file, and in which form.
+Rules derive from a config the place and form in such a file of every tensor of a diffusers folder.
 
     UNet        model.diffusion_model.*
     CLIP        conditioner.embedders.0.open_clip.model.visual.*     open_clip's: q, k and v fused, `proj` transposed
     VAE         first_stage_model.decoder.*                          levels counted from the finest
                 conditioner.embedders.3.encoder.{encoder,quant_conv}.*      encoder of the conditioning image
-    copy        first_stage_model.encoder.*                          the encoder again, without a quant_conv
+    copy        first_stage_model.encoder.*                          a copy of the encoder, without a quant_conv
 
-diffusers takes its encoder from the conditioner, so do we. The autoencoder of the first stage has no `quant_conv`: its
-last convolution must give the moments by itself, so we write the product of the two there, and a file that has only
+Like diffusers, we take the encoder from the conditioner. The autoencoder of the first stage has no `quant_conv`: its
+last convolution must output the moments by itself, so we write the product of the two there; a file that has only
 that copy is read with an identity as `quant_conv`.
 
-Mixing factors are the same numbers on both sides. The UNet blends `a spatial + (1 - a) temporal` in both code bases;
-the decoder `a temporal + (1 - a) spatial`, which diffusers writes as a switch of the blender, not as another parameter.
+Mixing factors are the same numbers in both formats. The UNet blends `a spatial + (1 - a) temporal` in both code bases;
+the decoder blends `a temporal + (1 - a) spatial`, which diffusers selects by an option of its blender, not by another
+parameter.
 
 Sources: Stability-AI/generative-models (VideoUNet, SpatialVideoTransformer, VideoDecoder, AutoencodingEngine, svd.yaml)
-and the conversion script of diffusers. No original file was at hand.
+and the conversion script of diffusers. No original file was available.
 """
 
 import re
@@ -39,12 +40,12 @@ FIRST_STAGE = "first_stage_model."
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of diffusers lies in the single file.
+    """Place of a diffusers tensor in the single file.
 
     Attributes:
-      name: of the tensor there.
-      form: "same"; "pointwise": a Linear `[o, i]` stored as a convolution `[o, i, 1, 1]`; "transposed".
-      third: which third of the rows it is, of a tensor that holds three.
+      name: name of the stored tensor.
+      form: "same"; "pointwise", a Linear `[o, i]` stored as a convolution `[o, i, 1, 1]`; or "transposed".
+      third: index of the tensor's third of the rows, where the stored tensor is a concatenation of three; else None.
     """
 
     name: str
@@ -53,13 +54,14 @@ class Place:
 
 
 def places(component: str, config, *, first_stage_encoder: bool = False) -> dict[str, Place]:
-    """The place of every tensor of a diffusers component.
+    """Returns the place of every tensor of a diffusers component by the tensor's name.
 
     Args:
       component: "unet", "vae" or "image_encoder".
-      first_stage_encoder: look for the VAE's encoder in the first stage, which has no `quant_conv`.
+      config: our config.
+      first_stage_encoder: place the VAE's encoder in the first stage, which has no `quant_conv`.
     Raises:
-      WeightsError: if sgm has no such network.
+      WeightsError: if the format cannot express the network.
     """
     if component == "vae" and config.layers_per_block != 2:
         raise WeightsError(f"the single file has 2 resnets in the decoder's middle, this VAE {config.layers_per_block}")
@@ -100,7 +102,7 @@ def _unet_place(name: str, config: UNetConfig) -> Place:
     module, leaf = name.rsplit(".", 1)
     if module in _UNET_ENDS:
         return Place(f"{UNET}{_UNET_ENDS[module]}.{leaf}")
-    block, kind, n, rest = re.fullmatch(r"(.+_blocks?(?:\.\d+)?)\.(\w+)\.(\d+)\.(.+)", name).groups()
+    block, kind, n, rest = _parts(r"(.+_blocks?(?:\.\d+)?)\.(\w+)\.(\d+)\.(.+)", name)
     if kind == "resnets":
         rest = _resnet_leaf(rest)
     elif kind == "attentions":
@@ -111,8 +113,18 @@ def _unet_place(name: str, config: UNetConfig) -> Place:
     return Place(f"{UNET}{_unet_module(block, kind, int(n), config)}.{rest}")
 
 
+def _parts(pattern: str, name: str) -> tuple[str, ...]:
+    """Returns the groups of `pattern` in `name`, which must match."""
+    match = re.fullmatch(pattern, name)
+    assert match, name  # `manifest` contains no other names
+    return match.groups()
+
+
 def _unet_module(block: str, kind: str, n: int, config: UNetConfig) -> str:
-    """Position in sgm's flat lists: a level is its resnets (each with its transformer) and, going down, its sampler."""
+    """Returns the position in the original's flat lists of blocks.
+
+    A level has one entry per resnet (with its transformer) and, in the down path, one for its sampler.
+    """
     if block == "mid_block":
         return f"middle_block.{2 * n if kind == 'resnets' else 1}"
     side, level = block.split(".")
@@ -201,7 +213,7 @@ def _clip_place(name: str, config) -> Place:
     module, leaf = name.rsplit(".", 1)
     if module in _CLIP_MODULES:
         return Place(f"{CLIP}{_CLIP_MODULES[module]}.{leaf}")
-    layer, module = re.fullmatch(r"vision_model\.encoder\.layers\.(\d+)\.(.+)", module).groups()
+    layer, module = _parts(r"vision_model\.encoder\.layers\.(\d+)\.(.+)", module)
     block = f"{CLIP}transformer.resblocks.{layer}"
     if module in _CLIP_MODULES:
         return Place(f"{block}.{_CLIP_MODULES[module]}.{leaf}")
@@ -215,7 +227,7 @@ Read = Callable[[str], np.ndarray]
 
 
 def to_diffusers(place: Place, read: Read) -> np.ndarray:
-    """The tensor of diffusers at `place`; `read(name)` gives a tensor of the single file."""
+    """Converts the stored tensor at `place` to the layout of diffusers; `read(name)` returns a stored tensor."""
     value = read(place.name)
     if place.third is not None:
         value = np.split(value, 3)[place.third]
@@ -225,7 +237,7 @@ def to_diffusers(place: Place, read: Read) -> np.ndarray:
 
 
 def shapes_there(component: str, config, where: dict[str, Place]) -> Shapes:
-    """Names and shapes of the single file that `where` covers, in the order of `where`."""
+    """Returns `{name: shape}` of the stored tensors that `where` covers, in the order of `manifest`."""
     found: Shapes = {}
     for name, shape in manifest(component, config).items():
         if name not in where:
@@ -242,7 +254,7 @@ def shapes_there(component: str, config, where: dict[str, Place]) -> Shapes:
 
 
 def from_diffusers(where: dict[str, Place], read: Read) -> Iterator[tuple[str, np.ndarray]]:
-    """`(name, tensor)` of the single file in the order of `shapes_there`; `read(name)` gives a tensor of diffusers."""
+    """Yields `(name, tensor)` to store, in the order of `shapes_there`; `read(name)` returns a tensor of diffusers."""
     sources: dict[str, list[tuple[str, Place]]] = {}
     for name, place in where.items():
         sources.setdefault(place.name, []).append((name, place))

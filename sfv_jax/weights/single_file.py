@@ -1,4 +1,4 @@
-"""Stability's single file of all three networks, in and out (names: `sgm`), every tensor accounted for."""
+"""Strict reader and writer of Stability's single file of all three networks (its names: `sgm`)."""
 
 import dataclasses
 import itertools
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,18 +21,17 @@ from sfv_jax.weights import sgm
 from sfv_jax.weights.components import COMPONENTS, to_json
 from sfv_jax.weights.diffusers import lazy_params, manifest, reader
 from sfv_jax.weights.folders import WeightsError, refuse_existing, shape_problems
-from sfv_jax.weights.lazy import read_all
 from sfv_jax.weights.reader import FLOATS, Tensor, Tensors
 from sfv_jax.weights.writer import Shapes, write_safetensors
 
-# What no shape tells, kept in the header of the files we write.
+# Config fields that no tensor's shape determines; stored in the header of the files we write.
 UNTOLD = {
     "unet": ("num_attention_heads", "num_frames", "sample_size"),
     "vae": ("scaling_factor", "sample_size"),
     "image_encoder": ("num_attention_heads",),
 }
-HEAD_DIM = {"unet": 64, "image_encoder": 80}  # of SVD, where the header does not say how many heads there are
-# Tensors of a file that no network of ours has, with the reason that goes into the report.
+HEAD_DIM = {"unet": 64, "image_encoder": 80}  # of SVD; used where the header lacks the number of heads
+# Patterns of tensors that none of our networks has, with the reason to report.
 IGNORED = {
     r"conditioner\.embedders\.0\.open_clip\.(?!model\.visual\.)": "CLIP's text side",
     r"conditioner\.embedders\.3\.encoder\.(decoder|post_quant_conv)\.": "the conditioner's decoder",
@@ -52,32 +52,34 @@ def save_single_file(
     """Writes one file with the names of the original, complete or not at all.
 
     Args:
-      path: ending in `.safetensors`.
-      load: gives the parameters of a component by name; called once for each, so that only one is held at a time.
-      configs: of all three components.
+      path: a name that ends in `.safetensors`.
+      load: function from the name of a component to its parameters; called once per component, so that memory holds
+        one component at a time.
+      configs: our configs of all three components by name.
       variant: "fp16" for half precision, None for fp32.
+      overwrite: replace an existing file.
     Raises:
-      WeightsError: if the file exists, its name ends otherwise, or the networks are none that this format can express.
+      WeightsError: if the file exists, its name ends otherwise, or the format cannot express the networks.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise WeightsError(f"{path}: the name of a single file must end in .safetensors")
     refuse_existing(path, overwrite)
     for name in COMPONENTS:
-        to_json(name, configs[name])  # the same limits as diffusers has
+        to_json(name, configs[name])  # the limits of diffusers apply here too
     shapes: Shapes = {}
     for name in COMPONENTS:
         for where in _parts(name, configs[name]):
             shapes |= sgm.shapes_there(name, configs[name], where)
     tensors = (pair for name in COMPONENTS for pair in _tensors(name, load(name), configs[name]))
-    untold = {name: {field: getattr(configs[name], field) for field in UNTOLD[name]} for name in COMPONENTS}
+    extra = {name: {field: getattr(configs[name], field) for field in UNTOLD[name]} for name in COMPONENTS}
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.float16 if variant == "fp16" else np.float32)
-    write_safetensors(path, shapes, tensors, dtype, {"sfv_jax": json.dumps(untold)})
+    write_safetensors(path, shapes, tensors, dtype, {"sfv_jax": json.dumps(extra)})
 
 
 def _parts(component: str, config) -> list[dict[str, sgm.Place]]:
-    """The places of a component, and for the VAE those of the encoder's copy."""
+    """Returns the places of a component, and for the VAE also those of the encoder's copy."""
     where = sgm.places(component, config)
     if component != "vae":
         return [where]
@@ -92,7 +94,7 @@ def _tensors(component: str, params: tree.Params, config) -> Iterator[tuple[str,
 
 
 def _without_quant_conv(name: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Tensor `name` of an encoder whose last convolution does the work of `quant_conv` too."""
+    """Returns tensor `name` of an encoder whose last convolution includes `quant_conv`."""
     value = read(name)
     if not name.startswith("encoder.conv_out."):
         return value
@@ -109,9 +111,10 @@ class SingleFile:
     """A single file whose names and shapes have been checked.
 
     Attributes:
-      configs: of the three components.
-      places: for each component, where diffusers' tensors lie.
-      notes: lines for the user: what was assumed and what was left out.
+      tensors: the stored tensors.
+      configs: our configs of the three components by name.
+      places: for each component, the places of diffusers' tensors by name.
+      notes: lines for the user about assumptions and omitted tensors.
     """
 
     tensors: Tensors
@@ -121,16 +124,17 @@ class SingleFile:
 
 
 def is_single_file(tensors: Tensors) -> bool:
-    """Whether the UNet has the names of the original."""
+    """Returns whether the UNet's tensors have the names of the original."""
     return any(name.startswith(sgm.UNET) for name in tensors.names())
 
 
 def open_single_file(tensors: Tensors, *, num_frames: int | None = None) -> SingleFile:
-    """Finds the networks in a single file by names and shapes.
+    """Infers the networks of a single file from its names and shapes, and checks every tensor.
 
     Args:
-      num_frames: of the clips the UNet was trained on, which no tensor tells; default: what the header of a file of
-        ours says, else 25 if the file's name has "xt" in it, else 14.
+      tensors: the tensors of the file.
+      num_frames: frames of the clips on which the UNet was trained, which no shape determines; default: the number in
+        the header of a file that we wrote, else 25 if the file's name contains "xt", else 14.
     Raises:
       WeightsError: if it is not such a file; lists every tensor that is missing, unexpected or misshapen.
     """
@@ -140,13 +144,13 @@ def open_single_file(tensors: Tensors, *, num_frames: int | None = None) -> Sing
         raise WeightsError(f"{where} is not a single file of SVD: no tensor begins with {sgm.UNET}")
     if f"{sgm.FIRST_STAGE}decoder.conv_out.time_mix_conv.weight" not in shapes:
         raise WeightsError(f"{where} has no temporal decoder: take the file without image_decoder in its name")
-    told = _told(tensors)
+    stored = _stored(tensors)
     notes: list[str] = []
-    configs = _infer(shapes, told, where)
-    frames = num_frames or told["unet"].get("num_frames")
+    configs = _infer(shapes, stored, where)
+    frames = num_frames or stored["unet"].get("num_frames")
     if frames is None:
         frames = 25 if "xt" in stem else 14
-        notes.append(f"{frames} frames, judged by the name {stem}; --num_frames says otherwise")
+        notes.append(f"{frames} frames, inferred from the name {stem}; --num_frames overrides this")
     configs["unet"] = dataclasses.replace(configs["unet"], num_frames=frames)
     bare = sgm.CONDITIONER + "encoder.conv_in.weight" not in shapes
     if bare:
@@ -159,13 +163,8 @@ def open_single_file(tensors: Tensors, *, num_frames: int | None = None) -> Sing
     return SingleFile(tensors, configs, places, notes)
 
 
-def load_single_file(single: SingleFile, component: str, dtype=None) -> tree.Params:
-    """Parameters of one component, nested dict of numpy arrays in our layout, cast to `dtype` unless None."""
-    return read_all(lazy_single_file(single, component, dtype))
-
-
 def lazy_single_file(single: SingleFile, component: str, dtype=None) -> tree.Params:
-    """As `load_single_file`, with `Lazy` leaves; errors as in `diffusers.lazy_params`."""
+    """Returns the parameters of one component as a nested dict of `Lazy` leaves; see `diffusers.lazy_params`."""
     config, there, where = single.configs[component], single.tensors, single.places[component]
     entries = {}
     for name, shape in manifest(component, config).items():
@@ -180,16 +179,16 @@ def lazy_single_file(single: SingleFile, component: str, dtype=None) -> tree.Par
 
 
 def _identity(shape: tuple[int, ...], like: Tensor) -> np.ndarray:
-    """Weight `[o, i, 1, 1]` or bias `[o]` of a convolution that changes nothing, in the dtype of `like`."""
+    """Returns weight `[o, i, 1, 1]` or bias `[o]` of an identity convolution in the dtype of `like`."""
     dtype = like.load().dtype
     return np.zeros(shape, dtype) if len(shape) == 1 else np.eye(shape[0], dtype=dtype).reshape(shape)
 
 
-def _told(tensors: Tensors) -> dict[str, dict]:
-    """What the header says of `UNTOLD`, for each component."""
+def _stored(tensors: Tensors) -> dict[str, dict]:
+    """Returns the `UNTOLD` fields of each component that the header contains."""
     try:
-        told = json.loads(tensors.metadata.get("sfv_jax", "{}"))
-        return {name: {k: _frozen(told[name][k]) for k in UNTOLD[name] if k in told.get(name, {})} for name in UNTOLD}
+        entry = json.loads(tensors.metadata.get("sfv_jax", "{}"))
+        return {name: {k: _frozen(entry[name][k]) for k in UNTOLD[name] if k in entry.get(name, {})} for name in UNTOLD}
     except (ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{tensors.where()}: the entry sfv_jax of its header is broken") from error
 
@@ -198,15 +197,15 @@ def _frozen(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def _infer(shapes: Shapes, told: dict, where: str) -> dict:
+def _infer(shapes: Shapes, stored: dict, where: str) -> dict:
     kinds = {"unet": (UNetConfig, _unet), "vae": (VAEConfig, _vae), "image_encoder": (CLIPConfig, _clip)}
-    found = {}
+    found: dict[str, Any] = {}
     try:
         for name, (kind, infer) in kinds.items():
             inferred = infer(shapes)
-            if name in HEAD_DIM and "num_attention_heads" not in told[name]:
+            if name in HEAD_DIM and "num_attention_heads" not in stored[name]:
                 inferred |= {"num_attention_heads": _heads(name, inferred)}
-            found[name] = kind(**inferred | told[name])
+            found[name] = kind(**inferred | stored[name])
     except KeyError as error:
         raise WeightsError(f"{where} is not a single file of SVD: it has no {error.args[0]}") from error
     except ValueError as error:
@@ -215,7 +214,7 @@ def _infer(shapes: Shapes, told: dict, where: str) -> dict:
 
 
 def _account(shapes: Shapes, expected: Shapes, copy: set[str], tensors: Tensors) -> list[str]:
-    """Notes on the tensors left out by a rule; raises WeightsError on any other that no network has."""
+    """Returns notes on the tensors that `IGNORED` covers; raises WeightsError if any other tensor does not fit."""
     rest, notes = shapes.keys() - expected.keys() - copy, []
     for pattern, reason in IGNORED.items():
         ignored = {name for name in rest if re.match(pattern, name)}
@@ -233,13 +232,13 @@ def _account(shapes: Shapes, expected: Shapes, copy: set[str], tensors: Tensors)
 def _heads(component: str, inferred: dict):
     widths = inferred["block_out_channels"] if component == "unet" else (inferred["hidden_size"],)
     if any(width % HEAD_DIM[component] for width in widths):
-        raise ValueError(f"cannot tell how many attention heads {component} has, its widths being {widths}")
+        raise ValueError(f"the number of attention heads of {component} cannot be inferred from its widths {widths}")
     heads = tuple(width // HEAD_DIM[component] for width in widths)
     return heads if component == "unet" else heads[0]
 
 
 def _unet(shapes: Shapes) -> dict:
-    """Levels end with a downsampler, except the last; all have as many resnets."""
+    """Infers the config from the levels: each but the last ends with a downsampler, all have as many resnets."""
     at = {name.removeprefix(sgm.UNET): shape for name, shape in shapes.items()}
     blocks = 1 + max(int(name.split(".")[1]) for name in at if name.startswith("input_blocks."))
     samplers = [n for n in range(blocks) if f"input_blocks.{n}.0.op.weight" in at]
@@ -287,7 +286,7 @@ def _count(there: Callable[[int], bool]) -> int:
 
 
 def _compare_encoders(tensors: Tensors, config: VAEConfig, copy: set[str]) -> list[str]:
-    """One line if the first stage's encoder is another than the conditioner's, which diffusers and we take."""
+    """Returns one line if the first stage's encoder differs from the conditioner's, which diffusers and we use."""
     where = sgm.places("vae", config)
     different = []
 
@@ -301,7 +300,7 @@ def _compare_encoders(tensors: Tensors, config: VAEConfig, copy: set[str]) -> li
         found = tensors.read(twin)
         if not name.startswith("encoder.conv_out."):
             same = found.tobytes() == tensors.read(place.name).tobytes()
-        else:  # a product, rounded to the file's precision
+        else:  # the product with quant_conv, rounded to the file's precision
             expected = _without_quant_conv(name, read)
             tolerance = 1e-2 if found.dtype.itemsize < 4 else 1e-5
             same = found.shape == expected.shape

@@ -1,7 +1,8 @@
-"""Writing safetensors files tensor by tensor: one array in memory at a time, complete files or none.
+"""Writer of safetensors files, tensor by tensor: one array in memory at a time, complete files or none.
 
 The format: 8 bytes with the length of the header (little endian), the header as JSON padded with spaces to a multiple
-of 8, then the tensors' bytes in the order of their offsets. For the same tensors our bytes equal the library's own.
+of 8, then the tensors' bytes in the order of their offsets. Our files equal those of the safetensors library byte for
+byte.
 """
 
 import json
@@ -28,21 +29,25 @@ def write_safetensors(
     dtype: np.dtype,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes one file, all tensors as `dtype` (float16 or float32).
+    """Writes one file.
 
     Args:
-      tensors: `(name, array)` of exactly the names of `shapes`, in their order; read one by one.
-      metadata: strings for the header beside torch's `{"format": "pt"}`.
+      path: the file.
+      shapes: shapes by name, in the order of the file.
+      tensors: `(name, array)` for exactly the names of `shapes`, in their order; consumed one by one.
+      dtype: float16 or float32, for all tensors.
+      metadata: strings for the header, in addition to torch's `{"format": "pt"}`.
     Raises:
       WeightsError: if `dtype` cannot hold a value.
-      ValueError: if `tensors` are not those announced.
+      ValueError: if `tensors` do not match `shapes`.
     """
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(_header(shapes, dtype, {"format": "pt"} | (metadata or {})))
         for (name, shape), (found, value) in zip(shapes.items(), tensors, strict=True):
             if (found, value.shape) != (name, tuple(shape)):
                 raise ValueError(f"announced {name} {tuple(shape)}, got {found} {value.shape}")
-            file.write(_cast(name, value, dtype))
+            # numpy's stubs declare the buffer protocol for Python 3.12 and later only.
+            file.write(_cast(name, value, dtype))  # pyrefly: ignore[bad-argument-type]
 
 
 def _header(shapes: Shapes, dtype: np.dtype, metadata: dict[str, str]) -> bytes:
@@ -74,12 +79,19 @@ def write_weights(
     variant: str | None = None,
     max_shard_size: int | str = "10GB",
 ) -> list[Path]:
-    """Writes `STEM[.VARIANT].safetensors`, or shards of at most `max_shard_size` and an index, named as diffusers does.
+    """Writes `STEM[.VARIANT].safetensors`, or shards and an index under the names that diffusers uses.
 
-    A tensor larger than that has a shard of its own. Arguments and errors else as in `write_safetensors`.
-
+    Args:
+      folder: an existing folder.
+      stem: name up to the variant.
+      shapes, tensors, dtype: as for `write_safetensors`.
+      variant: suffix such as "fp16", or None.
+      max_shard_size: most bytes of a file, a number or text such as "10GB"; a larger tensor has a shard of its own.
     Returns:
       The weight files.
+    Raises:
+      WeightsError: if `dtype` cannot hold a value, or `max_shard_size` is not a size.
+      ValueError: if `tensors` do not match `shapes`.
     """
     shards = split(shapes, dtype, parse_size(max_shard_size))
     name = ".".join(filter(None, (stem, variant)))
@@ -101,7 +113,7 @@ def write_weights(
 
 
 def split(shapes: Shapes, dtype: np.dtype, limit: int) -> list[Shapes]:
-    """`shapes` in order, cut into runs of at most `limit` bytes (or one tensor)."""
+    """Splits `shapes` into consecutive runs of at most `limit` bytes or of one tensor."""
     shards: list[Shapes] = [{}]
     used = 0
     for name, shape in shapes.items():
@@ -115,10 +127,10 @@ def split(shapes: Shapes, dtype: np.dtype, limit: int) -> list[Shapes]:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of "10GB" (decimal, as the hub counts), "500MB", "2GiB" or a number.
+    """Converts "10GB" (decimal, as on the hub), "500MB", "2GiB" or a number to bytes.
 
     Raises:
-      WeightsError: if it is not a positive size.
+      WeightsError: if `size` is not a positive size.
     """
     text = str(size).strip().upper()
     unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if text.endswith(u)), "")

@@ -1,4 +1,4 @@
-"""Weight files that are broken or made to harm: each is named in one line, before anything large is read."""
+"""Broken and malicious weight files: one line names the fault before anything large is read."""
 
 import json
 import struct
@@ -75,7 +75,7 @@ def test_broken_files(case, tmp_path):
 
 
 def test_damage_never_ends_in_another_error(tmp_path):
-    """A thousand files with a few bytes of the header changed: read as before, or refused."""
+    """A thousand files with a few changed header bytes are either read or refused with a WeightsError."""
     rng, good, path = np.random.default_rng(0), save(TENSORS), tmp_path / "x.safetensors"
     refusals = 0
     for _ in range(1000):
@@ -117,9 +117,12 @@ INDICES = {
     "absolute": ({"a": "/etc/passwd", "b": "two.safetensors"}, "looks for 'a' outside its folder: '/etc/passwd'"),
     "number": ({"a": 1}, "has no weight_map"),
     "missing shard": ({"a": "one.safetensors", "b": "three.safetensors"}, "not there: three.safetensors"),
-    "tensor elsewhere": ({"a": "two.safetensors", "b": "one.safetensors"}, "'a' is in two.safetensors, but one"),
-    "tensor nowhere": ({"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}, "'c' is in .* is not"),
-    "tensor not listed": ({"a": "one.safetensors", "c": "two.safetensors"}, "'c' is in two.safetensors, but it is not"),
+    "tensor elsewhere": ({"a": "two.safetensors", "b": "one.safetensors"}, "'a' in two.safetensors, but it is in one"),
+    "tensor nowhere": (
+        {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"},
+        "'c' in .*, but it is not",
+    ),
+    "tensor not listed": ({"a": "one.safetensors", "c": "two.safetensors"}, "'c' in two.safetensors, but it is not"),
     "unlisted": ({"a": "one.safetensors", "b": "both.safetensors"}, "is in two files"),
 }
 
@@ -138,7 +141,7 @@ def test_indices(case, tmp_path):
 
 
 class Shout:
-    """Unpickled, it would run code."""
+    """Object that runs code when it is unpickled."""
 
     def __reduce__(self):
         return exec, ("raise SystemExit('code of the file ran')",)

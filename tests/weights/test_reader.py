@@ -1,4 +1,4 @@
-"""Every usual layout of the weights arrives as the same model folder; what cannot is refused and leaves nothing."""
+"""Every usual layout of the weights becomes the same model folder; other files are refused and leave nothing behind."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def random_params(component: str) -> tree.Params:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pipeline folder made without torch. Not to be changed."""
+    """A pipeline folder made without torch; tests must not change it."""
     path = tmp_path_factory.mktemp("sources") / "svd-random"
     save_pipeline(path, random_params, CONFIGS, SIGMAS)
     return path
@@ -51,7 +51,7 @@ def model(folder, tmp_path_factory):
 
 
 def split(unet, names: list[str], index: str | None):
-    """Cuts the UNet's only file into three of these names."""
+    """Splits the UNet's single file into three files of these names."""
     tensors = load_file(unet / f"{STEM}.safetensors")
     (unet / f"{STEM}.safetensors").unlink()
     parts = {name: sorted(tensors)[n::3] for n, name in enumerate(names)}
@@ -91,7 +91,7 @@ def test_shards(folder, layout, tmp_path):
 
 
 def test_names_of_weight_files():
-    """Of transformers, too; the plain precision first, safetensors before pickles."""
+    """Names of transformers are found too; plain precision comes first, safetensors before pickles."""
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index = "model.safetensors.index.json"
     assert find_weights(["config.json", *shards, index], "model") == [index, *shards]
@@ -110,7 +110,7 @@ def test_whole_folder(folder, model):
 
 
 def test_lone_unet(folder, model, tmp_path):
-    """AnimateLCM's form: one file with diffusers' names; the rest of the base."""
+    """AnimateLCM's form: one file with diffusers' names; all else comes from the base."""
     tensors = {k: 2 * v for k, v in load_file(folder / "unet" / f"{STEM}.safetensors").items()}
     path = tmp_path / "AnimateLCM-SVD-xt.safetensors"
     save_file(tensors, path)
@@ -162,7 +162,7 @@ def test_other_files_are_named(names, kind, tmp_path):
 
 
 def test_values_that_are_no_numbers(folder, tmp_path):
-    """Found while the network is written: its name in the message, nothing on disk."""
+    """NaN and infinity are found while the network is written: the message names the tensor, the disk stays empty."""
     bad = shutil.copytree(folder, tmp_path / "bad")
     path = bad / "unet" / f"{STEM}.safetensors"
     tensors = load_file(path)
@@ -190,7 +190,7 @@ def test_source_is_never_replaced(folder, model, tmp_path):
 
 
 def test_parameters_are_read_some_at_a_time(tmp_path, monkeypatch):
-    """No more than the limit is held while a tree is written."""
+    """Memory holds no more than the limit while a tree is written."""
     monkeypatch.setattr(lazy, "IN_FLIGHT", 4000)
     alive, most = [], 0
 
@@ -222,7 +222,7 @@ def test_remains_of_killed_processes(tmp_path):
         left.mkdir()
         (left / suffix).touch()
     with pytest.raises(WeightsError, match="out exists already"), new_folder(tmp_path / "out"):
-        pass  # a replacement was under way: the old folder is back
+        pass  # a replacement was interrupted: the old folder is restored
     assert (tmp_path / "out" / "old").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"out", f".out.partial-{host}-{os.getppid()}"}
 
@@ -231,7 +231,7 @@ SLOW = """
 import signal, sys, time
 from sfv_jax import convert
 from sfv_jax.weights import diffusers
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if the tests run in the background of a shell
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs
 read = diffusers._read
 diffusers._read = lambda *a: (print("reading", flush=True), time.sleep(0.1), read(*a))[-1]
 sys.argv = ["convert", "--src", sys.argv[1], "--dst", sys.argv[2]]
@@ -252,7 +252,7 @@ def test_stopped_while_reading(folder, tmp_path, number):
 
 
 class FakeHub:
-    """Stands for huggingface_hub: a folder on disk, or an error."""
+    """Stand-in for huggingface_hub: a folder on disk, or an error."""
 
     def __init__(self, folder, error=None):
         self.folder, self.error, self.asked = folder, error, []
@@ -299,7 +299,7 @@ def test_hub_errors(monkeypatch):
     from huggingface_hub import errors
 
     def error(kind):
-        return kind.__new__(kind)  # their constructors want the answer of a server
+        return kind.__new__(kind)  # their constructors require a server's response
 
     cases = [
         (

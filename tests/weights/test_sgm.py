@@ -1,4 +1,4 @@
-"""Stability's single file: names by rules, every tensor accounted for, the same bits after the detour."""
+"""Stability's single file: names by rules, every tensor checked, the same bits after a round trip."""
 
 import dataclasses
 import json
@@ -22,8 +22,9 @@ from sfv_jax.weights import sgm
 from sfv_jax.weights import single_file as single_file_module
 from sfv_jax.weights.diffusers import manifest, reader
 from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.lazy import read_all
 from sfv_jax.weights.reader import open_weights
-from sfv_jax.weights.single_file import load_single_file, open_single_file, save_single_file
+from sfv_jax.weights.single_file import lazy_single_file, open_single_file, save_single_file
 from tests.conftest import CONFIGS, noise
 
 FULL = {"unet": UNetConfig.svd(), "vae": VAEConfig.svd(), "image_encoder": CLIPConfig.svd()}
@@ -39,7 +40,7 @@ def single_file(params, tmp_path_factory):
 
 @pytest.mark.parametrize(("component", "config"), [*FULL.items(), ("unet", WIDE)], ids=[*FULL, "three levels"])
 def test_names_are_a_bijection(component, config):
-    """Every tensor has its own place, and reading the places of a file of these shapes gives the manifest back."""
+    """Every tensor has a place of its own, and tensors read from places of these shapes have the manifest's shapes."""
     where, names = sgm.places(component, config), manifest(component, config)
     assert where.keys() == names.keys() and len({(p.name, p.third) for p in where.values()}) == len(names)
     there = sgm.shapes_there(component, config, where)
@@ -52,7 +53,7 @@ def test_names_are_a_bijection(component, config):
 
 
 def test_names_of_the_original():
-    """Places read in the sources of VideoUNet, VideoDecoder and open_clip, chosen where a rule could go wrong."""
+    """Places taken from the sources of VideoUNet, VideoDecoder and open_clip, chosen where a rule could fail."""
     expected = {
         "unet": {
             "time_embedding.linear_2.bias": "time_embed.2.bias",
@@ -101,11 +102,11 @@ def test_names_of_the_original():
         assert {name: where[name].name for name in names} == {k: prefixes[component] + v for k, v in names.items()}
 
 
-TEMPORAL = re.compile(r"temporal_|time_mixer|time_pos_embed|time_conv_out")  # what Stable Diffusion has not
+TEMPORAL = re.compile(r"temporal_|time_mixer|time_pos_embed|time_conv_out")  # names that Stable Diffusion lacks
 
 
 def test_diffusers_finds_the_spatial_unet():
-    """diffusers' own reader of Stable Diffusion files, whose block numbers and spatial names are SVD's too."""
+    """diffusers' reader of Stable Diffusion files agrees; its block numbers and spatial names apply to SVD too."""
     torch = pytest.importorskip("torch")
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -118,7 +119,7 @@ def test_diffusers_finds_the_spatial_unet():
 
 
 def test_diffusers_reads_the_spatial_vae(params):
-    """As above, with the levels of the decoder in reverse and the attention as convolutions; four levels as in SVD."""
+    """The same for the VAE: decoder levels in reverse, attention as convolutions, four levels as in SVD."""
     torch = pytest.importorskip("torch")
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
@@ -137,7 +138,7 @@ def test_diffusers_reads_the_spatial_vae(params):
 
 
 def test_torch_reads_the_fused_attention(pipe, params):
-    """open_clip's attention is torch's MultiheadAttention: the same output as of transformers' separate q, k and v."""
+    """torch's MultiheadAttention, which open_clip uses, matches the separate q, k and v of transformers."""
     torch = pytest.importorskip("torch")
     config = CONFIGS["image_encoder"]
     _, read = reader("image_encoder", params["image_encoder"], config)
@@ -154,8 +155,8 @@ def test_torch_reads_the_fused_attention(pipe, params):
 
 
 def differences(single, params) -> list[str]:
-    """Names of the components whose bits are not those of `params`."""
-    found = {name: tree.flatten(load_single_file(single, name)) for name in CONFIGS}
+    """Returns the names of the components whose bits differ from those of `params`."""
+    found = {name: tree.flatten(read_all(lazy_single_file(single, name))) for name in CONFIGS}
     expected = {name: tree.flatten(params[name]) for name in CONFIGS}
     assert all(found[name].keys() == expected[name].keys() for name in CONFIGS)
     return [k for k in CONFIGS if not all(np.array_equal(found[k][p], x) for p, x in expected[k].items())]
@@ -179,7 +180,7 @@ def test_round_trip(single_file, params):
 
 
 def test_a_wrong_rule_is_noticed(single_file, params, monkeypatch):
-    """Two levels of the decoder exchanged, as if they were not counted in reverse, and q taken for k."""
+    """Two decoder levels are exchanged, as if they were not counted in reverse, and q is exchanged with k."""
     right = sgm.places("vae", CONFIGS["vae"])
 
     def exchanged(component, config, **kw):
@@ -201,7 +202,7 @@ def test_a_wrong_rule_is_noticed(single_file, params, monkeypatch):
 
 
 def test_configs_of_the_released_sizes():
-    """From the shapes of full-size files alone; without our header the heads are SVD's, 64 and 80 wide."""
+    """Shapes of full-size files determine the configs; without our header, heads have SVD's widths, 64 and 80."""
     shapes = {}
     for name, config in FULL.items():
         shapes |= sgm.shapes_there(name, config, sgm.places(name, config))
@@ -218,15 +219,16 @@ def test_frames_are_told_by_flag_header_or_name(single_file, tmp_path):
         path = tmp_path / f"{name}.safetensors"
         save_file(tensors, path, metadata={"sfv_jax": json.dumps(untold)})
         single = open_single_file(open_weights(path))
-        assert single.configs["unet"].num_frames == frames and f"{frames} frames, judged by the name" in single.notes[0]
+        assert single.configs["unet"].num_frames == frames
+        assert f"{frames} frames, inferred from the name" in single.notes[0]
     save_file(tensors, path)
-    with pytest.raises(WeightsError, match=r"cannot tell how many attention heads unet has, .* \(32, 64\)"):
+    with pytest.raises(WeightsError, match=r"attention heads of unet cannot be inferred from its widths \(32, 64\)"):
         open_single_file(open_weights(path))
 
 
 def test_every_tensor_is_accounted_for(single_file, params, tmp_path):
     def as_released(tensors):
-        """What the original holds besides: the text side of open_clip, and the conditioner's decoder."""
+        """Adds other tensors of the original: the text side of open_clip, and the conditioner's decoder."""
         for name in ("logit_scale", "token_embedding.weight", "ln_final.bias", "transformer.resblocks.0.ln_1.bias"):
             tensors[f"conditioner.embedders.0.open_clip.model.{name}"] = np.zeros(3, np.float32)
         tensors[f"{sgm.CONDITIONER}decoder.conv_in.weight"] = np.zeros(3, np.float32)
@@ -271,7 +273,7 @@ def test_other_files_are_named(single_file, pipeline_folder, tmp_path):
 
 
 def test_the_two_encoders(single_file, params, tmp_path):
-    """The first stage's copy does without quant_conv, is compared, and serves where the conditioner's is missing."""
+    """The first stage's copy lacks quant_conv, is compared, and replaces the conditioner's where that is missing."""
 
     def blur(tensors):
         tensors["first_stage_model.encoder.norm_out.bias"] += 1e-6
@@ -287,7 +289,7 @@ def test_the_two_encoders(single_file, params, tmp_path):
 
     single = open_single_file(open_weights(edit(single_file, tmp_path / "bare.safetensors", bare)))
     assert "identity as quant_conv" in single.notes[0]
-    vae = load_single_file(single, "vae")
+    vae = read_all(lazy_single_file(single, "vae"))
     assert np.array_equal(vae["quant_conv"]["kernel"][0, 0], np.eye(8))
     last, mix = params["vae"]["encoder"]["conv_out"], params["vae"]["quant_conv"]
     for name, value in (
@@ -300,7 +302,7 @@ def test_the_two_encoders(single_file, params, tmp_path):
 
 
 def test_command(single_file, params, tmp_path):
-    """A single file in, a model folder, and the same file out."""
+    """The command converts a single file to a model folder, and the exporter writes the same file again."""
     command = [sys.executable, "-m", "sfv_jax.convert", "--src", str(single_file), "--dst", str(tmp_path / "model")]
     done = subprocess.run([*command, "--num_frames=5"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "1,302,288 parameters" in done.stdout, done.stderr
