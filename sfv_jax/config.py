@@ -1,6 +1,6 @@
-"""The defaults of every config field, each with its source. Files in `configs/` start from here and change numbers.
+"""Defaults of all config fields, each with its source. Files in `configs/` start here and show the numbers of a recipe.
 
-"paper" is SF-V (arXiv 2406.04324); "choice" marks what no source states, with the reason in docs/decisions.md.
+"paper" is SF-V (arXiv 2406.04324); "choice" marks values that no source states, with the reason in docs/decisions.md.
 """
 
 from dataclasses import replace
@@ -13,50 +13,50 @@ except ImportError:
 
 from sfv_jax.errors import UserError
 
-if TYPE_CHECKING:  # configs are read by commands that have no use for JAX yet
+if TYPE_CHECKING:  # commands read configs before they need JAX
     from sfv_jax.data.worlds import World
     from sfv_jax.models.codec import PatchCodec
     from sfv_jax.models.unet import UNetConfig
 
 
 def sm3(lr: float, **changes) -> ConfigDict:
-    """SM3 with the paper's momentum 0.5 and beta 0.999; no warm-up is mentioned there."""
+    """Returns SM3 with the paper's momentum 0.5 and beta 0.999; the paper mentions no warm-up."""
     return ConfigDict(dict(name="sm3", momentum=0.5, beta=0.999) | schedule(lr) | changes)
 
 
 def adamw(lr: float, **changes) -> ConfigDict:
-    """AdamW; SVD itself was trained with it (svd paper, appendix D)."""
+    """Returns AdamW, with which SVD itself was trained (SVD paper, appendix D)."""
     return ConfigDict(dict(name="adamw", b1=0.9, b2=0.999, weight_decay=0.0) | schedule(lr) | changes)
 
 
 def schedule(lr: float) -> dict:
-    """Fields of both optimisers. All are choices: the paper gives a learning rate and nothing more."""
+    """Returns the fields of both optimizers. All but `lr` are choices: the paper gives only a learning rate."""
     return dict(
         lr=lr,
-        warmup_steps=0,  # linear, from lr / warmup_steps; SM3's first step is 16 times lr, so 100 or so is worth a try
+        warmup_steps=0,  # linear, from lr / warmup_steps; SM3's first step is 16 times lr, so try about 100
         schedule="constant",  # after the warm-up: "constant", "cosine" or "linear" (to zero)
         decay_steps=0,  # length of "cosine" and "linear"
-        clip_norm=0.0,  # largest norm of the gradient; 0: any
+        clip_norm=0.0,  # gradients are scaled down to at most this norm; 0: never
     )
 
 
 def default() -> ConfigDict:
-    """Fields all methods share."""
+    """Returns the fields that all methods share."""
     return ConfigDict(
         dict(
             method="",  # module of sfv_jax.methods
-            init="",  # model folder or workdir to start from; "" initialises at random
-            init_weights="ema",  # of a workdir: "ema" or "generator"
+            init="",  # model folder or workdir to start from; "" initializes at random
+            init_weights="ema",  # which weights of a workdir: "ema" or "generator"
             seed=0,
             steps=50_000,  # paper
-            batch_size=32,  # samples per optimiser step, over all devices and micro-batches; paper
+            batch_size=32,  # samples per optimizer step, over all devices and micro-batches; paper
             accumulation_steps=1,
-            dtype="bfloat16",  # compute dtype; parameters and optimiser state are fp32
+            dtype="bfloat16",  # compute dtype; parameters and optimizer state are fp32
             ema_decay=0.95,  # paper
             # Generator parameters to train: "all" (paper), "temporal", "spatial", or a regular expression on their
-            # paths ("up_blocks|conv_out"). The others have no gradient and no optimiser state. Heads always learn.
+            # paths ("up_blocks|conv_out"). The others have no gradient and no optimizer state. Heads always train.
             trainable="all",
-            # How the UNet is computed, for any `init`. Without `init` any other field of UNetConfig may be added.
+            # How the UNet is computed, for any `init`. Without `init`, any other field of UNetConfig may be added.
             unet=dict(
                 remat=False,  # recompute resnets and transformer halves in the backward pass: less memory, more time
                 temporal_conv="conv",  # "matmul" on CPU
@@ -66,57 +66,57 @@ def default() -> ConfigDict:
                 source="latents",  # "latents": a cache made by sfv_jax.prepare; "world": the procedural world
                 path="",
                 split="train",
-                any_encoders=False,  # accept a cache made by another VAE or CLIP tower than those of `init`
-                world_size=10_000,  # clips of the world's training split
+                any_encoders=False,  # accept a cache from another VAE or CLIP tower than those of `init`
+                world_size=10_000,  # clips in the world's training split
                 world=dict(),  # changes to worlds.World
             ),
             patch_codec=dict(),  # changes to codec.PatchCodec, for the world
             mesh=dict(data=-1, fsdp=1, spatial=1),
             log_every=50,
             checkpoint_every=1000,
-            keep_checkpoints=3,  # the newest
-            keep_every=0,  # and for ever those of steps that this divides; 0: none
+            keep_checkpoints=3,  # keeps this many of the newest
+            keep_every=0,  # also keeps every checkpoint whose step is a multiple of this; 0: none
             sample_every=1000,  # 0: never
             sample_count=4,
-            # A run that goes wrong says so; thresholds and what they compare are in sfv_jax/alarms.py. 0 turns one off.
-            # All are choices. A number that is not finite always stops the run.
+            # Alarms of a run that goes wrong (sfv_jax/training/alarms.py); 0 turns a threshold off. All are choices.
+            # NaN or infinity always stops the run.
             alarms=dict(
-                on_alarm="warn",  # or "stop", with the exit code 1 and the last checkpoint as it is
+                on_alarm="warn",  # or "stop": exit code 1, the last checkpoint stays as it is
                 patience=3,  # log intervals in a row
-                min_live=0.02,  # the discriminator is saturated: less of its losses' slope is left (`live/*`)
-                max_gap=20.0,  # the same: fake less real logits (`gap/*`); hinge losses need a gap of 2
-                min_motion=0.05,  # frames stand still: energy of frame differences, fakes over real, at one step
-                max_data_wait=0.2,  # share of the time spent waiting for data while the accelerator is idle; only warns
+                min_live=0.02,  # saturated discriminator: active fraction of the losses' gradient (`live/*`) below this
+                max_gap=20.0,  # also saturated: fake minus real logits (`gap/*`) above this; hinge losses need 2
+                min_motion=0.05,  # still frames: energy of frame differences, fake / real, in one step, below this
+                max_data_wait=0.2,  # share of time waiting for data while the accelerator is idle; only warns
             ),
             wandb_project="",  # also write to this Weights & Biases project; needs `pip install wandb`
-            profile_start=0,  # jax.profiler traces of the `profile_steps` steps after this one, in WORKDIR/profile
+            profile_start=0,  # jax.profiler traces the `profile_steps` steps after this one into WORKDIR/profile
             profile_steps=0,
         )
     )
 
 
 def gan(**changes) -> dict:
-    """Fields of the methods with a discriminator (`methods/adversarial.py`), with SF-V's values.
+    """Returns the fields of methods with a discriminator (`methods/adversarial.py`), with SF-V's values.
 
-    Table 1 of the paper compares methods that all have SF-V's discriminator, so they share its regularisation.
+    All such methods in Table 1 of the paper have SF-V's discriminator, so they share its regularization.
     """
     fields = dict(
         adv_weight=1.0,  # paper, Eq. 10
-        recon_weight=0.1,  # of the method's second loss; paper: lambda
-        gan_loss="hinge",  # paper, Eq. 11; "relativistic": pairs of real and fake (R3GAN, arXiv 2501.05441)
+        recon_weight=0.1,  # weight of the method's second loss; paper: lambda
+        gan_loss="hinge",  # paper, Eq. 11; or "relativistic", on pairs of real and fake (R3GAN, arXiv 2501.05441)
         r1_weight=1e-5,  # choice: gamma of ADD (arXiv 2311.17042); for "perturbation", APT uses 100
         r2_weight=0.0,  # the same penalty on fakes; the paper has none
-        r1_form="gradient",  # on head inputs, exact; "perturbation": of clean latents (APT, arXiv 2501.08316)
+        r1_form="gradient",  # exact, on head inputs; or "perturbation" of clean latents (APT, arXiv 2501.08316)
         perturbation_std=0.1,  # APT, for video
-        shared_noise=True,  # paper writes one s' and one eps' for the pair of real and fake
-        generator_every=1,  # choice: the generator learns in each n-th step; the others skip its backward pass
-        heads_every=1,  # choice: the heads learn in each n-th step
+        shared_noise=True,  # the paper writes one s' and one eps' for the pair of real and fake
+        generator_every=1,  # choice: updates the generator every n-th step; other steps skip its backward pass
+        heads_every=1,  # choice: updates the heads every n-th step
     )
     return fields | changes
 
 
 def adversarial(method: str, **fields) -> ConfigDict:
-    """A method with SF-V's discriminator and optimisers; `fields` are those of its own section."""
+    """Returns a method with SF-V's discriminator and optimizers; `fields` make up its own section."""
     config = default()
     config.update(
         dict(
@@ -124,7 +124,7 @@ def adversarial(method: str, **fields) -> ConfigDict:
             accumulation_steps=4,  # paper: batch 32 by 4-step accumulation on 8 GPUs
             generator_optimizer=sm3(1e-5),  # paper
             heads_optimizer=sm3(1e-4),  # paper
-            discriminator=dict(  # paper Fig. 3; kernels and widths: choice
+            discriminator=dict(  # paper, Fig. 3; kernels and widths: choice
                 spatial=True, temporal=True, spatial_kernel=3, temporal_kernel=9, projection_dim=64, sinusoid_dim=256
             ),
         )
@@ -134,7 +134,7 @@ def adversarial(method: str, **fields) -> ConfigDict:
 
 
 def sfv() -> ConfigDict:
-    """SF-V with every number of the paper."""
+    """Returns SF-V with all numbers of the paper."""
     return adversarial(
         "sfv",
         generator_levels=4,  # paper: Tg
@@ -148,56 +148,56 @@ def sfv() -> ConfigDict:
 
 
 def ladd() -> ConfigDict:
-    """LADD (arXiv 2403.12015) as SF-V's Table 1 has it: on SVD, with SF-V's discriminator and optimisers."""
+    """Returns LADD (arXiv 2403.12015) as in SF-V's Table 1: on SVD, with SF-V's discriminator and optimizers."""
     return adversarial(
         "ladd",
-        # The highest levels of Eq. 5 with this many, one for each probability. LADD gives four probabilities, so with
-        # Tg = 4 the lowest level, sigma 0.002, is one of them (it teaches nothing); 5 takes four useful ones.
+        # Number of levels of Eq. 5; the highest are used, one per probability. LADD gives four probabilities, so Tg = 4
+        # includes the lowest level, sigma 0.002, which teaches nothing; 5 gives four useful levels.
         generator_levels=4,
         probabilities=(0.1, 0.1, 0.1, 0.7),  # LADD, from the lowest level to the highest
         warmup_steps=500,  # LADD: steps with the probabilities below
-        warmup_probabilities=(0.5, 0.5, 0.0, 0.0),  # LADD: the lower levels alike
+        warmup_probabilities=(0.5, 0.5, 0.0, 0.0),  # LADD: uniform over the lower levels
         discriminator_levels=1000,  # paper: Td
-        p_mean=1.0,  # LADD: logit-normal(1, 1), in sigma this lognormal
+        p_mean=1.0,  # LADD: logit-normal(1, 1), which in sigma is this lognormal
         p_std=1.0,
-        # 0: real videos. n: the frozen base model makes the training videos anew in each step, in n guided Euler steps
-        # from the batch's conditions, as LADD trains; that costs 2n forward passes.
+        # 0: real videos. n: in each step the frozen base model samples new training videos, in n guided Euler steps
+        # under the batch's conditions, as LADD trains; that costs 2n forward passes.
         teacher_steps=0,
-        teacher_guidance=(1.0, 3.0),  # SVD's ramp, weights of the first and the last frame
+        teacher_guidance=(1.0, 3.0),  # SVD's ramp: weights of the first and the last frame
         **gan(recon_weight=0.0),
     )
 
 
 def ufogen() -> ConfigDict:
-    """UFOGen (arXiv 2311.09257) as SF-V's Table 1 has it: on SVD, with SF-V's discriminator and optimisers."""
+    """Returns UFOGen (arXiv 2311.09257) as in SF-V's Table 1: on SVD, with SF-V's discriminator and optimizers."""
     return adversarial(
         "ufogen",
-        levels=1000,  # choice: as many as the discriminator of SF-V has; the level index is uniform
-        jump=0.25,  # UFOGen: the discriminator's level is this share of all levels below the generator's
+        levels=1000,  # choice: as for SF-V's discriminator; the level index is uniform
+        jump=0.25,  # UFOGen: the discriminator's level is lower than the generator's by this share of all levels
         **gan(
-            recon_weight=1.0,  # choice: of the denoising loss; UFOGen prints no number
+            recon_weight=1.0,  # choice: weight of the denoising loss; UFOGen prints no number
             shared_noise=False,  # UFOGen: independent noise
-            heads_every=2,  # SF-V's retraining
+            heads_every=2,  # paper: its retraining of UFOGen
         ),
     )
 
 
 def animatelcm() -> ConfigDict:
-    """AnimateLCM (arXiv 2402.00769) as released for SVD: consistency distillation with a guided teacher."""
+    """Returns AnimateLCM (arXiv 2402.00769) as released for SVD: consistency distillation with a guided teacher."""
     config = default()
     config.update(
         dict(
             method="animatelcm",
             accumulation_steps=4,  # as SF-V
-            ema_decay=0.95,  # of the target network
+            ema_decay=0.95,  # decay of the target network
             generator_optimizer=adamw(1e-6),
             animatelcm=dict(
                 levels=40,  # N, Karras
-                guidance_first=(1.0, 1.25, 1.5),  # ends of the teacher's guidance ramp, drawn for each video
+                guidance_first=(1.0, 1.25, 1.5),  # ends of the teacher's guidance ramp, drawn per video
                 guidance_last=(2.0, 2.25, 2.5),
                 huber_c=0.001,
                 weight_power=0.1,  # w_i = (1 / (s_i - s_{i+1}))^0.1
-                sampler="animatelcm",  # of the pictures made during training
+                sampler="animatelcm",  # for the pictures made during training
                 sample_steps=4,
             ),
         )
@@ -206,7 +206,7 @@ def animatelcm() -> ConfigDict:
 
 
 def teacher() -> ConfigDict:
-    """EDM denoising with the numbers of SVD's last training stage (svd paper, appendix D.4)."""
+    """Returns EDM denoising with the numbers of SVD's last training stage (SVD paper, appendix D.4)."""
     config = default()
     config.update(
         dict(
@@ -217,15 +217,26 @@ def teacher() -> ConfigDict:
                 p_mean=1.0,
                 p_std=1.6,
                 cond_drop=0.1,  # choice: SVD's rate is unpublished; InstructPix2Pix uses 0.05
-                sample_steps=25,  # Euler steps of the pictures made during training
+                sample_steps=25,  # Euler steps for the pictures made during training
             ),
         )
     )
     return config
 
 
+def finish(config: ConfigDict, arg: str) -> ConfigDict:
+    """Ends a `get_config(arg)`: returns `config`, or `tiny(config)` if `arg` is "tiny", locked against typos.
+
+    Raises:
+      UserError: if `arg` is neither "" nor "tiny".
+    """
+    if arg not in ("", "tiny"):
+        raise UserError(f"configs/{config.method}.py takes :tiny or nothing, not :{arg}")
+    return (tiny(config) if arg else config).lock()
+
+
 def tiny(config: ConfigDict) -> ConfigDict:
-    """The same method on the procedural world with networks that train on two CPU cores."""
+    """Returns the same method on the procedural world, with networks that train on two CPU cores."""
     codec = dict(patch=2, embed_cell=4, scaling_factor=4.0, offset=-0.6)
     config.update(
         dict(
@@ -251,7 +262,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
 
 
 def tiny_unet(codec: dict, size: int) -> dict:
-    """Two levels, wide enough for a latent cell's noise and condition to pass through the first one."""
+    """Returns a UNet of two levels, wide enough to pass a latent cell's noise and condition through the first."""
     channels = 3 * codec["patch"] ** 2
     return dict(
         in_channels=2 * channels,
@@ -262,24 +273,24 @@ def tiny_unet(codec: dict, size: int) -> dict:
         cross_attention_dim=3 * (size // codec["embed_cell"]) ** 2,
         addition_time_embed_dim=16,
         num_frames=6,
-        norm_groups=8,  # 32 groups of one channel would erase each frame's mean colour
+        norm_groups=8,  # 32 groups of one channel would erase each frame's mean color
         temporal_conv="matmul",
     )
 
 
 class ConfigError(UserError):
-    """A config that cannot be run; the message names the field."""
+    """Config that cannot be run; the message names the field."""
 
 
-# Fields of `config.unet` that may change with `init` given: they leave the parameters as they are.
+# Fields of `config.unet` that may be changed even with `init`, because they do not change the parameters.
 SAME_PARAMETERS = ("remat", "temporal_conv", "attention_kernel", "num_frames")
 
 
 def same_unet(unet: "UNetConfig", config: ConfigDict) -> "UNetConfig":
-    """`unet`, that of `config.init`, computed as `config.unet` says.
+    """Returns `unet`, the UNet of `config.init`, with the changes of `config.unet`.
 
     Raises:
-      ConfigError: if `config.unet` would change its parameters.
+      ConfigError: if these would change its parameters.
     """
     wrong = sorted(set(config.unet) - set(SAME_PARAMETERS))
     if wrong and config.data.source != "world":
@@ -288,26 +299,38 @@ def same_unet(unet: "UNetConfig", config: ConfigDict) -> "UNetConfig":
 
 
 def plain_unet(unet: "UNetConfig") -> "UNetConfig":
-    """`unet` without recomputation and fused attention: its jaxpr shows the FLOPs of the model."""
+    """Returns `unet` without recomputation and fused attention, so that its jaxpr shows the FLOPs of the model."""
     return replace(unet, remat=False, attention_kernel="einsum")
 
 
 def world_of(config: ConfigDict) -> "World":
-    """The world of `config.data.world`."""
+    """Returns the world of `config.data.world`.
+
+    Raises:
+      ConfigError: if its fields are wrong.
+    """
     from sfv_jax.data.worlds import World
 
     return _build(World, config.data.world, "data.world")
 
 
 def patch_codec_of(config: ConfigDict) -> "PatchCodec":
-    """The codec of `config.patch_codec`."""
+    """Returns the codec of `config.patch_codec`.
+
+    Raises:
+      ConfigError: if its fields are wrong.
+    """
     from sfv_jax.models.codec import PatchCodec
 
     return _build(PatchCodec, config.patch_codec, "patch_codec")
 
 
 def unet_of(config: ConfigDict) -> "UNetConfig":
-    """SVD's UNet with the changes of `config.unet`."""
+    """Returns SVD's UNet with the changes of `config.unet`.
+
+    Raises:
+      ConfigError: if its fields are wrong.
+    """
     from sfv_jax.models.unet import UNetConfig
 
     return _build(UNetConfig, config.unet, "unet")
@@ -321,5 +344,5 @@ def _build(kind, changes: ConfigDict, name: str):
 
 
 def _tuples(value):
-    """JSON's lists as the tuples they were, at every depth: what is built must be hashable."""
+    """Turns JSON's lists back into tuples, at every depth: the objects built from them must be hashable."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
