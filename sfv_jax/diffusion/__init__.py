@@ -1,1 +1,1 @@
-"""The mathematics of the method, pure functions: noise levels, preconditioning, losses, samplers of a network."""
+"""The mathematics of the method as pure functions: noise levels, preconditioning, losses, samplers of a network."""

@@ -29,9 +29,12 @@ def karras_sigmas(n: int, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO) -> 
 
 
 def sampling_sigmas(steps: int, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO) -> np.ndarray:
-    """`[steps + 1]` float32 levels a sampler visits: sigma_max downwards, a final 0 (diffusers EulerDiscreteScheduler).
+    """`[steps + 1]` float32 levels of a sampler: sigma_max downwards, a final 0 (diffusers EulerDiscreteScheduler).
 
     One step goes from sigma_max straight to 0.
+
+    Raises:
+      UserError: if steps < 1.
     """
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
@@ -79,7 +82,7 @@ def denoise(network: Callable, x: Array, sigma: Array, condition: dict) -> Array
 
 
 def velocity_target(x0: Array, noise: Array, sigma: Array) -> Array:
-    """v = (eps - sigma x0) / sqrt(sigma^2 + 1): what the raw output regresses to.
+    """v = (eps - sigma x0) / sqrt(sigma^2 + 1): the regression target of the raw output.
 
     Unweighted squared error against it is the EDM loss on the denoised sample with SVD's weight
     (sigma^2 + 1) / sigma^2.
@@ -104,7 +107,7 @@ def few_step_sigmas(steps: int, levels: int = 4) -> np.ndarray:
     For the paper's Tg = `levels` = 4: 700, then 70.54, then 2.269.
 
     Raises:
-      UserError: for more steps than there are levels.
+      UserError: if steps < 1, or there are more steps than training levels.
     """
     if not 1 <= steps < levels:
         raise UserError(f"an SF-V generator of {levels} levels samples in 1 to {levels - 1} steps, got {steps}")
@@ -117,7 +120,7 @@ def consistency_sigmas(steps: int, levels: int = 40) -> np.ndarray:
     AnimateLCM's "StochasticIterative" schedule: sigma_min is never visited; 700, 128.6, 13.68, 0.4969 for 4 steps.
 
     Raises:
-      UserError: for more steps than there are levels.
+      UserError: if steps < 1, or there are more steps than levels.
     """
     if not 1 <= steps <= levels:
         raise UserError(f"AnimateLCM samples in 1 to {levels} steps, got {steps}")
@@ -125,7 +128,7 @@ def consistency_sigmas(steps: int, levels: int = 40) -> np.ndarray:
 
 
 def lognormal_levels(levels: int, p_mean: float, p_std: float) -> tuple[np.ndarray, np.ndarray]:
-    """Discretised lognormal of Eq. 7 on the schedule of `levels` steps: (sigmas, probabilities), both `[levels - 2]`.
+    """Discretized lognormal of Eq. 7 on the schedule of `levels` steps: (sigmas, probabilities), both `[levels - 2]`.
 
     p(s_i) ~ erf((ln s_{i+1} - P_mean) / (sqrt2 P_std)) - erf((ln s_i - P_mean) / (sqrt2 P_std)), i = 1 .. levels - 2
     (the last level has no s_{i+1}). Only the magnitude of P_std matters; the paper prints -1.
@@ -142,5 +145,5 @@ def draw_levels(key: Array, sigmas: np.ndarray, probabilities: np.ndarray | None
 
 
 def draw_lognormal(key: Array, p_mean: float, p_std: float, shape: tuple[int, ...]) -> Array:
-    """sigma with ln sigma ~ N(p_mean, p_std^2), the continuous law SVD itself was trained with."""
+    """sigma with ln sigma ~ N(p_mean, p_std^2), the continuous law of SVD's own training."""
     return jnp.exp(p_mean + p_std * jax.random.normal(key, shape))

@@ -25,7 +25,7 @@ def hinge_discriminator(real: list[Array], fake: list[Array]) -> Array:
 
 
 def adversarial_generator(fake: list[Array]) -> Array:
-    """Eq. 8: E D(x_hat'); minimising it moves fakes to where real samples are pushed."""
+    """Eq. 8: E D(x_hat'); minimizing it moves fakes to where real samples are pushed."""
     return _mean_over_heads(fake)
 
 
@@ -43,7 +43,7 @@ def relativistic_generator(real: list[Array], fake: list[Array]) -> Array:
 
 
 def live_share(real: Array, fake: Array, kind: str) -> Array:
-    """How much of its slope a head's loss has left, 0 to 1: the fake and the real are told apart perfectly at 0.
+    """Fraction of the head's loss gradient still active; 0 means perfect separation.
 
     For "hinge", the share of terms that are not zero; for "relativistic", the mean of sigmoid(D(x') - D(x_hat')).
     """
@@ -67,8 +67,8 @@ def r1_on_features(heads: Callable, features: list[Array]) -> Array:
 
     Args:
       heads: `features -> logits`, head n reading `features[n]` alone and treating samples independently, so that the
-        gradient of all logits together holds each head's own.
-      features: one array `[b, t, h, w, c]` per head; heads on the same features get them once each.
+        gradient of all logits together contains each head's own gradient.
+      features: one array `[b, t, h, w, c]` per head, repeated for heads on the same features.
     """
     logits, pullback = jax.vjp(heads, features)
     (gradients,) = pullback([jnp.ones_like(x) for x in logits])
@@ -83,8 +83,9 @@ def pseudo_huber(x: Array, target: Array, c: float | None = None, reduction: str
       c: default 0.00054 sqrt(d), d the number of elements under the norm (improved consistency training).
       reduction: "video" takes the norm over the whole latent of a video, as printed; "element" takes it per element and
         averages, which makes gradients smaller by about sqrt(d).
+
     Raises:
-      UserError: for another reduction.
+      UserError: if `reduction` is neither.
     """
     x, target = x.astype(jnp.float32), target.astype(jnp.float32)
     if reduction == "video":

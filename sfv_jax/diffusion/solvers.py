@@ -15,7 +15,12 @@ Array = jax.Array
 
 
 class Schedule(NamedTuple):
-    """The noise levels `[steps + 1]` of a sampler, and whether it re-noises with fresh noise after each step."""
+    """Noise schedule of a sampler.
+
+    Attributes:
+      sigmas: `steps -> [steps + 1]` noise levels, decreasing to 0.
+      fresh: whether each step adds fresh noise.
+    """
 
     sigmas: Callable[[int], np.ndarray]
     fresh: bool
@@ -23,7 +28,7 @@ class Schedule(NamedTuple):
 
 SAMPLERS = {
     "euler": Schedule(edm.sampling_sigmas, fresh=False),  # SVD
-    "sfv": Schedule(edm.few_step_sigmas, fresh=True),  # the levels an SF-V generator was trained at
+    "sfv": Schedule(edm.few_step_sigmas, fresh=True),  # the training levels of an SF-V generator
     "sfv_euler": Schedule(edm.few_step_sigmas, fresh=False),
     "animatelcm": Schedule(edm.consistency_sigmas, fresh=True),
 }
@@ -33,15 +38,15 @@ def sample(
     network: Callable,
     noise: Array,
     condition: dict,
-    sigmas: Array,
+    sigmas: Array | np.ndarray,
     guidance: Array | None = None,
     keys: Array | None = None,
 ) -> Array:
-    """Clean latents `[b, t, h, w, c]`, scaled, from one call of `network` per level, under one `lax.scan`, in fp32.
+    """Samples scaled latents `[b, t, h, w, c]`, fp32, with one call of `network` per level in one `lax.scan`.
 
-    A step predicts x0 and goes to the next level: x <- x0 + s_next eps. With eps = (x - x0) / s this is an Euler step
-    on the probability-flow ODE (Eq. 4), with fresh noise a step of consistency sampling. The last level is 0, where
-    both return x0; so a single step is Eq. 6.
+    A step predicts x0 and moves to the next level: x <- x0 + s_next eps. With eps = (x - x0) / s it is an Euler step on
+    the probability-flow ODE (Eq. 4), with fresh noise a step of consistency sampling. The last level is 0, where both
+    return x0; so a single step is Eq. 6.
 
     Args:
       network: `(input, c_noise, context, ids) -> raw`, a UNet.
@@ -49,7 +54,7 @@ def sample(
       condition: `cond_latent [b, h, w, c]`, `image_embed [b, d]`, `ids [b, 3]`.
       sigmas: `[n + 1]`, decreasing to 0.
       guidance: `[t]` weight of each frame, see `guided`; None for one network call per step.
-      keys: `[b]` of the fresh noise (`step_noise`); None for Euler steps.
+      keys: `[b]` random keys of the fresh noise (`step_noise`); None for Euler steps.
     """
 
     def step(x: Array, level: tuple):
@@ -64,34 +69,33 @@ def sample(
 
 
 def guided(network: Callable, x: Array, sigma: Array, condition: dict, guidance: Array | None) -> Array:
-    """D(x; sigma) `[b, t, h, w, c]`, by `guidance` beyond that of no condition: D_u + g (D_c - D_u) per frame.
+    """Returns D(x; sigma) `[b, t, h, w, c]` with classifier-free guidance per frame: D_u + g (D_c - D_u).
 
-    `guidance` is `[t]`, or `[b, t]` where videos differ.
-
-    The unconditional branch has zeros for image embedding and conditioning latent, and the same ids.
+    The unconditional branch has zeros for image embedding and conditioning latent, and the same ids. `guidance` is
+    `[t]`, or `[b, t]` if videos differ; None computes D_c alone.
     """
     if guidance is None:
         return edm.denoise(network, x, sigma, condition)
     nothing = {k: v if k == "ids" else jnp.zeros_like(v) for k, v in condition.items()}
     both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), nothing, condition)
     x0_u, x0_c = jnp.split(edm.denoise(network, jnp.concatenate([x, x]), jnp.tile(sigma, 2), both), 2)
-    # D is affine in the raw output with the same coefficients in both branches: guiding either is the same.
+    # D is affine in the raw output with the same coefficients in both branches, so guiding either gives the same.
     return x0_u + guidance[..., None, None, None] * (x0_c - x0_u)
 
 
 def step_noise(keys: Array, n: Array | int, shape: tuple[int, ...]) -> Array:
-    """Standard normal `[b, *shape]` that a sampler adds after step `n`; a video's depends on its own key only."""
+    """Returns the standard normal `[b, *shape]` added after step `n`; each video's depends on its own key only."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
 
 
 def guidance_ramp(guidance: Sequence[float] | None, frames: int) -> Array | None:
-    """`[frames]` weights from the first to the last of the pair `guidance`; None where they would change nothing.
+    """Returns guidance weights `[frames]`, a line between the two of `guidance`; None if they would change nothing.
 
-    Without guidance (None) and with all weights 1 the unconditional branch is not computed. diffusers guides only if
-    the *last* weight exceeds 1 and ignores the ramp otherwise; here either end may.
+    Without guidance (None), and with both weights 1, the unconditional branch is not computed. diffusers guides only if
+    the *last* weight exceeds 1 and ignores the ramp otherwise; here either end may exceed 1.
 
     Raises:
-      UserError: if neither end exceeds 1 (and not both are 1), or if it is no pair of numbers.
+      UserError: if neither end exceeds 1 (unless both are 1), or `guidance` is not a pair of numbers.
     """
     if guidance is None:
         return None

@@ -1,4 +1,4 @@
-"""One module per training method; each offers `make_networks`, `init_state` and `make_train_step` alike."""
+"""One module per training method, each with the functions `make_networks`, `init_state` and `make_train_step`."""
 
 from sfv_jax.methods import animatelcm, ladd, sfv, teacher, ufogen
 

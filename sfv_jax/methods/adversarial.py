@@ -1,9 +1,9 @@
-"""The adversarial step that SF-V, UFOGen and LADD share: SF-V's discriminator, and how both players learn.
+"""The adversarial training step that SF-V, UFOGen and LADD share, with SF-V's discriminator.
 
-A method says at which noise levels its networks work (`Draws`), and adds a second loss of its own.
+A method supplies the noise levels of its networks (`Draws`) and a second loss.
 
-State: `step`, `generator`, `ema`, `opt_g`, `heads`, `opt_d`. Frozen: `backbone`. The config section that is named like
-the method holds, among its own, the fields of `config.gan`.
+State: `step`, `generator`, `ema`, `opt_g`, `heads`, `opt_d`. Frozen: `backbone`. The config section that has the
+method's name contains the fields of `config.gan` besides its own.
 """
 
 from collections.abc import Callable
@@ -22,17 +22,20 @@ from sfv_jax.models.networks import Networks, Params
 from sfv_jax.models.unet import UNetConfig
 
 Array = jax.Array
-GAN_LOSSES = {  # (of the discriminator, of the generator), both of (real, fake) logits
+GAN_LOSSES = {  # (discriminator's loss, generator's loss), both functions of (real, fake) logits
     "hinge": (losses.hinge_discriminator, lambda real, fake: losses.adversarial_generator(fake)),
     "relativistic": (losses.relativistic_discriminator, losses.relativistic_generator),
 }
 
 
 class Draws(NamedTuple):
-    """The random numbers of a micro-batch: noise levels `[b]`, and standard normal noise shaped like the latents.
+    """Random numbers of a micro-batch: pairs of noise levels `[b]` and standard normal noise `[b, t, h, w, c]`.
 
-    `generator` is added to the clean latents the generator denoises; `real` to clean latents and `fake` to the
-    generator's, before the discriminator sees them. `one_step [b]` bool marks the highest levels of the generator.
+    Attributes:
+      generator: added to the clean latents that the generator denoises.
+      real: added to the clean latents that the discriminator scores.
+      fake: added to the generator's latents that the discriminator scores.
+      one_step: bool `[b]`, whether the generator starts from its highest levels.
     """
 
     generator: tuple[Array, Array]
@@ -42,10 +45,10 @@ class Draws(NamedTuple):
 
 
 def make_networks(unet: UNetConfig, config) -> Networks:
-    """Generator, backbone and heads of a config.
+    """Returns generator, backbone and heads for a config.
 
     Raises:
-      UserError: for settings that do not exist or contradict each other.
+      UserError: if settings do not exist or contradict each other.
     """
     name, method = config.method, config[config.method]
     for field, choices in (("gan_loss", GAN_LOSSES), ("r1_form", ("gradient", "perturbation"))):
@@ -64,7 +67,7 @@ def make_networks(unet: UNetConfig, config) -> Networks:
 
 
 def init_state(networks: Networks, config, generator: Params) -> tuple[Params, Params]:
-    """(state, frozen) from the base model's UNet parameters; both networks start from the same weights."""
+    """Returns (state, frozen) from the base model's UNet parameters, with which generator and backbone both start."""
     heads = networks.init_heads(config.seed)
     state = generator_state(config, generator)
     state |= {"heads": heads, "opt_d": optim.make_optimizer(config.heads_optimizer).init(heads)}
@@ -72,18 +75,24 @@ def init_state(networks: Networks, config, generator: Params) -> tuple[Params, P
 
 
 def make_gradients(networks: Networks, config, draw: Callable, second_loss: Callable):
-    """`(generator, heads, frozen, batch, key, step) -> (generator gradients, head gradients, metrics)`.
+    """Returns the gradient function of one micro-batch.
 
-    For one micro-batch. Both gradients are taken at the same parameters with the same fake, so the generator and the
-    backbone run forward once per sample. Generator gradients are those of its trained part. With `generator_every` n
-    the generator learns in each n-th step; in the others its gradients are zero, nothing runs backward for them, and
-    what is measured on the way is NaN.
+    Both gradients are taken at the same parameters with the same fake, so the generator and the backbone run forward
+    once per sample. Generator gradients cover its trained part only. With `generator_every` n, the generator is updated
+    in every n-th step; in the others its gradients are zero, there is no backward pass for them, and the metrics of
+    that pass are NaN.
 
     Args:
+      networks: `Networks` with a discriminator.
+      config: the whole config.
       draw: `(key, shape of the latents, step) -> Draws`.
-      second_loss: `(predicted x0, x0, sigma) -> scalar`, weighted with `recon_weight`.
+      second_loss: `(predicted x0, x0, sigma) -> scalar`, weighted by `recon_weight`.
+
+    Returns:
+      `(generator, heads, frozen, batch, key, step) -> (generator gradients, head gradients, metrics)`.
     """
     method, discriminator = config[config.method], networks.discriminator
+    assert discriminator is not None  # make_networks builds it
     loss_d, loss_g = GAN_LOSSES[method.gan_loss]
 
     def gradients(generator, heads, frozen, batch, key, step=0):
@@ -157,12 +166,12 @@ def make_gradients(networks: Networks, config, draw: Callable, second_loss: Call
 
 
 def turn_of(step: Array | int, every: int) -> Array | None:
-    """Whether one that learns in each `every`-th step does so in this one; None: always."""
+    """Returns whether a network trained every `every` steps updates at `step`; None means always."""
     return jnp.asarray(step) % every == 0 if every > 1 else None
 
 
 def head_metrics(names: list[str], real: list[Array], fake: list[Array], kind: str) -> dict[str, Array]:
-    """Of every head: mean logits, their gap (fake less real), its loss, and the share of the slope left in it."""
+    """Returns metrics of each head: mean logits, their gap (fake minus real), loss, and `losses.live_share`."""
     metrics = {}
     for name, r, f in zip(names, real, fake, strict=True):
         means = jnp.mean(r), jnp.mean(f)
@@ -177,10 +186,11 @@ def head_metrics(names: list[str], real: list[Array], fake: list[Array], kind: s
 
 
 def motion(fake: Array, real: Array, chosen: Array) -> dict[str, Array]:
-    """Energy of motion, mean squared difference of neighbouring frames, summed over `chosen [b]` samples / b.
+    """Returns the motion energy of fake and real latents `[b, t, h, w, c]`: squared difference of neighboring frames.
 
-    Chosen are those denoised in one step from the highest level: from lower ones even a frozen generator copies motion.
-    The ratio of both numbers is taken where they are logged, over a whole interval.
+    It is averaged over elements, summed over the samples marked by `chosen [b]`, and divided by b. Chosen are those
+    denoised from the highest level: from lower ones even an untrained generator copies motion. The log takes the ratio
+    of both numbers over a whole interval.
     """
 
     def energy(x):
@@ -190,10 +200,14 @@ def motion(fake: Array, real: Array, chosen: Array) -> dict[str, Array]:
 
 
 def make_train_step(config, gradients: Callable):
-    """`(state, frozen, batch) -> (state, metrics)`, pure; randomness is fold_in(seed, step).
+    """Returns the train step `(state, frozen, batch) -> (state, metrics)`: pure, with randomness fold_in(seed, step).
 
-    `batch`: `latents [n, t, h, w, c]` (scaled), `cond_latent [n, h, w, c]`, `image_embed [n, d]`, `ids [n, 3]`; n is
-    the number of samples of all `accumulation_steps` micro-batches together. `gradients` as `make_gradients` returns.
+    `batch` contains `latents [n, t, h, w, c]` (scaled), `cond_latent [n, h, w, c]` (unscaled), `image_embed [n, d]` and
+    `ids [n, 3]`; n is the number of samples in all `accumulation_steps` micro-batches together.
+
+    Args:
+      config: the whole config.
+      gradients: the function that `make_gradients` returns.
     """
     d_optimizer = optim.make_optimizer(config.heads_optimizer)
     method = config[config.method]
@@ -230,7 +244,15 @@ def make_train_step(config, gradients: Callable):
 
 
 def in_turn(turn: Array | None, update: Callable, state: Params, names: tuple[str, ...], grads: Params):
-    """`update(part of the state, grads) -> (new part, norms)` if it is the `turn`; else the part as it is, and NaN."""
+    """Returns `update(part, grads)` if it is the `turn`, or else the unchanged part and NaN for its norms.
+
+    Args:
+      turn: bool scalar, or None for always; see `turn_of`.
+      update: `(part of the state, grads) -> (new part, norms)`.
+      state: the whole state.
+      names: entries of the state that make up the part.
+      grads: passed to `update`.
+    """
     old = {name: state[name] for name in names}
     if turn is None:
         return update(old, grads)

@@ -1,12 +1,14 @@
 """AnimateLCM (arXiv 2402.00769) on SVD: consistency distillation with a guided teacher and an averaged target.
 
-Here, and here only, levels are counted DOWNWARDS: i = 0 is sigma 700, i = N - 1 is 0.002, so i + 1 has less noise. The
+In this module only, levels are counted DOWNWARDS: i = 0 is sigma 700, i = N - 1 is 0.002, so i + 1 has less noise. The
 student predicts x0 at level i. The frozen base model makes one guided Euler step from there to level i + 1, where the
-moving average of the student predicts the same x0, without gradient. At 0.002 the preconditioning is the identity, so
-no boundary condition has to be forced.
+moving average of the student predicts x0 too; its prediction is the target, without gradient. At 0.002 the
+preconditioning is the identity, so no boundary condition has to be forced.
 
 State: `step`, `generator`, `ema` (the target network), `opt_g`. Frozen: `teacher`.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,31 +26,42 @@ Array = jax.Array
 
 
 def make_networks(unet: UNetConfig, config) -> Networks:
-    """The UNet alone: student, target and teacher have one shape.
+    """Returns the UNet alone: student, target and teacher have the same architecture.
 
     Raises:
-      UserError: for fewer than two levels.
+      ValueError: if there are fewer than two levels.
+      UserError: if the recipe is impossible (`check_recipe`).
     """
     edm.karras_sigmas(config.animatelcm.levels)
     return check_recipe(config, Networks(unet, None, config.dtype))
 
 
 def init_state(networks: Networks, config, generator: Params) -> tuple[Params, Params]:
-    """(state, frozen) from the base model's UNet parameters: all three networks start with them."""
+    """Returns (state, frozen) from the base model's UNet parameters, with which all three networks start."""
     del networks
     return generator_state(config, generator), {"teacher": frozen_copy(config, generator)}
 
 
 def draw_ramps(key: Array, first, last, shape: tuple[int, int]) -> Array:
-    """Guidance weights `shape = (b, t)`: per video a straight line between ends drawn from `first` and from `last`."""
+    """Returns guidance weights `[b, t]`: per video, a straight line between ends drawn from `first` and `last`.
+
+    Args:
+      key: random key.
+      first: candidates for the weight of the first frame.
+      last: candidates for the weight of the last frame.
+      shape: (b, t).
+    """
     k_first, k_last = jax.random.split(key)
     a = jax.random.choice(k_first, jnp.asarray(first), shape[:1])[:, None]
     b = jax.random.choice(k_last, jnp.asarray(last), shape[:1])[:, None]
     return a + jnp.linspace(0, 1, shape[1]) * (b - a)
 
 
-def make_gradients(networks: Networks, config):
-    """`(generator, target, frozen, batch, key) -> (gradients of the trained part, metrics)` of one micro-batch."""
+def make_gradients(networks: Networks, config) -> Callable:
+    """Returns the gradient function of one micro-batch.
+
+    It is `(generator, target, frozen, batch, key) -> (gradients of the trained part, metrics)`.
+    """
     method = config.animatelcm
     sigmas = jnp.asarray(np.ascontiguousarray(edm.karras_sigmas(method.levels)[::-1]))
 
@@ -76,7 +89,11 @@ def make_gradients(networks: Networks, config):
 
 
 def make_train_step(networks: Networks, config):
-    """`(state, frozen, batch) -> (state, metrics)`, pure; `batch` as in `adversarial.make_train_step`."""
+    """Returns the train step `(state, frozen, batch) -> (state, metrics)`: pure, with randomness fold_in(seed, step).
+
+    `batch` contains `latents [n, t, h, w, c]` (scaled), `cond_latent [n, h, w, c]` (unscaled), `image_embed [n, d]` and
+    `ids [n, 3]`.
+    """
     gradients = make_gradients(networks, config)
 
     def train_step(state, frozen, batch):

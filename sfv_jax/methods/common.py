@@ -1,4 +1,4 @@
-"""Parts that every training method shares: gradients over micro-batches, the generator's state and its update, norms.
+"""Parts that all training methods share: gradients over micro-batches, the generator's state and update, norms.
 
 State is nested dicts of arrays; modules appear only inside `Networks`.
 """
@@ -14,13 +14,13 @@ from sfv_jax.models.networks import DTYPES, Networks, Params
 
 
 def accumulate(gradients: Callable, params, batch: dict, key: jax.Array, steps: int):
-    """Mean of `gradients(params, micro_batch, key) -> tree` over `steps` micro-batches, one at a time (lax.scan).
+    """Returns the mean of `gradients(params, micro_batch, key) -> tree` over `steps` micro-batches, run one at a time.
 
-    Every leaf of `batch` is `[steps * b, ...]`; micro-batch i takes every `steps`-th sample, so that a batch sharded
-    over devices stays in place, and gets `fold_in(key, i)`.
+    Every leaf of `batch` is `[steps * b, ...]`. Micro-batch i consists of every `steps`-th sample from i on, so that a
+    batch sharded over devices stays in place; its key is `fold_in(key, i)`.
 
     Raises:
-      ValueError: if the batch does not divide.
+      ValueError: if the batch size is not a multiple of `steps`.
     """
     size = len(jax.tree.leaves(batch)[0])
     if size % steps:
@@ -32,7 +32,8 @@ def accumulate(gradients: Callable, params, batch: dict, key: jax.Array, steps: 
     gradients = jax.jit(gradients, inline=True)  # traced once, for the shapes and for the loop
 
     def body(total, inputs):
-        # Tied to the turn, or XLA casts and gathers all parameters once before the loop and keeps them through it.
+        # Ties the parameters to the iteration; otherwise XLA casts and gathers all of them before the loop and keeps
+        # these copies throughout.
         held, inputs = jax.lax.optimization_barrier((params, inputs))
         return jax.tree.map(jnp.add, total, gradients(held, *inputs)), None
 
@@ -43,10 +44,10 @@ def accumulate(gradients: Callable, params, batch: dict, key: jax.Array, steps: 
 
 
 def check_recipe(config, networks: Networks) -> Networks:
-    """`networks`, if `config.trainable` and `config.generator_optimizer` are possible with them.
+    """Returns `networks` after checking `config.trainable` and `config.generator_optimizer` against them.
 
     Raises:
-      UserError: saying which of them is not.
+      UserError: if one of the two is impossible; the message names it.
     """
     optim.make_optimizer(config.generator_optimizer)
     optim.trainable(networks.abstract["generator"], config.trainable)
@@ -54,9 +55,9 @@ def check_recipe(config, networks: Networks) -> Networks:
 
 
 def generator_state(config, params: Params) -> Params:
-    """What every method starts with: `step`, `generator` and `ema` (fp32 copies of `params`), `opt_g`.
+    """Returns the state common to all methods: `step`, `generator` and `ema` (fp32 copies of `params`), `opt_g`.
 
-    The optimiser knows only the parameters that `config.trainable` names.
+    The optimizer state covers only the parameters that `config.trainable` selects.
     """
     generator = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     optimizer = optim.make_optimizer(config.generator_optimizer)
@@ -69,14 +70,16 @@ def generator_state(config, params: Params) -> Params:
 
 
 def frozen_copy(config, params: Params) -> Params:
-    """The base model's parameters in the compute dtype, to be kept as they are: training donates its own copy."""
+    """Returns a copy of the base model's parameters in the compute dtype, since training donates the original."""
     return jax.tree.map(lambda x: jnp.array(x, DTYPES[config.dtype]), params)
 
 
 def update_generator(config, state: Params, grads: Params, ema_decay) -> tuple[Params, dict]:
-    """New `generator`, `ema` and `opt_g` from gradients of the trained part; frozen parameters are left as they are.
+    """Updates `generator`, `ema` and `opt_g` by gradients of the trained part; other parameters stay unchanged.
 
-    Also returns `norm/generator_update`, and `norm/ema_distance` between the new parameters and their average.
+    Returns:
+      state: the three new entries.
+      metrics: `norm/generator_update`, and `norm/ema_distance` between the new parameters and their average.
     """
     generator, ema = state["generator"], state["ema"]
     optimizer = optim.make_optimizer(config.generator_optimizer)
@@ -88,10 +91,10 @@ def update_generator(config, state: Params, grads: Params, ema_decay) -> tuple[P
 
 
 def watch(**trees: Params) -> dict[str, jax.Array]:
-    """`norm/NAME` of each tree but the batch, and `nonfinite/NAME/BLOCK`: whether a block holds NaN or infinity.
+    """Returns `norm/NAME` of each tree except the batch, and `nonfinite/NAME/BLOCK`: NaN or infinity in a block.
 
-    A block is what the first part of a path names, or the first two where blocks are numbered ("down_blocks.0"). Both
-    come from one sum of squares per block, so an overflow of the sum counts as not finite.
+    A block is named by the first part of a path, or by the first two if blocks are numbered ("down_blocks.0"). Both
+    metrics come from one sum of squares per block, so an overflow of the sum counts as not finite.
     """
     metrics = {}
     for name, params in trees.items():

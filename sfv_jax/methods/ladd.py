@@ -1,6 +1,7 @@
 """LADD (arXiv 2403.12015) on SVD: adversarial distillation without reconstruction, mostly at the highest noise level.
 
-State and frozen networks are those of `adversarial`; with `ladd.teacher_steps`, `teacher` is frozen too.
+State: `step`, `generator`, `ema`, `opt_g`, `heads`, `opt_d`. Frozen: `backbone`, and with `ladd.teacher_steps` also
+`teacher`.
 """
 
 import jax
@@ -15,10 +16,11 @@ from sfv_jax.models.networks import Networks, Params
 
 
 def make_networks(unet, config) -> Networks:
-    """As `adversarial.make_networks`.
+    """Returns generator, backbone and heads for a config.
 
     Raises:
-      UserError: also for levels and probabilities that do not belong together, or impossible guidance.
+      UserError: if levels and probabilities do not fit together, guidance is impossible, or settings do not exist or
+        contradict each other.
     """
     method = config.ladd
     for name in ("probabilities", "warmup_probabilities"):
@@ -36,13 +38,16 @@ def make_networks(unet, config) -> Networks:
 
 
 def init_state(networks: Networks, config, generator: Params) -> tuple[Params, Params]:
-    """As `adversarial.init_state`; the base model is kept, frozen, where it makes the training videos."""
+    """Returns (state, frozen) from the base model's UNet parameters; with `teacher_steps`, `frozen` has the teacher."""
     state, frozen = adversarial.init_state(networks, config, generator)
     return state, frozen | ({"teacher": frozen_copy(config, generator)} if config.ladd.teacher_steps else {})
 
 
 def make_gradients(networks: Networks, config):
-    """As `adversarial.make_gradients`: levels by probability, after a warm-up at the lower ones; no second loss."""
+    """Returns the gradient function of one micro-batch, see `adversarial.make_gradients`.
+
+    Levels are drawn by probability, after a warm-up at the lower ones. The second loss has no weight.
+    """
     method = config.ladd
     g_sigmas = edm.karras_sigmas(method.generator_levels)[-len(method.probabilities) :]
 
@@ -52,7 +57,7 @@ def make_gradients(networks: Networks, config):
 
     def distance(x, x0, sigma):
         del sigma
-        return jnp.mean(jnp.square(x - x0))  # watched, and without weight: LADD has no reconstruction
+        return jnp.mean(jnp.square(x - x0))  # a metric only: LADD has no reconstruction loss
 
     learn = adversarial.make_gradients(networks, config, sfv.make_draw(method, g_sigmas, probabilities), distance)
 
@@ -66,7 +71,7 @@ def make_gradients(networks: Networks, config):
 
 
 def teacher_videos(teacher, batch, key, method) -> jax.Array:
-    """Latents `[b, t, h, w, c]` that the base model makes from the conditions of a batch, in guided Euler steps."""
+    """Samples latents `[b, t, h, w, c]` from the base model under the conditions of a batch, in guided Euler steps."""
     shape = batch["latents"].shape
     ramp = guidance_ramp(method.teacher_guidance, shape[1])
     condition = {k: batch[k] for k in ("cond_latent", "image_embed", "ids")}
@@ -74,5 +79,5 @@ def teacher_videos(teacher, batch, key, method) -> jax.Array:
 
 
 def make_train_step(networks: Networks, config):
-    """As `adversarial.make_train_step`."""
+    """Returns the train step `(state, frozen, batch) -> (state, metrics)`, see `adversarial.make_train_step`."""
     return adversarial.make_train_step(config, make_gradients(networks, config))

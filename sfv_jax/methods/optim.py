@@ -1,9 +1,9 @@
-"""Optimisers: SM3 as SF-V uses it, AdamW, and the moving average of parameters."""
+"""Optimizers (SM3 as in SF-V, and AdamW) and the moving average of parameters."""
 
 import functools
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,13 @@ TRAINABLE = {"all": "", "temporal": TEMPORAL, "spatial": f"^(?!.*{TEMPORAL})"}
 
 
 class SM3State(NamedTuple):
-    """Per parameter: `accumulators`, fp32 `[n_r]` by the axis r (`{"0": .., "3": ..}`); `momentum`, fp32.
+    """State of SM3 for each parameter, fp32.
 
-    Axes of one element have none: it would be the largest of each other's, and the smallest is what counts. A scalar
-    has one accumulator like itself.
+    Size-1 axes need no accumulator: theirs is never the minimum.
+
+    Attributes:
+      accumulators: `{"0": [n_0], "3": [n_3], ...}`, one vector for each axis r of n_r > 1; a scalar has a scalar "0".
+      momentum: an array of the parameter's shape.
     """
 
     accumulators: optax.Params
@@ -29,15 +32,15 @@ class SM3State(NamedTuple):
 
 
 def scale_by_sm3(momentum: float = 0.5, beta: float = 0.999, eps: float = 1e-30) -> optax.GradientTransformation:
-    """SM3-II (arXiv 1901.11150) with the momentum and decay arguments of the torch-SM3 package.
+    """Returns SM3-II (arXiv 1901.11150) with the momentum and decay arguments of the torch-SM3 package.
 
-    nu = beta min_r mu_r + (1 - beta) g^2 (no factors when beta = 0), mu_r = max(mu_r, max of nu over the other axes),
-    m = momentum m + (1 - momentum) g / sqrt(nu + eps), update = m. Tensors of rank 0 and 1 keep one full accumulator.
-    There is no bias correction: the first update is (1 - momentum) / sqrt(1 - beta), about 16 times the learning rate
-    at the defaults, so consider a warm-up. State is fp32 whatever the parameters are.
+    nu = beta min_r mu_r + (1 - beta) g^2 (without the factors if beta = 0), mu_r = max(mu_r, max of nu over the other
+    axes), m = momentum m + (1 - momentum) g / sqrt(nu + eps), update = m. Tensors of rank 0 and 1 have one full
+    accumulator. There is no bias correction: the first update is (1 - momentum) / sqrt(1 - beta), about 16 times the
+    learning rate at the defaults, so consider a warm-up. The state is fp32 whatever the dtype of the parameters.
 
     `optax.sm3` has no beta; `optax.scale_by_sm3` has no running maximum, rejects 0-d parameters, keeps its state in the
-    parameter dtype and uses an eps that shortens steps of small gradients.
+    parameter dtype, and has an eps that shortens steps of small gradients.
     """
 
     def init(params):
@@ -57,9 +60,9 @@ def scale_by_sm3(momentum: float = 0.5, beta: float = 0.999, eps: float = 1e-30)
         others = {r: tuple(axis for axis in range(nu.ndim) if axis != int(r)) for r in mus}
         return {r: jnp.maximum(mu, jnp.max(nu, axis=others[r])) for r, mu in mus.items()}
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        grads, tree = jax.tree.flatten(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        grads, tree = jax.tree.flatten(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
         covers, moments = tree.flatten_up_to(state.accumulators), tree.flatten_up_to(state.momentum)
         nus = [second_moment(g, mus) for g, mus in zip(grads, covers, strict=True)]
         steps = [
@@ -73,19 +76,21 @@ def scale_by_sm3(momentum: float = 0.5, beta: float = 0.999, eps: float = 1e-30)
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """Optimiser of a config section: `name` ("sm3" or "adamw"), `lr`, `warmup_steps` and the optimiser's own fields.
+    """Returns the optimizer of a config section.
 
-    `schedule` says what follows the linear warm-up: "constant", or "cosine" or "linear" to zero in `decay_steps`.
+    Args:
+      config: `name` ("sm3" or "adamw"), that optimizer's own fields, `lr`, `warmup_steps` (linear), `schedule` (after
+        the warm-up: "constant", or "cosine" or "linear" to zero in `decay_steps`) and `clip_norm`.
 
     Raises:
-      UserError: for an unknown name or schedule, or a schedule that `decay_steps` contradicts.
+      UserError: if name or schedule are unknown, or `decay_steps` contradicts the schedule.
     """
     if config.name == "sm3":
         scale = scale_by_sm3(config.momentum, config.beta)
     elif config.name == "adamw":
         scale = optax.chain(optax.scale_by_adam(config.b1, config.b2), optax.add_decayed_weights(config.weight_decay))
     else:
-        raise UserError(f"optimiser {config.name!r}: choose 'sm3' or 'adamw'")
+        raise UserError(f"optimizer {config.name!r}: choose 'sm3' or 'adamw'")
     schedules = {
         "constant": lambda: optax.schedules.constant_schedule(config.lr),
         "cosine": lambda: optax.schedules.cosine_decay_schedule(config.lr, config.decay_steps),
@@ -103,19 +108,22 @@ def make_optimizer(config) -> optax.GradientTransformation:
     return optax.chain(clip, scale, optax.scale_by_learning_rate(schedule))
 
 
-def ema_update(ema: optax.Params, params: optax.Params, decay: float | Array) -> optax.Params:
-    """decay * ema + (1 - decay) * params, in the dtype of `ema`."""
+def ema_update(ema: tree.Params, params: tree.Params, decay: float | Array) -> tree.Params:
+    """Returns decay * ema + (1 - decay) * params, in the dtype of `ema`."""
     return jax.tree.map(lambda e, p: (decay * e + (1 - decay) * p).astype(e.dtype), ema, params)
 
 
 def trainable(params: tree.Params, which: str) -> tree.Params:
-    """The part of UNet parameters that is trained: "all", "temporal", "spatial", or those a regular expression finds.
+    """Returns the part of UNet parameters that is trained.
 
-    "temporal" is the temporal residual and transformer blocks, the embedding of the frame index and the mix factors;
-    "spatial" is the rest. Another `which` is searched for in dotted paths ("up_blocks|conv_out").
+    Args:
+      params: nested dict of parameters or shapes.
+      which: "all"; "temporal" for the temporal residual and transformer blocks, the embedding of the frame index and
+        the mix factors; "spatial" for the rest; or a regular expression that is searched for in dotted paths
+        ("up_blocks|conv_out").
 
     Raises:
-      UserError: if it is no regular expression, or finds nothing.
+      UserError: if `which` is not a regular expression, or finds nothing.
     """
     try:
         part = tree.select(params, TRAINABLE.get(which, which))
@@ -126,24 +134,25 @@ def trainable(params: tree.Params, which: str) -> tree.Params:
     return part
 
 
-def apply(optimizer: optax.GradientTransformation, grads, opt_state, params) -> tuple:
-    """One step: (new params, new optimiser state, Euclidean norm of the update, fp32)."""
+def apply(optimizer: optax.GradientTransformation, grads, opt_state, params) -> tuple[Any, optax.OptState, Array]:
+    """Makes one optimizer step; returns (new params, new optimizer state, Euclidean norm of the update, fp32)."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, global_norm(updates)
 
 
 def global_norm(tree_: optax.Params) -> Array:
-    """Euclidean norm of all leaves together, fp32."""
+    """Returns the Euclidean norm of all leaves together, fp32."""
     return jnp.sqrt(sum_of_squares(jax.tree.leaves(tree_)))
 
 
 def sum_of_squares(arrays: Iterable[Array]) -> Array:
-    """Of all elements of `arrays`, fp32.
+    """Returns the sum of squares of all elements of `arrays`, fp32.
 
-    Vectors of one length are added before they are summed: a network has hundreds of them, and a sum of each, and of
-    these sums, takes a compiler and a device longer than what is summed.
+    Adds equal-length vectors first, then reduces once: a network has hundreds of them, and hundreds of tiny reductions
+    are slow to compile and to run.
     """
     groups: dict = {}
     for n, x in enumerate(arrays):
         groups.setdefault(x.shape if x.ndim == 1 else n, []).append(jnp.square(x.astype(jnp.float32)))
+    # pyrefly: ignore[bad-return]  # the integer 0 only without arrays
     return sum(jnp.sum(sum(group[1:], start=group[0])) for group in groups.values())

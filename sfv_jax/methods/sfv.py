@@ -1,6 +1,6 @@
 """SF-V (arXiv 2406.04324): adversarial fine-tuning of SVD into a one-step image-to-video generator.
 
-State and frozen networks are those of `adversarial`.
+State: `step`, `generator`, `ema`, `opt_g`, `heads`, `opt_d`. Frozen: `backbone`.
 """
 
 import jax
@@ -14,12 +14,15 @@ init_state = adversarial.init_state
 
 
 def make_draw(method, g_sigmas, probabilities):
-    """`draw` of `adversarial.make_gradients`: few levels of the generator, many of the discriminator (Eq. 7).
+    """Returns the `draw` of `adversarial.make_gradients`: few generator levels, many discriminator levels (Eq. 7).
 
     Args:
-      method: config section, for the discriminator's levels.
+      method: config section with the discriminator's levels.
       g_sigmas: `[n]` levels of the generator, increasing.
-      probabilities: `step -> [n]`, of these levels; or None, all alike.
+      probabilities: `step -> [n]` probabilities of these levels; None for uniform.
+
+    Returns:
+      `(key, shape of the latents, step) -> adversarial.Draws`.
     """
     d_sigmas, d_probabilities = edm.lognormal_levels(method.discriminator_levels, method.p_mean, method.p_std)
 
@@ -38,7 +41,10 @@ def make_draw(method, g_sigmas, probabilities):
 
 
 def make_gradients(networks: Networks, config):
-    """As `adversarial.make_gradients`: uniform levels of the generator (section 3.2), pseudo-Huber loss (Eq. 9)."""
+    """Returns the gradient function of one micro-batch, see `adversarial.make_gradients`.
+
+    The generator's levels are uniform (section 3.2) and the second loss is pseudo-Huber (Eq. 9).
+    """
     method = config.sfv
 
     def reconstruction(x, x0, sigma):
@@ -50,5 +56,5 @@ def make_gradients(networks: Networks, config):
 
 
 def make_train_step(networks: Networks, config):
-    """As `adversarial.make_train_step`."""
+    """Returns the train step `(state, frozen, batch) -> (state, metrics)`, see `adversarial.make_train_step`."""
     return adversarial.make_train_step(config, make_gradients(networks, config))

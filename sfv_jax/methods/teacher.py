@@ -17,20 +17,25 @@ Array = jax.Array
 
 
 def make_networks(unet: UNetConfig, config) -> Networks:
-    """The UNet alone."""
+    """Returns the UNet alone.
+
+    Raises:
+      UserError: if the recipe is impossible (`check_recipe`).
+    """
     return check_recipe(config, Networks(unet, None, config.dtype))
 
 
 def init_state(networks: Networks, config, generator: Params) -> tuple[Params, Params]:
-    """(state, frozen) from initial UNet parameters; frozen is empty."""
+    """Returns (state, frozen) from initial UNet parameters; `frozen` is empty."""
     del networks
     return generator_state(config, generator), {}
 
 
 def drop_conditions(batch: dict, key: Array, p: float) -> dict:
-    """Conditions for classifier-free guidance: per sample, zero the image embedding, the latent, or both.
+    """Drops conditions for classifier-free guidance: per sample, zeroes the image embedding, the latent, or both.
 
-    With u uniform: the embedding is dropped for u < 2p, the latent for p <= u < 3p (InstructPix2Pix, arXiv 2211.09800).
+    With u uniform in [0, 1), the embedding is dropped if u < 2p and the latent if p <= u < 3p (InstructPix2Pix, arXiv
+    2211.09800).
     """
     u = jax.random.uniform(key, (len(batch["latents"]),))
     embed = batch["image_embed"] * (u >= 2 * p)[:, None]
@@ -39,9 +44,11 @@ def drop_conditions(batch: dict, key: Array, p: float) -> dict:
 
 
 def make_train_step(networks: Networks, config):
-    """`(state, frozen, batch) -> (state, metrics)`, pure; `batch` as in `sfv.make_train_step`.
+    """Returns the train step `(state, frozen, batch) -> (state, metrics)`: pure, with randomness fold_in(seed, step).
 
-    ln sigma ~ N(p_mean, p_std^2); loss is the unweighted squared error of the raw output (SVD appendix D).
+    ln sigma ~ N(p_mean, p_std^2); the loss is the unweighted squared error of the raw output (SVD appendix D). `batch`
+    contains `latents [n, t, h, w, c]` (scaled), `cond_latent [n, h, w, c]` (unscaled), `image_embed [n, d]` and
+    `ids [n, 3]`.
     """
     method = config.teacher
 
@@ -66,7 +73,7 @@ def make_train_step(networks: Networks, config):
         step, generator = state["step"], state["generator"]
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         grads, metrics = accumulate(gradients, generator, batch, key, config.accumulation_steps)
-        # A constant decay would average over the initialisation for 1 / (1 - decay) steps.
+        # With a constant decay the initialization would dominate the average for 1 / (1 - decay) steps.
         decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
         new, norms = update_generator(config, state, grads, decay)
         metrics |= norms | watch(batch=batch, generator_gradient=grads, generator=new["generator"])

@@ -1,8 +1,10 @@
 """UFOGen (arXiv 2311.09257) on SVD: adversarial denoising over all noise levels, with the ordinary denoising loss.
 
-The generator predicts x0 from level t; its prediction is noised AGAIN, by the forward process with fresh noise, to a
-level a quarter of the range lower, and must look there like real latents noised to that level. (Diffusion GANs step
-down by the posterior of x_t instead.) State and frozen networks are those of `adversarial`.
+The generator predicts x0 from level t. Its prediction is noised AGAIN, by the forward process with fresh noise, to a
+level a quarter of the range lower, where it must resemble real latents noised to that level. (Diffusion GANs step down
+by the posterior of x_t instead.)
+
+State: `step`, `generator`, `ema`, `opt_g`, `heads`, `opt_d`. Frozen: `backbone`.
 """
 
 import jax
@@ -17,10 +19,10 @@ init_state = adversarial.init_state
 
 
 def make_networks(unet, config) -> Networks:
-    """As `adversarial.make_networks`.
+    """Returns generator, backbone and heads for a config.
 
     Raises:
-      UserError: also for a jump outside the range of levels.
+      UserError: if the jump is not a share of the levels, or settings do not exist or contradict each other.
     """
     if not 0 <= config.ufogen.jump <= 1:
         raise UserError(f"ufogen.jump={config.ufogen.jump}: a share of all levels, 0 to 1")
@@ -28,7 +30,10 @@ def make_networks(unet, config) -> Networks:
 
 
 def make_gradients(networks: Networks, config):
-    """As `adversarial.make_gradients`: uniform levels, and the discriminator's a fixed way below the generator's."""
+    """Returns the gradient function of one micro-batch, see `adversarial.make_gradients`.
+
+    The generator's levels are uniform; the discriminator's is a fixed number of levels below it.
+    """
     method = config.ufogen
     sigmas = jnp.asarray(edm.karras_sigmas(method.levels))
     jump = round(method.jump * method.levels)
@@ -46,5 +51,5 @@ def make_gradients(networks: Networks, config):
 
 
 def make_train_step(networks: Networks, config):
-    """As `adversarial.make_train_step`."""
+    """Returns the train step `(state, frozen, batch) -> (state, metrics)`, see `adversarial.make_train_step`."""
     return adversarial.make_train_step(config, make_gradients(networks, config))
