@@ -34,7 +34,8 @@ def write(result: dict) -> None:
 
 def main() -> int:
     from sfv_jax.performance import plan_report, targets
-    from sfv_jax.performance.job import DECODING, QUICK, WHAT, fit, plan
+    from sfv_jax.performance.job import QUICK, WHAT, Request, fit, plan
+    from sfv_jax.performance.programs import SampleOptions
     from sfv_jax.runtime import compilation
 
     if not 0 < FLAGS.efficiency <= 1:
@@ -46,14 +47,19 @@ def main() -> int:
         effort = QUICK
     compilation.set_up(effort, FLAGS.compile_memory_effort, runs=False)
     size = (FLAGS.height or WHAT[FLAGS.what][0], FLAGS.width or WHAT[FLAGS.what][1])
-    options = commands.values("batch_size", "memory_gib", "efficiency", "steps", "dtype", "vae_dtype", *DECODING)
-    options["hlo"] = Path(FLAGS.hlo) if FLAGS.hlo else None
-    result = plan(FLAGS.config, target, FLAGS.what, size, options, say=lambda text: print(text, file=sys.stderr))
+    request = Request(
+        FLAGS.what,
+        size,
+        sampling=SampleOptions(**commands.values("steps", "dtype", "vae_dtype", "decode_chunk_size", "decode_pixels")),
+        hlo=Path(FLAGS.hlo) if FLAGS.hlo else None,
+        **commands.values("batch_size", "memory_gib", "efficiency"),
+    )
+    result = plan(FLAGS.config, target, request, say=lambda text: print(text, file=sys.stderr))
     write(result)
     print(plan_report.text(result))
     if FLAGS.fit and not result["fits"]:
         print("settings that may make it fit, each on top of those before:")
-        if found := fit(FLAGS.config, target, FLAGS.what, size, options, say=lambda text: print(text, flush=True)):
+        if found := fit(FLAGS.config, target, request, say=lambda text: print(text, flush=True)):
             write(result := found)
             print(plan_report.text(found))
         else:

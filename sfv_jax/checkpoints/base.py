@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from sfv_jax.checkpoints.model_folder import encoders_identity, load_codec, load_model, read_model
+from sfv_jax.checkpoints.model_folder import ModelFolder, encoders_identity, load_codec, load_model, read_model
 from sfv_jax.checkpoints.run import restore_ema
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
@@ -30,19 +30,19 @@ class Base:
     Attributes:
       params: UNet parameters, nested dict of arrays.
       codec: None where the caller asked not to load it.
-      model: the model folder that holds the VAE and CLIP tower, None for the patch codec.
+      model: the model folder that has the VAE and CLIP tower; None for the patch codec.
       step: training steps, None for a model folder.
     """
 
     unet: UNetConfig
     params: tree.Params
     codec: SVDCodec | PatchCodec | None
-    model: Path | None
+    model: ModelFolder | None
     step: int | None
 
 
 def describe_run(workdir: Path, unet: UNetConfig, codec: PatchCodec | None, model: Path | None) -> None:
-    """Writes `workdir/network.json`: a patch codec in full, or the model folder of SVD's."""
+    """Writes `workdir/network.json`: the UNet's config, and the patch codec or the model folder of SVD's codec."""
     content = {
         "unet": dataclasses.asdict(unet),
         "patch_codec": dataclasses.asdict(codec) if codec else None,
@@ -83,16 +83,19 @@ def load_generator(
     """
     path = Path(path)
     if not is_run(path):
-        shardings = place and {"unet": place(tree.abstract(UNet, read_model(path)[0]["unet"])[1])}
-        params, configs, meta = load_model(path, ("unet",), dtype=dtype, shardings=shardings)
-        patch = meta["codec"] == "patch"
-        return Base(configs["unet"], params["unet"], load_codec(path) if codec else None, None if patch else path, None)
-    unet, patch_codec, model = read_run(path)
+        model = read_model(path)
+        config = model.configs["unet"]
+        shardings = place and {"unet": place(tree.abstract(UNet, config)[1])}
+        params = load_model(model, ("unet",), dtype=dtype, shardings=shardings)[0]["unet"]
+        encoders = None if model.meta["codec"] == "patch" else model
+        return Base(config, params, load_codec(model) if codec else None, encoders, None)
+    unet, patch_codec, folder = read_run(path)
     _, abstract = tree.abstract(UNet, unet)
     name, shardings = "generator" if raw else "ema", place and place(abstract)
     params, step = restore_ema(path, abstract, name=name, shardings=shardings)
-    if model and not model.is_dir():
-        raise WeightsError(f"{path} was trained from {model}, which is gone: its VAE and CLIP tower are needed")
+    if folder and not folder.is_dir():
+        raise WeightsError(f"{path} was trained from {folder}, which is gone: its VAE and CLIP tower are needed")
+    model = read_model(folder) if folder else None
     loaded = patch_codec or (load_codec(model) if model and codec else None)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     return Base(unet, params, loaded, model, step)
@@ -108,10 +111,10 @@ def load_encoders(svd: str | os.PathLike) -> tuple[SVDCodec, str]:
     """
     names = ("vae", "image_encoder")
     if (Path(svd) / "model.json").is_file():
-        _, meta = read_model(svd)
-        if meta["codec"] != "svd":
-            raise WeightsError(f"{svd} has codec {meta['codec']!r}: videos need SVD's VAE and CLIP tower")
-        return load_codec(svd), encoders_identity(meta)
+        model = read_model(svd)
+        if model.meta["codec"] != "svd":
+            raise WeightsError(f"{svd} has codec {model.meta['codec']!r}: videos need SVD's VAE and CLIP tower")
+        return load_codec(model), encoders_identity(model.meta)
     params, configs, files = zip(*(load_component(Path(svd) / name, name) for name in names), strict=True)
     codec = SVDCodec(*configs, jax.device_put(dict(zip(names, params, strict=True))))
     return codec, "+".join(sorted(sha256(file) for group in files for file in group))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sfv_jax.checkpoints.base import is_run, load_generator, read_run
 from sfv_jax.checkpoints.card import model_card
-from sfv_jax.checkpoints.model_folder import load_model, read_model, resolve_model
+from sfv_jax.checkpoints.model_folder import load_model, read_model
 from sfv_jax.models import tree
 from sfv_jax.weights.components import COMPONENTS, to_json
 from sfv_jax.weights.diffusers import save_component
@@ -44,17 +44,17 @@ def open_source(path: str | Path, *, raw: bool = False) -> Source:
       WorkdirError: if the run has no checkpoint yet.
     """
     path = Path(path)
-    unet, _, model = read_run(path) if is_run(path) else (None, None, resolve_model(path))
-    if unet and model and not model.is_dir():
-        raise WeightsError(f"{path} was trained from {model}, which is gone: its VAE and CLIP tower are needed")
-    configs, meta = read_model(model) if model else ({}, {})
-    if meta.get("codec") != "svd":
-        raise WeightsError(f"{path} has a patch codec: diffusers knows no pipeline without SVD's VAE and CLIP")
-    configs |= {"unet": unet} if unet else {}
+    unet, _, folder = read_run(path) if is_run(path) else (None, None, path)
+    if unet and folder and not folder.is_dir():
+        raise WeightsError(f"{path} was trained from {folder}, which is gone: its VAE and CLIP tower are needed")
+    model = read_model(folder) if folder else None
+    if model is None or model.meta["codec"] != "svd":
+        raise WeightsError(f"{path} has a patch codec: diffusers has no pipeline without SVD's VAE and CLIP tower")
+    configs = model.configs | ({"unet": unet} if unet else {})
     for name in COMPONENTS:
         to_json(name, configs[name])
     if unet is None:
-        return Source(configs, meta, lambda name: load_model(model, (name,))[0][name], None)
+        return Source(configs, model.meta, lambda name: load_model(model, (name,))[0][name], None)
     base = load_generator(path, raw=raw, codec=False)
     loaded = {"unet": base.params}
     run = {"step": base.step, "raw": raw, "config": json.loads((path / "config.json").read_text())}
@@ -63,7 +63,7 @@ def open_source(path: str | Path, *, raw: bool = False) -> Source:
     def load(name: str) -> tree.Params:
         return loaded.pop(name) if name in loaded else load_model(model, (name,))[0][name]
 
-    return Source(configs, meta, load, run)
+    return Source(configs, model.meta, load, run)
 
 
 def export_model(

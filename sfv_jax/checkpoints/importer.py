@@ -158,14 +158,15 @@ def _unet_folder(src: Path, base: Path | None, dtype, variant, allow_pickle: boo
 
 
 def _config_of_base(base: Path) -> UNetConfig:
-    configs, _ = read_model(base)
+    configs = read_model(base).configs
     if "unet" not in configs:
         raise WeightsError(f"{base} has no UNet")
     return configs["unet"]
 
 
 def _with_base(params: tree.Params, config: UNetConfig, files: tuple[Path, ...], base: Path) -> _Found:
-    configs, meta = read_model(base)
+    model = read_model(base)
+    configs, meta = model.configs, model.meta
     stored = {name: base.absolute() / name for name in meta["components"] if name != "unet"}
     digests = meta.get("source", {}).get("sha256", {})
     kept = {file: digest for file, digest in digests.items() if not file.startswith("unet/")}

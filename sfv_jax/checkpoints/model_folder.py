@@ -9,7 +9,9 @@ It holds what sampling and training start from. The state of a training run is a
 
 import dataclasses
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,11 +30,25 @@ CODECS = ("svd", "patch")
 CONFIGS = {name: component.config for name, component in COMPONENTS.items()} | {"codec": PatchCodec}
 
 
+@dataclass(frozen=True)
+class ModelFolder:
+    """Content of the `model.json` of a model folder, read once.
+
+    Attributes:
+      configs: our config of each component, and "codec" for the patch codec.
+      meta: the whole content; `meta["scheduler"]` has sigma_min, sigma_max and rho.
+    """
+
+    path: Path
+    configs: dict[str, Any]
+    meta: dict[str, Any]
+
+
 def resolve_model(path: str | Path) -> Path:
-    """The model folder that `path` stands for.
+    """Returns `path` if it is a model folder.
 
     Raises:
-      WeightsError: saying what `path` is instead.
+      WeightsError: if it is not; the message names what it is instead.
     """
     path = Path(path)
     if (path / "model.json").is_file():
@@ -89,7 +105,7 @@ def _describe(name: str, params: tree.Params | Path, configs: dict) -> dict:
     if name not in configs:
         raise WeightsError(f"no config for {name}")
     if isinstance(params, Path):
-        return read_model(params.parent)[1]["components"][params.name]
+        return read_model(params.parent).meta["components"][params.name]
     _check(name, {k: tuple(v.shape) for k, v in tree.flatten(params).items()}, configs[name], "the parameters given")
     dtypes = sorted({str(np.dtype(x.dtype)) for x in jax.tree.leaves(params)})
     return {"parameters": tree.count(params), "dtype": ", ".join(dtypes)}
@@ -104,15 +120,14 @@ def _check(name: str, found: dict[str, tuple], config, where: str) -> tree.Param
     return shapes
 
 
-def read_model(folder: str | Path) -> tuple[dict, dict]:
-    """`(configs, meta)` of a model folder, without its weights.
+def read_model(folder: str | Path | ModelFolder) -> ModelFolder:
+    """Reads `model.json`, without the weights; a folder that was read already is returned as it is.
 
-    Returns:
-      configs: our config of each component, and "codec" for the patch codec.
-      meta: the content of `model.json`; `meta["scheduler"]` has sigma_min, sigma_max and rho.
     Raises:
-      WeightsError: if the folder is not a model folder or was written by a newer version of this program.
+      WeightsError: if `folder` is not a model folder or was written by a newer version of this program.
     """
+    if isinstance(folder, ModelFolder):
+        return folder
     folder = resolve_model(folder)
     meta = read_json(folder / "model.json")
     if meta.get("format") != FORMAT:
@@ -120,7 +135,7 @@ def read_model(folder: str | Path) -> tuple[dict, dict]:
     if meta.get("version") != VERSION:
         raise WeightsError(f"{folder} has version {meta.get('version')}, this program reads version {VERSION}")
     configs = {name: _config(CONFIGS[name], values, folder) for name, values in meta["configs"].items()}
-    return configs, meta
+    return ModelFolder(folder, configs, meta)
 
 
 def _config(kind: type, values: dict, folder: Path):
@@ -131,26 +146,26 @@ def _config(kind: type, values: dict, folder: Path):
 
 
 def load_model(
-    folder: str | Path,
+    folder: str | Path | ModelFolder,
     components: tuple[str, ...] = tuple(COMPONENTS),
     *,
     dtype=None,
     shardings=None,
 ) -> tuple[dict[str, tree.Params], dict, dict]:
-    """Reads networks of a model folder, straight to where they are wanted.
+    """Reads networks of a model folder directly to the devices that will hold them.
 
     Args:
-      dtype: of every parameter; None keeps the stored one.
+      dtype: dtype of every parameter; None keeps the stored one.
       shardings: `{component: sharding or tree of shardings like its parameters}`, for some or all components, or one
         sharding for everything; default: the first local device.
     Returns:
       params: `{component: nested dict of jax.Array}`.
-      configs, meta: as from `read_model`.
+      configs, meta: fields of `ModelFolder`.
     Raises:
       WeightsError: as `read_model`, and if a component is not in the folder or does not fit its config.
     """
-    folder = resolve_model(folder).absolute()
-    configs, meta = read_model(folder)
+    model = read_model(folder)
+    folder, configs, meta = model.path.absolute(), model.configs, model.meta
     absent = [name for name in components if name not in meta["components"]]
     if absent:
         raise WeightsError(f"{folder} has no {', '.join(absent)}, only {', '.join(meta['components'])}")
@@ -174,19 +189,20 @@ def _restore(path: Path, name: str, config, dtype, sharding) -> tree.Params:
 
 
 def encoders_identity(meta: dict) -> str:
-    """What tells the VAE and CLIP tower of a model folder from others: the digests of the files they came from.
+    """Identity of the VAE and CLIP tower of a model folder: the digests of the files they came from.
 
-    "" if `model.json` (`meta`) does not record them.
+    Args:
+      meta: content of `model.json`; the result is "" if that records no digests.
     """
     digests = meta.get("source", {}).get("sha256", {})
     names = ("vae/", "image_encoder/")
     return "+".join(sorted(d for file, d in digests.items() if file.startswith(names) and "config" not in file))
 
 
-def load_codec(folder: str | Path, **kw) -> SVDCodec | PatchCodec:
-    """The codec of a model folder; `kw` (dtype, shardings) as in `load_model`."""
-    configs, meta = read_model(folder)
-    if meta["codec"] == "patch":
-        return configs["codec"]
-    params, configs, _ = load_model(folder, ("vae", "image_encoder"), **kw)
+def load_codec(folder: str | Path | ModelFolder, **kw) -> SVDCodec | PatchCodec:
+    """Loads the codec of a model folder; `kw` (dtype, shardings) as in `load_model`."""
+    model = read_model(folder)
+    if model.meta["codec"] == "patch":
+        return model.configs["codec"]
+    params, configs, _ = load_model(model, ("vae", "image_encoder"), **kw)
     return SVDCodec(configs["vae"], configs["image_encoder"], params)

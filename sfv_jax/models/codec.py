@@ -1,11 +1,12 @@
-"""Between pixels and what the UNet sees: latents of clips, and the two conditions made from the first image.
+"""Codecs between pixels and the UNet's inputs: latents of clips, and the two conditions made from the first image.
 
-Both codecs have the same methods, so that whatever encodes, trains or samples does not know which one it holds.
-Latents leave `encode` and `condition` unscaled. The caller multiplies video latents by `scaling_factor`, never the
-conditioning latent: SVD was trained that way.
+Both codecs have the same methods, so that encoding, training and sampling work with either. `encode` and `condition`
+return unscaled latents. The caller multiplies video latents by `scaling_factor`, but never the conditioning latent: SVD
+was trained that way.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,24 +21,24 @@ from sfv_jax.models.partitioning import axis_size
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 
 Array = jax.Array
-# Encoded at once by default: three frames of 448x768, about 3 GB of fp32 activations at SVD's size.
+# Pixels encoded at once by default: three frames of 448x768, about 3 GB of fp32 activations at SVD's size.
 ENCODE_PIXELS = 2**20
-# Temporaries of decoding whole clips, in arrays of the largest activation: 5 compiled for H200, 7 for v5e, 8 on CPU.
+# Peak memory of untiled decoding, in multiples of the largest activation: 5 compiled for H200, 7 for v5e, 8 on CPU.
 WHOLE = 8
 
 
 def to_signed(pixels: Array) -> Array:
-    """fp32 in [-1, 1] of uint8 pixels, any shape."""
+    """Returns uint8 pixels of any shape as fp32 in [-1, 1]."""
     return jnp.asarray(pixels).astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_pixels(x: Array) -> Array:
-    """uint8 pixels, rounded and clipped, of `x` nominally in [-1, 1], any shape."""
+    """Returns `x` of any shape, nominally in [-1, 1], as uint8 pixels, rounded and clipped."""
     return jnp.round(jnp.clip(x.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
-def augmentation_noise(keys: Array, shape: tuple[int, ...]) -> Array:
-    """Standard normal fp32 `[b, *shape]`, one of `keys [b]` per sample: a sample's noise ignores its neighbours.
+def augmentation_noise(keys: Array | None, shape: tuple[int, ...]) -> Array:
+    """Returns standard normal fp32 `[b, *shape]`, one of `keys [b]` per sample: each sample's noise has its own key.
 
     Raises:
       ValueError: if `keys` is not a vector of typed keys (`jax.random.split(key, b)`).
@@ -48,14 +49,15 @@ def augmentation_noise(keys: Array, shape: tuple[int, ...]) -> Array:
 
 
 def finite(x: Array) -> Array:
-    """`[b]` bool: whether all of a sample `x [b, ...]` is finite."""
+    """Returns bool `[b]`: whether all elements of a sample of `x [b, ...]` are finite."""
     return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
 
 def over_time(fn: Callable, x: Array, size: int) -> Array:
-    """`fn(x)` for `x [b, t, ...]` and an `fn` that treats every frame alike, at most `size` frames of a clip at a time.
+    """Computes `fn(x)` of `x [b, t, ...]` in chunks of at most `size` frames of each clip.
 
-    All chunks are of one length, so `fn` is compiled once; the last one is filled up with copies of the last frame.
+    `fn` must treat each frame separately. All chunks have one length, so `fn` is compiled once; the last one is padded
+    with copies of the last frame.
     """
     t = x.shape[1]
     count = -(-t // size)
@@ -68,15 +70,21 @@ def over_time(fn: Callable, x: Array, size: int) -> Array:
 
 
 def device_memory() -> float | None:
-    """Bytes JAX may use of a device of this process; None where it does not tell, as a CPU."""
+    """Returns the bytes that JAX may use on a device of this process; None if unavailable, as on CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def decode_pixels(config: VAEConfig, shape: tuple[int, ...], dtype, memory: float | None) -> int:
-    """`VAEConfig.decode_pixels` for latents `[b, t, h, w, 4]` on devices of `memory` bytes: 0 where that suffices.
+    """Returns `VAEConfig.decode_pixels` for latents of `shape`, or 0 if memory suffices to decode whole.
 
-    Decoding in pieces needs less than half of the memory and moves about twice the bytes. Whole, it is taken to need
-    `WHOLE` arrays of its largest activation, and at most half of the memory of the devices that share the frames.
+    Decoding in pieces needs less than half of the memory and moves about twice the bytes. Decoding whole is chosen if
+    `WHOLE` times the largest activation fits in half of the memory of the devices that share the frames.
+
+    Args:
+      config: the VAE.
+      shape: `[b, t, h, w, 4]` of the latents.
+      dtype: compute dtype of the decoder.
+      memory: bytes per device; None if unknown.
     """
     b, t, h, w, _ = shape
     largest = b * t * h * w * config.downscale**2 * config.block_out_channels[0] * jnp.dtype(dtype).itemsize
@@ -88,15 +96,16 @@ class SVDCodec:
     """SVD's temporal VAE and CLIP image tower (steps 1, 4, 5 and 10 of StableVideoDiffusionPipeline).
 
     Args:
-      params: `{"vae": ..., "image_encoder": ...}`, nested dicts of arrays, wherever they are placed.
+      params: `{"vae": ..., "image_encoder": ...}`, nested dicts of arrays with any placement.
       decode_dtype: compute dtype of the decoder. Encoding and CLIP are fp32, as in the reference. The decoder loses
         precision below fp32 (docs/benchmarks.md), so lower it knowingly.
-      pixels: of a piece in which a device decodes, over all frames, in place of `VAEConfig.decode_pixels`; 0: all at
-        once. By default it follows from `memory`. Either way the frames are the same.
-      memory: bytes of a device (`decode_pixels`); by default what the device tells. Where it tells nothing, as a CPU,
-        large frames are decoded in pieces.
+      pixels: overrides `VAEConfig.decode_pixels`, the pixels that a device decodes at a time, over all frames; 0: all
+        at once. By default it follows from `memory`. The frames are the same with any value.
+      memory: bytes per device, see `decode_pixels`; by default `device_memory()`. If that is None, as on CPU, large
+        frames are decoded in pieces.
+
     Raises:
-      UserError: for negative `pixels`.
+      UserError: if `pixels` is negative.
     """
 
     def __init__(
@@ -139,38 +148,49 @@ class SVDCodec:
         self._decode = jax.jit(decode, static_argnames="pixels")
         self._encode_image, self._embed = map(jax.jit, (encode_image, embed))
 
+    def with_params(self, params: dict[str, tree.Params]) -> "SVDCodec":
+        """Returns the same codec, compiled programs included, with other parameters."""
+        other = copy(self)
+        other.params = params
+        return other
+
     def encode(self, frames: Array, chunk_size: int | None = None) -> Array:
-        """Unscaled posterior means fp32 `[b, t, h/8, w/8, 4]` of `frames` uint8 `[b, t, h, w, 3]`.
+        """Returns unscaled posterior means fp32 `[b, t, h/8, w/8, 4]` of `frames` uint8 `[b, t, h, w, 3]`.
 
         Args:
-          chunk_size: frames of a clip encoded at a time, for memory only: the encoder sees each frame by itself.
-            Default: as many as make `ENCODE_PIXELS` pixels over the batch, at least one.
+          frames: pixels.
+          chunk_size: frames of a clip encoded at a time. It changes memory only, as the encoder treats each frame
+            separately. Default: as many as make `ENCODE_PIXELS` pixels over the batch, at least one.
         """
         b, _, h, w, _ = frames.shape
         return self._encode(self.params["vae"], frames, chunk_size or max(ENCODE_PIXELS // (b * h * w), 1))
 
     def encode_image(self, images: Array, noise: Array, noise_aug_strength) -> Array:
-        """`cond_latent` of `condition`, from `noise` fp32 `[b, h, w, 3]`."""
+        """Returns `cond_latent` of `condition`, given `noise` fp32 `[b, h, w, 3]`."""
         return self._encode_image(self.params["vae"], images, noise, jnp.asarray(noise_aug_strength, jnp.float32))
 
     def embed(self, images: Array) -> Array:
-        """CLIP embeddings fp32 `[b, d]`, not normalised, of `images` uint8 `[b, h, w, 3]` of any size."""
+        """Returns CLIP embeddings fp32 `[b, d]`, not normalized, of `images` uint8 `[b, h, w, 3]` of any size."""
         return self._embed(self.params["image_encoder"], images)
 
     def condition(
         self, images: Array, keys: Array | None, noise_aug_strength, noise: Array | None = None, original=None
     ):
-        """The conditions of a video that starts with `images`.
+        """Returns the conditions of videos that start with `images`.
 
         Args:
           images: uint8 `[b, h, w, 3]`, at the size of the video.
-          keys: `[b]` typed keys of the pixel noise; unused when `noise` is given.
+          keys: `[b]` typed keys of the pixel noise; unused if `noise` is given.
           noise_aug_strength: standard deviation of the pixel noise on [-1, 1], scalar or `[b]`; SVD samples with 0.02.
-          noise: standard normal fp32 `[b, h, w, 3]` to use instead.
-          original: uint8 `[b, h', w', 3]`, the images before they were resized, for CLIP; default `images`.
+          noise: standard normal fp32 `[b, h, w, 3]` in place of noise from `keys`.
+          original: uint8 `[b, h', w', 3]`, the images before resizing, for CLIP; default `images`.
+
         Returns:
           cond_latent: fp32 `[b, h/8, w/8, 4]`, unscaled, of the noised image.
-          image_embed: fp32 `[b, d]`, of the clean one.
+          image_embed: fp32 `[b, d]`, of the clean image.
+
+        Raises:
+          ValueError: if there is neither `noise` nor one key per image.
         """
         noise = augmentation_noise(keys, images.shape[1:]) if noise is None else noise
         return self.encode_image(images, noise, noise_aug_strength), self.embed(
@@ -178,17 +198,21 @@ class SVDCodec:
         )
 
     def decode(self, latents: Array, chunk_size: int | None = None) -> Array:
-        """uint8 frames `[b, t, 8h, 8w, 3]` of scaled `latents [b, t, h, w, 4]`.
+        """Returns uint8 frames `[b, t, 8h, 8w, 3]` of scaled `latents [b, t, h, w, 4]`.
 
         Args:
-          chunk_size: frames of a clip decoded at a time, default all. Chunks save memory and change the result, as
-            diffusers' `decode_chunk_size` does: the decoder mixes frames, and a chunk knows nothing of its neighbours.
-            The last chunk may be shorter. A chunk never mixes videos (diffusers' does when it does not divide t).
+          latents: scaled latents.
+          chunk_size: frames of a clip decoded at a time, default all. Chunks save memory and change the result, like
+            diffusers' `decode_chunk_size`: the decoder mixes frames, but only within a chunk. The last chunk may be
+            shorter. A chunk never mixes videos (diffusers' chunks do if their size does not divide t).
+
+        Raises:
+          UserError: if `chunk_size` is below 1.
         """
         return self.decode_checked(latents, chunk_size)[0]
 
     def decode_checked(self, latents: Array, chunk_size: int | None = None) -> tuple[Array, Array]:
-        """As `decode`, and `[b]` bool: whether the frames were finite before they became pixels."""
+        """Returns the frames of `decode`, and bool `[b]`: whether they were finite before conversion to pixels."""
         t = latents.shape[1]
         size = t if chunk_size is None else chunk_size
         if size < 1:
@@ -204,15 +228,16 @@ class SVDCodec:
 
 @dataclass(frozen=True)
 class PatchCodec:
-    """Pixels as latents, for small procedural videos: patches become channels and nothing is lost.
+    """Pixels as latents, for small procedural videos: patches become channels, without loss.
 
     The image embedding is the image averaged over `embed_cell` x `embed_cell` pixels and flattened:
     `3 * (h / embed_cell) * (w / embed_cell)` numbers in [-1, 1], 48 for 32 x 32.
 
     Attributes:
       patch: pixels per latent cell in each direction.
-      scaling_factor: what multiplies the latents before diffusion; choose it so that they have about unit variance.
-      offset: mean of the signed pixels, taken off before folding, so that latents are about centred.
+      scaling_factor: factor of the latents before diffusion; choose it so that they have about unit variance.
+      embed_cell: side of the averaged cells, in pixels.
+      offset: mean of the signed pixels, subtracted before folding, so that latents are roughly centered.
     """
 
     patch: int = 4
@@ -232,12 +257,12 @@ class PatchCodec:
 
     @partial(jax.jit, static_argnums=0)
     def encode(self, frames: Array) -> Array:
-        """Unscaled fp32 `[b, t, h/patch, w/patch, 3 patch^2]` of `frames` uint8 `[b, t, h, w, 3]`."""
+        """Returns unscaled fp32 `[b, t, h/patch, w/patch, 3 patch^2]` of `frames` uint8 `[b, t, h, w, 3]`."""
         return self._fold(to_signed(frames))
 
     @partial(jax.jit, static_argnums=0)
     def embed(self, images: Array) -> Array:
-        """Coarse images fp32 `[b, d]` of `images` uint8 `[b, h, w, 3]`."""
+        """Returns coarse images fp32 `[b, d]` of `images` uint8 `[b, h, w, 3]`."""
         n = self.embed_cell
         return rearrange(
             reduce(to_signed(images), "b (h m) (w n) c -> b h w c", "mean", m=n, n=n), "b h w c -> b (h w c)"
@@ -246,9 +271,11 @@ class PatchCodec:
     def condition(
         self, images: Array, keys: Array | None, noise_aug_strength, noise: Array | None = None, original=None
     ):
-        """`cond_latent [b, h/patch, w/patch, 3 patch^2]` of the noised and `image_embed [b, d]` of the clean image.
+        """Returns the conditions of videos that start with `images`; arguments as in `SVDCodec.condition`.
 
-        Arguments as in `SVDCodec.condition`.
+        Returns:
+          cond_latent: fp32 `[b, h/patch, w/patch, 3 patch^2]`, unscaled, of the noised image.
+          image_embed: fp32 `[b, d]`, of the clean image.
         """
         noise = augmentation_noise(keys, images.shape[1:]) if noise is None else noise
         return self.encode_image(images, noise, noise_aug_strength), self.embed(
@@ -257,20 +284,20 @@ class PatchCodec:
 
     @partial(jax.jit, static_argnums=0)
     def encode_image(self, images: Array, noise: Array, noise_aug_strength) -> Array:
-        """`cond_latent` of `condition`, from `noise` fp32 `[b, h, w, 3]`."""
+        """Returns `cond_latent` of `condition`, given `noise` fp32 `[b, h, w, 3]`."""
         strength = jnp.reshape(jnp.asarray(noise_aug_strength, jnp.float32), (-1, 1, 1, 1))
         return self._fold(to_signed(images) + strength * noise)
 
     def decode(self, latents: Array, chunk_size: int | None = None) -> Array:
-        """uint8 frames `[b, t, patch h, patch w, 3]` of scaled `latents [b, t, h, w, 3 patch^2]`.
+        """Returns uint8 frames `[b, t, patch h, patch w, 3]` of scaled `latents [b, t, h, w, 3 patch^2]`.
 
-        `chunk_size` makes no difference: every frame is decoded by itself.
+        `chunk_size` makes no difference, as each frame is decoded separately.
         """
         return self.decode_checked(latents, chunk_size)[0]
 
     @partial(jax.jit, static_argnums=(0, 2))
     def decode_checked(self, latents: Array, chunk_size: int | None = None) -> tuple[Array, Array]:
-        """As `decode`, and `[b]` bool: whether the frames were finite before they became pixels."""
+        """Returns the frames of `decode`, and bool `[b]`: whether they were finite before conversion to pixels."""
         frames = latents / self.scaling_factor + self.offset
         pixels = rearrange(frames, "... h w (m n c) -> ... (h m) (w n) c", m=self.patch, n=self.patch)
         return to_pixels(pixels), finite(frames)

@@ -2,9 +2,12 @@
 
 import os
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sfv_jax.config import ConfigError
@@ -12,15 +15,11 @@ from sfv_jax.errors import UserError
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.performance import programs, targets
 from sfv_jax.performance.cost import Cost, measure, planner_rss
+from sfv_jax.performance.programs import Program, SampleOptions
 from sfv_jax.performance.targets import GIB, Target
 from sfv_jax.runtime.sharding import make_mesh
 
 QUICK = -1.0  # compile effort for TPUs where none is asked for: about ten times quicker
-
-
-DECODING = ("decode_chunk_size", "decode_pixels")
-
-
 WHAT = {"train": (448, 768), "sample": (576, 1024), "prepare": (448, 768)}  # and the default height, width
 
 
@@ -28,67 +27,86 @@ class PlanError(UserError):
     """Something that cannot be planned; the message says what to change."""
 
 
-def build(config: ConfigDict, target: Target, devices: list, what: str, size: tuple[int, int], options: dict):
-    """(mesh, programs) of a job: `what` is one of `WHAT`, `size` (height, width) in pixels, `options` for sampling.
+@dataclass(frozen=True)
+class Request:
+    """What to plan, beside the config and the target.
+
+    Attributes:
+      what: a name of `WHAT`.
+      size: (height, width) of the videos in pixels.
+      batch_size: videos at a time when sampling or preparing; None for one per chip.
+      sampling: options of sampling; its `memory` is that of the target.
+      memory_gib: memory of a chip; None for the target's.
+      efficiency: fraction of the lower bound's speed that the run is assumed to reach.
+      hlo: folder for the text of the compiled programs.
+    """
+
+    what: str
+    size: tuple[int, int]
+    batch_size: int | None = None
+    sampling: SampleOptions = SampleOptions()
+    memory_gib: float | None = None
+    efficiency: float = 0.6
+    hlo: Path | None = None
+
+
+def build(config: ConfigDict, target: Target, devices: list, request: Request) -> tuple[Mesh, list[Program]]:
+    """Returns the mesh and the programs of a job on `devices` of `target`.
 
     Raises:
       ConfigError, WeightsError, PlanError: for what the job would refuse.
     """
-    sizes = programs.sizes_of(config)
+    sizes, size = programs.sizes_of(config), request.size
     if size[0] % sizes.downscale or size[1] % sizes.downscale or min(size) < sizes.downscale:
         raise PlanError(f"height {size[0]} and width {size[1]} must be multiples of {sizes.downscale}")
-    if what == "prepare":  # every process encodes on one chip
+    if request.what == "prepare":  # every process encodes on one chip
         mesh = make_mesh(devices=devices[:1])
-        return mesh, programs.prepare_programs(mesh, sizes, size, options["batch_size"] or 1)
+        return mesh, programs.prepare_programs(mesh, sizes, size, request.batch_size or 1)
     try:
         mesh = make_mesh(**config.mesh, devices=devices)
     except UserError as error:
         raise ConfigError(f"config: {error} of {target.name}") from error
-    if what == "train":
+    if request.what == "train":
         return mesh, [programs.train_program(config, mesh, sizes, size)]
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch = options["batch_size"] or shares
+    batch = request.batch_size or shares
     if batch % shares:
         raise PlanError(f"batch_size {batch} does not divide over data x fsdp = {shares} chips of the mesh")
-    settings = {name: options[name] for name in ("steps", "dtype", "vae_dtype", *DECODING)}
-    if target.chip.platform != "cpu":  # a CPU tells nobody, so a run does not know either
-        settings["memory"] = limit_of(target, options)
-    return mesh, programs.sample_programs(mesh, sizes, size, batch, **settings)
+    options = request.sampling
+    if target.chip.platform != "cpu":  # a CPU reports no memory, so a run there does not use it either
+        options = replace(options, memory=limit_of(target, request))
+    return mesh, programs.sample_programs(mesh, sizes, size, batch, options)
 
 
-def plan(
-    config: ConfigDict, target: Target, what: str, size: tuple[int, int], options: dict, say=print, *, trial=False
-) -> dict:
-    """Compiles all programs of a job; what they cost, as `report.text` takes it.
+def plan(config: ConfigDict, target: Target, request: Request, say=print, *, trial: bool = False) -> dict:
+    """Compiles all programs of a job and returns what they cost, for `plan_report.text`.
 
     Args:
-      options: "batch_size", "memory_gib" (a smaller chip), "efficiency", "hlo" (a folder for the text of the compiled
-        programs), and of sampling; None where not given.
-      say: told what is being compiled.
+      say: called with a line before each compilation.
       trial: stop at the first program that does not fit.
     """
     began = time.monotonic()
-    mesh, jobs = build(config, target, targets.devices(target), what, size, options)
-    limit = limit_of(target, options)
-    costs = []
+    mesh, jobs = build(config, target, targets.devices(target), request)
+    limit = limit_of(target, request)
+    costs: list[Cost] = []
     for job in jobs:
         say(f"compiling {job.name} for {target.name} ...")
-        costs.append(measure(job, target, mesh, limit, options["hlo"]))
+        costs.append(measure(job, target, mesh, limit, request.hlo))
         if trial and not costs[-1].fits:
             break
-    videos = config.batch_size if what == "train" else options["batch_size"] or 1
-    if what == "sample" and not options["batch_size"]:
+    videos = config.batch_size if request.what == "train" else request.batch_size or 1
+    if request.what == "sample" and not request.batch_size:
         videos = mesh.shape["data"] * mesh.shape["fsdp"]
     return {
-        "what": what,
+        "what": request.what,
         "target": target.name,
-        "chips": 1 if what == "prepare" else target.count,
+        "chips": 1 if request.what == "prepare" else target.count,
         "mesh": dict(mesh.shape),
-        "size": list(size),
+        "size": list(request.size),
         "videos": videos,
         "fits": all(cost.fits for cost in costs),
         "programs": [asdict(cost) | {"seconds": cost.seconds} for cost in costs],
-        **run_time(costs, config, target, what, videos, options["efficiency"]),
+        **run_time(costs, config, target, request, videos),
         "planner": {
             "seconds": time.monotonic() - began,
             "rss": planner_rss(),
@@ -98,47 +116,61 @@ def plan(
     }
 
 
-def limit_of(target: Target, options: dict) -> float:
-    """Bytes one chip of `target` offers, or as many as asked; fake CPU devices share the memory of this machine."""
-    if options["memory_gib"]:
-        return options["memory_gib"] * GIB
+def limit_of(target: Target, request: Request) -> float:
+    """Bytes of one chip of `target`, or those asked for; fake CPU devices share the memory of this machine."""
+    if request.memory_gib:
+        return request.memory_gib * GIB
     if target.chip.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / target.count
     return target.chip.memory
 
 
-def run_time(costs: list[Cost], config: ConfigDict, target: Target, what: str, videos: int, efficiency: float) -> dict:
-    """Lower bound of the seconds of a step or batch, and what the whole run takes at a share `efficiency` of it."""
+def run_time(costs: list[Cost], config: ConfigDict, target: Target, request: Request, videos: int) -> dict:
+    """Lower bound of the seconds of a step or batch, and the length of the run at the efficiency of `request`."""
+    efficiency = request.efficiency
     bound = sum(cost.seconds for cost in costs)
     if not bound or not all(cost.fits for cost in costs):
         return {"seconds": bound or None, "efficiency": efficiency}
     per_hour = 3600 / bound * efficiency
     result = {"seconds": bound, "efficiency": efficiency, "per_hour": per_hour, "videos_per_hour": per_hour * videos}
-    if what == "train":
+    if request.what == "train":
         hours = config.steps / per_hour
         result |= {"steps": config.steps, "days": hours / 24, "chip_hours": hours * target.count}
     return result
 
 
-def attempts(config: ConfigDict, target: Target, what: str, options: dict):
-    """Settings for `--fit`, each on top of those before it, as (flags to copy, config, options).
+def attempts(config: ConfigDict, target: Target, request: Request) -> Iterator[tuple[list[str], ConfigDict, Request]]:
+    """Yields settings for `--fit`, each on top of those before it, as (flags to copy, config, request).
 
     Training: recompute in the backward pass; one sample per chip and micro-batch; shard the stored state over more and
     more chips; share the rows of a video. Sampling: bf16; decoding in pieces where it was to be whole; one video on a
     chip at a time; then shares of the weights and rows. Preparing: half as many clips at a time, and again.
     """
-    config, options, given = ConfigDict(config.to_dict()), dict(options), []
+    what, given = request.what, []
+    config = ConfigDict(config.to_dict())
 
-    def add(changes: dict, extra: dict | None = None):
+    def note(flag: str, value) -> None:
+        given[:] = [other for other in given if not other.startswith(f"{flag}=")]
+        given.append(f"{flag}={value}")
+
+    def add(changes: dict) -> tuple[list[str], ConfigDict, Request]:
         for name, value in changes.items():
-            given[:] = [flag for flag in given if not flag.startswith(f"--config.{name}=")]
-            given.append(f"--config.{name}={value}")
+            note(f"--config.{name}", value)
             config.update_from_flattened_dict({name: value})
-        for name, value in (extra or {}).items():
-            given[:] = [flag for flag in given if not flag.startswith(f"--{name}=")]
-            given.append(f"--{name}={value}")
-            options[name] = value
-        return list(given), ConfigDict(config.to_dict()), dict(options)
+        return list(given), ConfigDict(config.to_dict()), request
+
+    def batches_of(size: int) -> tuple[list[str], ConfigDict, Request]:
+        nonlocal request
+        note("--batch_size", size)
+        request = replace(request, batch_size=size)
+        return add({})
+
+    def sampled(**options) -> tuple[list[str], ConfigDict, Request]:
+        nonlocal request
+        for name, value in options.items():
+            note(f"--{name}", value)
+        request = replace(request, sampling=replace(request.sampling, **options))
+        return add({})
 
     if what == "train" and not config.unet.remat:
         yield add({"unet.remat": True})
@@ -148,16 +180,16 @@ def attempts(config: ConfigDict, target: Target, what: str, options: dict):
             yield add({"accumulation_steps": config.batch_size // shares})
     if what == "sample":
         for name in ("dtype", "vae_dtype"):
-            if options[name] == "float32":
-                yield add({}, {name: "bfloat16"})
-        if options["decode_pixels"] == 0:
-            yield add({}, {"decode_pixels": VAEConfig.decode_pixels})
+            if getattr(request.sampling, name) == "float32":
+                yield sampled(**{name: "bfloat16"})
+        if request.sampling.decode_pixels == 0:
+            yield sampled(decode_pixels=VAEConfig.decode_pixels)
         shares = target.count // config.mesh.spatial
-        if (options["batch_size"] or 1) > shares:
-            yield add({}, {"batch_size": shares})
+        if (request.batch_size or 1) > shares:
+            yield batches_of(shares)
     if what == "prepare":
-        while (options["batch_size"] or 1) > 1:
-            yield add({}, {"batch_size": options["batch_size"] // 2})
+        while (request.batch_size or 1) > 1:
+            yield batches_of(request.batch_size // 2)
         return
     n = 2 * config.mesh.fsdp
     while n * config.mesh.spatial <= target.count:
@@ -175,11 +207,15 @@ def attempts(config: ConfigDict, target: Target, what: str, options: dict):
         spatial *= 2
 
 
-def fit(config: ConfigDict, target: Target, what: str, size: tuple[int, int], options: dict, say=print) -> dict | None:
-    """The first plan of `attempts` that fits, with the flags that make it, or None; says how each attempt went."""
-    for given, changed, opts in attempts(config, target, what, options):
+def fit(config: ConfigDict, target: Target, request: Request, say=print) -> dict | None:
+    """Returns the first plan of `attempts` that fits, with the flags that make it; None if none does.
+
+    Args:
+      say: called with a line on each attempt.
+    """
+    for given, changed, asked in attempts(config, target, request):
         try:
-            result = plan(changed, target, what, size, opts, say=lambda _: None, trial=True)
+            result = plan(changed, target, asked, say=lambda _: None, trial=True)
         except (ConfigError, PlanError) as error:
             say(f"  {' '.join(given)}: {error}")
             continue

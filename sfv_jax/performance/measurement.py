@@ -19,7 +19,8 @@ from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.performance import random_arrays, timing
-from sfv_jax.performance.programs import Program, Sizes, sample_programs, train_program
+from sfv_jax.performance.programs import Program, SampleOptions, Sizes, sample_programs, train_program
+from sfv_jax.performance.timing import Timing
 from sfv_jax.runtime.device import count_flops, peak_flops, peak_memory
 from sfv_jax.runtime.sharding import make_mesh, on_mesh
 
@@ -90,14 +91,14 @@ class Row:
     """What was measured of one program.
 
     Attributes:
-      seconds: of each warm call.
-      flops: of matrix products and convolutions, counted on the jaxpr; attention as its two products.
-      temporary_bytes: of the compiled program, by XLA, per device.
+      timing: of its calls.
+      flops: matrix products and convolutions, counted on the jaxpr; attention as its two products.
+      temporary_bytes: temporary memory of the compiled program per device, as XLA reports it.
     """
 
     name: str
-    seconds: tuple[float, ...]
-    flops: float | None = None
+    timing: Timing
+    flops: float = 0.0
     compile_seconds: float | None = None
     temporary_bytes: int | None = None
 
@@ -114,22 +115,19 @@ def measure(program: Program, args: tuple, mesh, repeats: int) -> tuple[Row, Cal
 
     def call():
         out = compiled(*held)
-        if program.name == "train step":
+        if program.donates:
             held[0], out = out
         return out
 
     timed = timing.warm(call, repeats)
-    memory = compiled.memory_analysis()
-    row = Row(
-        program.name, timed.seconds, count_flops(program.plain, *program.args), seconds, memory.temp_size_in_bytes
-    )
-    return row, compiled
+    flops, memory = count_flops(program.plain, *program.args), compiled.memory_analysis()
+    return Row(program.name, timed, flops, seconds, memory.temp_size_in_bytes), compiled
 
 
 def sampling(mesh, sizes: Sizes, size: tuple[int, int], batch: int, dtype: str, repeats: int) -> list[Row]:
     """Rows of the stages of a one-step video, and of all of them one after the other."""
     rows, compiled, weights = [], {}, {}
-    programs = sample_programs(mesh, sizes, size, batch, dtype=dtype, vae_dtype=dtype)
+    programs = sample_programs(mesh, sizes, size, batch, SampleOptions(dtype=dtype, vae_dtype=dtype))
     inputs = {}
     for program in programs:
         held, *given = program.args
@@ -150,7 +148,7 @@ def sampling(mesh, sizes: Sizes, size: tuple[int, int], batch: int, dtype: str, 
         return run("decode", run("denoise", noise, condition | {"image_embed": embed, "cond_latent": latent}))
 
     total = timing.warm(whole, repeats)
-    return [*rows, Row("image to frames", total.seconds, sum(row.flops for row in rows))]
+    return [*rows, Row("image to frames", total, sum(row.flops for row in rows))]
 
 
 def training(config, mesh, sizes: Sizes, size: tuple[int, int], repeats: int) -> list[Row]:
@@ -194,7 +192,7 @@ def training(config, mesh, sizes: Sizes, size: tuple[int, int], repeats: int) ->
 
 def split(rows: list[Row]) -> dict[str, float]:
     """Seconds of the parts of the SF-V step, from the medians of `training`."""
-    forward, both, without, gradients, step = (timing.Timing(row.seconds).median for row in rows)
+    forward, both, without, gradients, step = (row.timing.median for row in rows)
     return {
         "G forward": forward,
         "G backward": both - forward,
@@ -211,11 +209,10 @@ def table(rows: list[Row], limit: float) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        timed = timing.Timing(row.seconds)
-        rate = row.flops / timed.median
+        rate = row.flops / row.timing.median
         memory = "" if row.temporary_bytes is None else f"{row.temporary_bytes / 2**30:.2f}"
         compiled = "" if row.compile_seconds is None else f"{row.compile_seconds:.1f}"
-        shown = str(timed).replace(" ms", "")
+        shown = str(row.timing).replace(" ms", "")
         cells = [
             row.name,
             shown,
@@ -227,6 +224,13 @@ def table(rows: list[Row], limit: float) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def record(row: Row) -> dict:
+    """Returns `row` for JSON: the seconds of its warm calls in place of its timing."""
+    return {"name": row.name, "seconds": row.timing.seconds} | {
+        name: value for name, value in asdict(row).items() if name not in ("name", "timing")
+    }
 
 
 def surroundings() -> dict:
@@ -261,7 +265,7 @@ def run(request: Request) -> dict:
     else:
         rows = _rows(request, mesh, sizes)
         print("\n" + table(rows, limit))
-        result["rows"] = [asdict(row) for row in rows]
+        result["rows"] = [record(row) for row in rows]
         result["parts"] = split(rows) if request.train else {}
     for name, seconds in result.get("parts", {}).items():
         print(f"{name}: {1000 * seconds:.1f} ms")

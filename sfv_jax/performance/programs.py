@@ -4,9 +4,7 @@
 """
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +25,19 @@ from sfv_jax.models.networks import DTYPES, Networks
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.runtime.sharding import batch_sharding, local_rows, param_shardings, replicated_sharding, with_shardings
-from sfv_jax.sampling.sampler import Sampler
+from sfv_jax.sampling.generator import Generator
 from sfv_jax.training.step import jit_train_step
 
 
 @dataclass(frozen=True)
 class Program:
-    """A jitted function and its abstract arguments, which say where they lie.
+    """A jitted function and its abstract arguments with their shardings.
 
     Attributes:
-      parts: the arguments by what they are ("parameters", "optimiser", ...), for the account of memory.
-      resident: what lies in memory beside them while it runs.
+      parts: the arguments by what they hold ("parameters", "optimiser", ...), for the account of memory.
       plain: the same function for counting FLOPs on its jaxpr, without fused attention; called with `args`.
+      resident: arrays that stay in memory beside the arguments while it runs.
+      donates: whether it gives up its first argument for its first result, as a train step does.
     """
 
     name: str
@@ -47,6 +46,24 @@ class Program:
     parts: dict[str, Any]
     plain: Callable
     resident: dict[str, Any] = field(default_factory=dict)
+    donates: bool = False
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Options of sampling that decide its programs; defaults and meanings as in `Sampler.load` and `Sampler.__call__`.
+
+    Attributes:
+      memory: bytes of the device, when that is not at hand.
+    """
+
+    steps: int = 1
+    guidance: tuple[float, float] | None = None
+    dtype: str = "bfloat16"
+    vae_dtype: str = "bfloat16"
+    decode_chunk_size: int | None = None
+    decode_pixels: int | None = None
+    memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +91,7 @@ def sizes_of(config: ConfigDict) -> Sizes:
         patch = configs.patch_codec_of(config) if world else None
         return Sizes(configs.unet_of(config), *((None, None) if world else (VAEConfig.svd(), CLIPConfig.svd())), patch)
     unet, patch, model = read_run(Path(config.init)) if is_run(config.init) else (None, None, Path(config.init))
-    found = read_model(model)[0] if model else {}
+    found = read_model(model).configs if model else {}
     unet = configs.same_unet(unet or found["unet"], config)
     patch = patch or found.get("codec")
     return Sizes(unet, None if patch else found["vae"], None if patch else found["image_encoder"], patch)
@@ -127,58 +144,50 @@ def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int,
         (state, frozen, batch),
         parts,
         method.make_train_step(method.make_networks(plain, config), config),
+        donates=True,
     )
 
 
 def sample_programs(
-    mesh: Mesh,
-    sizes: Sizes,
-    size: tuple[int, int],
-    batch: int,
-    *,
-    steps: int = 1,
-    guidance: tuple[float, float] | None = None,
-    dtype: str = "bfloat16",
-    vae_dtype: str = "bfloat16",
-    decode_chunk_size: int | None = None,
-    decode_pixels: int | None = None,
-    memory: float | None = None,
+    mesh: Mesh, sizes: Sizes, size: tuple[int, int], batch: int, options: SampleOptions | None = None
 ) -> list[Program]:
-    """What `Sampler.__call__` runs one after the other for `batch` videos: clip, encode, denoise, decode.
+    """Returns the programs that `Sampler.__call__` runs one after the other: clip, encode, denoise, decode.
 
-    The weights of all three stay in memory. Arguments as in `Sampler.load` and `Sampler.__call__`, and `memory`, bytes
-    of a device that is not at hand.
+    The weights of all three networks stay in memory.
+
+    Args:
+      size: (height, width) of the videos in pixels.
+      batch: videos at a time.
     """
+    options = options or SampleOptions()
     unet, frames, (height, width) = sizes.unet, sizes.unet.num_frames, size
-    weights = _sampling_weights(mesh, sizes, dtype)
+    weights = _sampling_weights(mesh, sizes, options.dtype)
+    codec = sizes.patch or SVDCodec(
+        sizes.vae,
+        sizes.clip,
+        {},
+        decode_dtype=DTYPES[options.vae_dtype],
+        pixels=options.decode_pixels,
+        memory=options.memory,
+    )
+    # Made now, not while a program is traced: it takes seconds.
+    generators = {config: Generator(config, options.dtype) for config in (unet, configs.plain_unet(unet))}
 
-    @cache
-    def described(unet: UNetConfig) -> Sampler:
-        codec = sizes.patch
-        if codec is None:
-            options = dict(decode_dtype=DTYPES[vae_dtype], pixels=decode_pixels, memory=memory)
-            codec = SVDCodec(sizes.vae, sizes.clip, {}, **options)
-        return Sampler(unet, {}, codec, dtype)
-
-    described(unet)  # now, not while a program is traced: it takes seconds
-
-    def sampler(weights, unet=unet) -> Sampler:
-        one = _holding(described(unet), weights.get("unet"))
-        if sizes.patch is None:
-            one.codec = _holding(one.codec, weights)
-        return one
+    def with_weights(weights) -> SVDCodec | PatchCodec:
+        return codec if sizes.patch else codec.with_params(weights)
 
     def embed(weights, images):
-        return sampler(weights).codec.embed(images)
+        return with_weights(weights).embed(images)
 
     def encode(weights, images, noise):
-        return sampler(weights).codec.encode_image(images, noise, 0.02)
+        return with_weights(weights).encode_image(images, noise, 0.02)
 
     def denoise(weights, noise, condition, unet=unet):
-        return sampler(weights, unet).latents(condition, noise, steps=steps, guidance=guidance)
+        run = generators[unet]
+        return run(weights["unet"], condition, noise, steps=options.steps, guidance=options.guidance)
 
     def decode(weights, latents):
-        return sampler(weights).codec.decode_checked(latents, decode_chunk_size)
+        return with_weights(weights).decode_checked(latents, options.decode_chunk_size)
 
     h, w = height // sizes.downscale, width // sizes.downscale
     f32, channels = jnp.float32, unet.out_channels
@@ -197,13 +206,6 @@ def sample_programs(
         _stage("denoise", denoise, weights, ("unet",), (latents, given), plain),
         _stage("decode", decode, weights, ("vae",), (latents,)),
     ]
-
-
-def _holding(described, params):
-    """A sampler or codec like `described`, with other parameters."""
-    one = copy(described)
-    one.params = params
-    return one
 
 
 def _stage(name, function, weights, used, inputs, plain=None) -> Program:
@@ -241,16 +243,13 @@ def prepare_programs(mesh: Mesh, sizes: Sizes, size: tuple[int, int], batch: int
     weights = with_shardings(weights, param_shardings(mesh, weights))
     shape = (batch, sizes.unet.num_frames, *size, 3)
 
-    described = SVDCodec(sizes.vae, sizes.clip, {})
-
-    def codec(weights):
-        return _holding(described, weights)
+    codec = SVDCodec(sizes.vae, sizes.clip, {})
 
     def condition(weights, images, noise):
-        return codec(weights).condition(images, None, 0.02, noise)
+        return codec.with_params(weights).condition(images, None, 0.02, noise)
 
     def encode(weights, frames):
-        return codec(weights).encode(frames)
+        return codec.with_params(weights).encode(frames)
 
     first = (batch, *size, 3)
     inputs = shapes(mesh, images=(first, jnp.uint8), noise=(first, jnp.float32))

@@ -1,4 +1,4 @@
-"""Timing of compiled programs: warm, apart from compilation, beside what the same device reaches on matrix products."""
+"""Timing of compiled programs, warm and apart from compilation, and the matrix-product limit of the device."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of calls: of the `first`, which may compile, and of each of those after it, which do not."""
+    """Seconds of each warm call, and of the `first` call, which may compile."""
 
     seconds: tuple[float, ...]
     first: float | None = None
@@ -20,21 +20,30 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def compilation(self) -> float | None:
+        """Seconds that the first call took longer than the median; None if there was no first call."""
+        return None if self.first is None else max(self.first - self.median, 0.0)
+
     def __str__(self) -> str:
         low, middle, high = (1000 * f(self.seconds) for f in (min, statistics.median, max))
         return f"{middle:.1f} ms ({low:.1f} to {high:.1f})"
 
 
 def warm(call: Callable[[], object], repeats: int) -> Timing:
-    """Times `call` once and then `repeats` times; each is waited for."""
+    """Times `call` once and then `repeats` times, waiting for the device each time."""
     first, *rest = (_seconds(call) for _ in range(1 + repeats))
     return Timing(tuple(rest), first)
 
 
 def alternate(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """`warm` of several calls in turns, so that a machine's slow moments fall on all alike.
+    """Times several calls in turns, so that a machine's slow moments fall on all alike.
 
-    A turn is two calls, of which the second is timed: another program has just had the caches and the memory.
+    A turn is two calls, of which the second is timed: another program has just used the caches and the memory.
     """
     first = {name: _seconds(call) for name, call in calls.items()}
     turns = [{name: (_seconds(call), _seconds(call))[1] for name, call in calls.items()} for _ in range(repeats)]
@@ -48,7 +57,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def matmul_limit(dtype: str, size: int | None = None, repeats: int = 5) -> float:
-    """FLOP/s of a chain of square matrix products in `dtype` on one device: what it reaches at best, measured now.
+    """Measures the FLOP/s of a chain of square matrix products in `dtype` on one device: its practical limit.
 
     Args:
       size: side of the matrices; 8192, or 1024 on CPU.

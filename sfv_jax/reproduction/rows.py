@@ -79,7 +79,7 @@ def svd_bench(runs: Runs, real: str, i3d: str, size: tuple[int, int] = (576, 102
         if not value:
             raise ReproduceError(f"--scale svd needs --{name} (only --dry_run does without --real and --i3d)")
     features, about = fvd.load_i3d(i3d)
-    frames = read_model(runs.base)[0]["unet"].num_frames
+    frames = read_model(runs.base).configs["unet"].num_frames
     protocol, reading = Protocol(n=0, num_frames=frames, height=size[0], width=size[1]), Reading(frames, Protocol.fps)
     images, truth = [], []
     for _, clip in reading.frames(find_clips(real)):

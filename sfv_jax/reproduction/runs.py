@@ -120,7 +120,7 @@ def cost_of_step(config: ConfigDict, base: Path) -> float:
         unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
         example = world_source(world_of(config), config.data.split, 1, codec)[0]
     else:
-        unet = read_run(base)[0] if is_run(base) else read_model(base)[0]["unet"]
+        unet = read_run(base)[0] if is_run(base) else read_model(base).configs["unet"]
         example = latent_source(config.data.path, config.data.split)[0]
     return step_flops(config, unet, example)
 

@@ -1,6 +1,5 @@
 """The quickstart's comparison: a table, a strip of frames, and an animation, condition by condition."""
 
-import time
 from pathlib import Path
 
 import jax
@@ -10,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from sfv_jax.data.video import write_video
 from sfv_jax.evaluation.world import busiest_direction, nearest_future
+from sfv_jax.performance.timing import warm
 from sfv_jax.sampling.sampler import Sampler
 
 CLIPS, SHOWN, HEIGHT = 64, 4, 64  # held-out clips scored, clips in the picture, their least height in it
@@ -27,12 +27,8 @@ def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray
     noise = jax.random.normal(jax.random.key(1), (len(first), *sampler.latent_shape(size)))
     generated = np.asarray(sampler.codec.decode(sampler.latents(condition, noise, steps=steps)))
     one = {k: v[:1] for k, v in condition.items()}
-    seconds = []
-    for _ in range(6):
-        began = time.perf_counter()
-        jax.block_until_ready(sampler.latents(one, noise[:1], steps=steps))
-        seconds.append(time.perf_counter() - began)
-    return generated, 1000 * min(seconds)
+    timed = warm(lambda: sampler.latents(one, noise[:1], steps=steps), repeats=5)
+    return generated, 1000 * timed.best
 
 
 def compare(world, teacher: Sampler, student: Sampler) -> tuple[list[dict], dict[str, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""From images to videos: the samplers as pure functions of a network, and `Sampler`, which owns the networks."""
+"""From images to videos: `Sampler` owns the parameters of a generator and its codec."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sfv_jax.checkpoints.base import load_generator
-from sfv_jax.diffusion.solvers import SAMPLERS, guidance_ramp, sample
 from sfv_jax.errors import UserError
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise, finite
-from sfv_jax.models.networks import DTYPES, Networks
+from sfv_jax.models.networks import DTYPES
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.runtime.sharding import batch_sharding, on_mesh, param_shardings, replicated_sharding
+from sfv_jax.runtime.sharding import on_mesh, param_shardings
+from sfv_jax.sampling.generator import Generator, share
 
 Array = jax.Array
 
@@ -30,11 +30,12 @@ class Sampler:
     """Images to videos. Load once, call many times; a shape seen before is not compiled again.
 
     Attributes:
-      codec: what turns images into conditions and latents into frames.
       unet: config of the generator; `unet.num_frames` frames are made by default.
-      step: training steps of the checkpoint it was loaded from, None for a model folder.
-      mesh: devices that share batch and parameters, None for one device. `params` and `codec` are placed by the caller
-        (`load` does it), batches by the sampler.
+      params: UNet parameters.
+      codec: turns images into conditions and latents into frames.
+      step: training steps of the checkpoint it was loaded from; None for a model folder.
+      mesh: devices that share batch and parameters, None for one device. The caller places `params` and the codec's
+        parameters (`load` does it), the sampler places batches.
       check_finite: raise NonFiniteError instead of returning videos made of NaN. The check runs on the device and is
         read with the frames.
     """
@@ -53,13 +54,7 @@ class Sampler:
     ):
         self.unet, self.params, self.codec, self.dtype = unet, params, codec, dtype
         self.mesh, self.check_finite = mesh, check_finite
-        networks = Networks(unet, dtype=dtype)
-
-        @jax.jit
-        def generate(params, noise, condition, sigmas, guidance, keys):
-            return sample(networks.generator(params), noise, condition, sigmas, guidance, keys)
-
-        self._generate = generate if mesh is None else on_mesh(mesh, generate)
+        self.generator = Generator(unet, dtype, mesh)
         self._finite = jax.jit(finite)
 
     @classmethod
@@ -106,32 +101,9 @@ class Sampler:
         sampler.step = base.step
         return sampler
 
-    def latents(
-        self,
-        condition: dict,
-        noise: Array,
-        *,
-        steps: int = 1,
-        guidance: tuple[float, float] | None = None,
-        sampler: str = "euler",
-        keys: Array | None = None,
-    ) -> Array:
-        """Scaled latents `[b, t, h, w, c]` from `noise` of that shape; `condition` as in `sample`.
-
-        Args:
-          sampler: a name of `SAMPLERS`, as in `__call__`.
-          keys: `[b]` typed keys, for samplers that add fresh noise in more than one step.
-        """
-        if sampler not in SAMPLERS:
-            raise UserError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        schedule = SAMPLERS[sampler]
-        if not schedule.fresh or steps == 1:
-            keys = None
-        elif keys is None:
-            raise UserError(f"sampler {sampler!r} adds fresh noise: it needs one random key per video")
-        ramp = guidance_ramp(guidance, noise.shape[1])
-        noise, condition, keys = self._share((noise, condition, keys))
-        return self._generate(self.params, noise, condition, schedule.sigmas(steps), ramp, keys)
+    def latents(self, condition: dict, noise: Array, **options) -> Array:
+        """Returns `generator(params, condition, noise, ...)`: scaled latents fp32 `[b, t, h, w, c]`."""
+        return self.generator(self.params, condition, noise, **options)
 
     def condition(
         self,
@@ -250,7 +222,7 @@ class Sampler:
         originals = [resize(image, size) for image in images] if patches else images
         alike = len({image.shape for image in originals}) == 1
         groups = [originals] if alike else [[image] for image in originals]
-        embed = jnp.concatenate([self.codec.embed(self._share(np.stack(group))) for group in groups])
+        embed = jnp.concatenate([self.codec.embed(share(self.mesh, np.stack(group))) for group in groups])
         if embed.shape[-1] != self.unet.cross_attention_dim:
             raise UserError(
                 f"images of {size[0]}x{size[1]} are embedded in {embed.shape[-1]} numbers, the UNet takes "
@@ -261,7 +233,7 @@ class Sampler:
     def _cond_latent(self, images, size: tuple[int, int], keys, strength: float, noise: Array | None = None) -> Array:
         resized = np.stack([resize(image, size) for image in images])
         noise = augmentation_noise(keys, resized.shape[1:]) if noise is None else noise
-        resized, noise = self._share((resized, noise))
+        resized, noise = share(self.mesh, (resized, noise))
         return self.codec.encode_image(resized, noise, strength)
 
     @staticmethod
@@ -272,14 +244,6 @@ class Sampler:
         """Indices that fill a batch up to what the mesh divides, with copies of the last sample."""
         parts = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return np.minimum(np.arange(-(-count // parts) * parts), count - 1)
-
-    def _share(self, batch):
-        """`batch` over the mesh, one sample or more per part; samples that do not divide are everywhere."""
-        if self.mesh is None:
-            return batch
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        everywhere, split = replicated_sharding(self.mesh), batch_sharding(self.mesh)
-        return jax.tree.map(lambda x: jax.device_put(x, everywhere if len(x) % parts else split), batch)
 
     def _raise_nonfinite(self, checks: dict[str, Array], count: int) -> None:
         """Reads the flags `[b]` of the stages in their order and raises for the first that has a bad sample."""

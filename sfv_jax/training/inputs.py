@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
 from sfv_jax.checkpoints.base import Base, load_generator
-from sfv_jax.checkpoints.model_folder import encoders_identity, read_model
+from sfv_jax.checkpoints.model_folder import encoders_identity
 from sfv_jax.config import ConfigError
 from sfv_jax.data.loader import encoders_of, latent_source, world_source
 from sfv_jax.models.networks import Networks
@@ -69,10 +69,10 @@ def check_encoders(config: ConfigDict, base: Base) -> None:
     """
     if base.model is None or config.data.any_encoders:
         return
-    theirs, ours = encoders_of(config.data.path), encoders_identity(read_model(base.model)[1])
+    theirs, ours = encoders_of(config.data.path), encoders_identity(base.model.meta)
     if theirs and ours and theirs != ours:
         raise ConfigError(
             f"config.data.path={config.data.path} was made with other encoders ({theirs[:12]}...) than those of "
-            f"{base.model} ({ours[:12]}...): prepare it with that model, or set config.data.any_encoders=True if they "
-            "only differ in file format"
+            f"{base.model.path} ({ours[:12]}...): prepare it with that model, or set config.data.any_encoders=True if "
+            "they only differ in file format"
         )

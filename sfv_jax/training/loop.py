@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
 
     def claim():  # after all that can refuse the config
         claim_workdir(workdir, config.to_dict())
-        describe_run(workdir, base.unet, base.codec if base.model is None else None, base.model)
+        describe_run(workdir, base.unet, None if base.model else base.codec, base.model.path if base.model else None)
 
     once(claim)
     with ExitStack() as stack:  # on the way out, saves under way are waited for, whatever happened

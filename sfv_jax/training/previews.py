@@ -11,7 +11,7 @@ from sfv_jax.checkpoints.base import Base
 from sfv_jax.data.video import write_video
 from sfv_jax.runtime.processes import whole
 from sfv_jax.runtime.sharding import on_mesh
-from sfv_jax.sampling.sampler import Sampler
+from sfv_jax.sampling.generator import Generator
 from sfv_jax.training.metrics import MetricWriter
 
 
@@ -27,8 +27,8 @@ class Pictures:
         examples = [source[n] for n in range(min(config.sample_count, len(source)))]
         batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
         self.condition = {k: batch[k] for k in ("cond_latent", "image_embed", "ids")}
-        self.sampler = Sampler(base.unet, None, base.codec)
-        self.generate = on_mesh(mesh, self.sampler.latents)
+        self.codec = base.codec
+        self.generate = on_mesh(mesh, Generator(base.unet))
         key = jax.random.key(config.seed)
         self.noise = np.asarray(jax.random.normal(key, batch["latents"].shape))
         own = config[config.method]
@@ -42,10 +42,10 @@ class Pictures:
 
         Every process takes part in computing; process 0 writes.
         """
-        latents = [self._sample(params) for params in (raw, ema)]
+        latents = [whole(self.generate(params, self.condition, self.noise, **self.how)) for params in (raw, ema)]
         if jax.process_index() > 0:
             return
-        clips = [self.truth, *(np.asarray(self.sampler.codec.decode(x)) for x in latents)]
+        clips = [self.truth, *(np.asarray(self.codec.decode(x)) for x in latents)]
         self.folder.mkdir(exist_ok=True)
         frames = rearrange(np.stack(clips, axis=1), "b n t h w c -> t (b h) (n w) c")
         write_video(self.folder / f"{step:07d}.gif", enlarge(frames, clips[0].shape[2]))
@@ -53,10 +53,6 @@ class Pictures:
         strip = enlarge(strip[None], clips[0].shape[2])
         write_video(self.folder / f"{step:07d}.png", strip)
         self.writer.image(step, "samples/truth_raw_ema", strip[0])
-
-    def _sample(self, params) -> np.ndarray:
-        self.sampler.params = params
-        return whole(self.generate(self.condition, self.noise, **self.how))
 
 
 def enlarge(frames: np.ndarray, height: int) -> np.ndarray:

@@ -70,7 +70,7 @@ def test_round_trip_fp16_and_reload(reference, pipe, tmp_path):
     half = reference.pipeline(CONFIGS["unet"], CONFIGS["vae"], CONFIGS["image_encoder"])
     reference.save(half, tmp_path / "in", variant="fp16")
     importer.import_model(tmp_path / "in", tmp_path / "model")
-    assert store.read_model(tmp_path / "model")[1]["components"]["unet"]["dtype"] == "float16"
+    assert store.read_model(tmp_path / "model").meta["components"]["unet"]["dtype"] == "float16"
     exporter.export_model(tmp_path / "model", tmp_path / "out", variant="fp16")
     assert_same_weights(tmp_path / "out", tmp_path / "in", "fp16")
 
@@ -95,7 +95,8 @@ def test_source_dtype_can_be_changed(pipeline_folder, tmp_path):
 
 
 def test_model_folder_knows_its_origin(model_folder):
-    configs, meta = store.read_model(model_folder)
+    model = store.read_model(model_folder)
+    configs, meta = model.configs, model.meta
     assert configs["unet"] == dataclasses.replace(CONFIGS["unet"], temporal_conv="conv")
     assert meta["codec"] == "svd" and meta["scheduler"] == {"sigma_min": 0.002, "sigma_max": 700.0, "rho": 7.0}
     assert meta["source"]["folder"] == "svd-tiny" and len(meta["source"]["sha256"]["unet/config.json"]) == 64

@@ -184,7 +184,7 @@ def test_a_run_leaves_with_its_card(run, model_folder, params, tmp_path):
     card = (tmp_path / "sfv-cats" / "README.md").read_text()
     front = card.split("---\n")[1]
     assert "pipeline_tag: image-to-video" in front and "library_name: diffusers" in front and "license: other" in front
-    digest = read_model(model_folder)[1]["source"]["sha256"][f"unet/{WEIGHTS}"]
+    digest = read_model(model_folder).meta["source"]["sha256"][f"unet/{WEIGHTS}"]
     for fact in (
         "30 training steps of method `sfv`",
         "moving average",
@@ -200,7 +200,7 @@ def test_a_run_leaves_with_its_card(run, model_folder, params, tmp_path):
 
 
 def test_cards_of_models_that_need_many_steps(model_folder):
-    meta, unet = read_model(model_folder)[1], CONFIGS["unet"]
+    meta, unet = read_model(model_folder).meta, CONFIGS["unet"]
     base = model_card(unet, meta, what="pipeline", name="base", variant="fp16")
     assert "num_inference_steps=25" in base and "Not trained here" in base and 'variant="fp16"' in base
     assert "## Training" not in base

@@ -31,8 +31,9 @@ ABSENT |= {"diffusers", "transformers", "torch", "huggingface_hub", "cv2"}
 
 
 def test_it_starts_where_only_jax_and_its_kin_are():
-    code = (
-        BLOCK % ABSENT + "import sfv_jax.benchmark as b; c = b.configs.sfv(); print(c.sfv.p_mean, type(c).__module__)"
+    code = BLOCK % ABSENT + (
+        "import sfv_jax.benchmark, sfv_jax.performance.measurement as b\n"
+        "c = b.configs.sfv(); print(c.sfv.p_mean, type(c).__module__)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -80,9 +81,11 @@ def test_a_program_is_compiled_once_timed_and_counted(monkeypatch):
         return state + 1, x @ x
 
     x = jnp.ones((size, size))
-    program = Program("train step", jax.jit(step, donate_argnums=0), (jnp.zeros(()), x), {}, lambda state, x: x @ x)
+    program = Program(
+        "train step", jax.jit(step, donate_argnums=0), (jnp.zeros(()), x), {}, lambda state, x: x @ x, donates=True
+    )
     row, compiled = measurement.measure(program, (jnp.zeros(()), x), mesh, 3)
-    assert len(traced) == 1 and len(row.seconds) == 3 and row.flops == 2 * size**3
+    assert len(traced) == 1 and len(row.timing.seconds) == 3 and row.flops == 2 * size**3
     assert float(compiled(jnp.zeros(()), x)[0]) == 1
     ticks = iter(range(100))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))
@@ -105,7 +108,7 @@ def test_a_measurement_says_how_it_was_made(monkeypatch):
 def test_parts_of_a_step_are_differences():
     names = ["G forward", "G forward and backward", "gradients without R1", "gradients", "train step"]
     rows = [
-        measurement.Row(name, (seconds, seconds / 2, 2 * seconds), 1e12, 1.0, 2**30)
+        measurement.Row(name, timing.Timing((seconds, seconds / 2, 2 * seconds)), 1e12, 1.0, 2**30)
         for name, seconds in zip(names, (1.0, 3.0, 4.5, 5.0, 6.0), strict=True)
     ]
     assert list(measurement.split(rows).values()) == [1.0, 2.0, 1.5, 0.5, 1.0]
@@ -148,4 +151,4 @@ def test_sampling_from_end_to_end():
     assert [row.name for row in rows] == ["clip", "encode", "denoise", "decode", "image to frames"]
     assert rows[-1].flops == sum(row.flops for row in rows[:-1]) > 0
     assert all(row.compile_seconds > 0 and row.temporary_bytes > 0 for row in rows[:-1])
-    json.dumps([dataclasses.asdict(row) for row in rows])
+    json.dumps([measurement.record(row) for row in rows])

@@ -3,6 +3,7 @@
 Compiling for TPUs and GPUs is tested where libtpu and JAX's CUDA plugin are installed.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -23,17 +24,15 @@ from sfv_jax.runtime.device import count_flops
 
 ROOT = Path(__file__).parents[2]
 SIZE = (8, 8)
-OPTIONS = dict(
-    batch_size=None,
-    memory_gib=None,
-    efficiency=0.5,
-    steps=1,
-    dtype="float32",
-    vae_dtype="float32",
-    decode_chunk_size=None,
-    decode_pixels=None,
-    hlo=None,
-)
+
+
+def asked(what: str, **changes) -> planning.Request:
+    """A job on small videos in fp32; `changes` are fields of the request or of its sampling options."""
+    sampling = {"dtype": "float32", "vae_dtype": "float32"}
+    names = {field.name for field in dataclasses.fields(programs.SampleOptions)}
+    sampling |= {name: changes.pop(name) for name in [*changes] if name in names}
+    changes = {"efficiency": 0.5} | changes
+    return planning.Request(what, SIZE, sampling=programs.SampleOptions(**sampling), **changes)
 
 
 pytestmark = pytest.mark.usefixtures("small_things_in_parts")
@@ -61,7 +60,7 @@ CASES = [
 @pytest.mark.parametrize(("what", "name", "config"), CASES, ids=["sfv fsdp", "teacher", "sample"])
 def test_memory_is_what_xla_allocates_and_the_verdict_follows_it(what, name, config):
     target = targets.parse(name)
-    mesh, jobs = planning.build(config, target, targets.devices(target), what, SIZE, OPTIONS)
+    mesh, jobs = planning.build(config, target, targets.devices(target), asked(what))
     job = next(job for job in jobs if job.name in ("train step", "denoise"))
     compiled = sharding.on_mesh(mesh, lambda: job.function.lower(*job.args).compile())()
     stats = compiled.memory_analysis()
@@ -103,8 +102,7 @@ def test_a_plan_in_words_as_json_and_as_a_picture(tmp_path, monkeypatch):
         lambda job, target, mesh, limit, keep: cost.Cost(job.name, True, 3.0 * 2**30, limit, memory, **known),
     )
     target = targets.parse("cpu:1")
-    options = OPTIONS | dict(memory_gib=4)
-    found = planning.plan(tiny("teacher", steps=86400), target, "train", SIZE, options, say=lambda _: None)
+    found = planning.plan(tiny("teacher", steps=86400), target, asked("train", memory_gib=4), say=lambda _: None)
     assert (found["days"], found["chip_hours"], found["per_hour"]) == (1.0, 24.0, 3600)  # 0.5 s at half speed
     words = plan_report.text(found)
     assert "train step: fits: 3.00 of 4.00 GiB" in words and "all-gather 3 (2.000 GB)" in words
@@ -123,7 +121,7 @@ def test_arguments_that_do_not_fit_are_not_compiled(monkeypatch):
     config = tiny("teacher")
     target = targets.parse("cpu:1")
     monkeypatch.setattr(cost, "on_mesh", None)
-    found = planning.plan(config, target, "train", SIZE, OPTIONS | dict(memory_gib=1e-5), say=lambda _: None)
+    found = planning.plan(config, target, asked("train", memory_gib=1e-5), say=lambda _: None)
     assert not found["fits"] and "the arguments alone do not fit" in plan_report.text(found)
 
 
@@ -144,7 +142,7 @@ def test_settings_are_tried_in_their_order_until_one_fits(monkeypatch):
 
     monkeypatch.setattr(planning, "plan", planned)
     said = []
-    found = planning.fit(config, target, "train", SIZE, OPTIONS, say=said.append)
+    found = planning.fit(config, target, asked("train"), say=said.append)
     final = [
         "--config.unet.remat=True",
         "--config.accumulation_steps=2",
@@ -158,8 +156,8 @@ def test_settings_are_tried_in_their_order_until_one_fits(monkeypatch):
 
 
 def test_settings_tried_for_sampling():
-    options = OPTIONS | dict(decode_pixels=0, batch_size=8)
-    tried = [given for given, *_ in planning.attempts(tiny("teacher"), targets.parse("cpu:4"), "sample", options)]
+    request = asked("sample", decode_pixels=0, batch_size=8)
+    tried = [given for given, *_ in planning.attempts(tiny("teacher"), targets.parse("cpu:4"), request)]
     options = ["--dtype=bfloat16", "--vae_dtype=bfloat16", "--decode_pixels=262144", "--batch_size=4"]
     assert tried[:4] == [options[: n + 1] for n in range(4)]
     meshes = [[flag.rpartition(".")[2] for flag in given[4:]] for given in tried[4:]]
@@ -168,15 +166,15 @@ def test_settings_tried_for_sampling():
 
 
 def test_fewer_and_fewer_clips_are_tried_for_preparing():
-    options = OPTIONS | dict(batch_size=10)
-    tried = [given for given, *_ in planning.attempts(tiny("teacher"), targets.parse("cpu:1"), "prepare", options)]
+    request = asked("prepare", batch_size=10)
+    tried = [given for given, *_ in planning.attempts(tiny("teacher"), targets.parse("cpu:1"), request)]
     assert tried == [["--batch_size=5"], ["--batch_size=2"], ["--batch_size=1"]]
 
 
 def test_a_trial_ends_with_what_does_not_fit(monkeypatch):
     said = []
     monkeypatch.setattr(planning, "measure", lambda job, *_: cost.Cost(job.name, job.name == "clip", 2.0, 1.0, {}))
-    given = tiny("teacher"), targets.parse("cpu:1"), "sample", SIZE, OPTIONS
+    given = tiny("teacher"), targets.parse("cpu:1"), asked("sample")
     found = planning.plan(*given, say=said.append, trial=True)
     assert [program["name"] for program in found["programs"]] == ["clip", "encode"] and not found["fits"]
     assert len(planning.plan(*given, say=said.append)["programs"]) == 4
@@ -226,7 +224,7 @@ def test_a_missing_plugin_is_named_with_its_extra(name, monkeypatch):
 def test_jobs_that_cannot_be(what, changes, options, message):
     target = targets.parse("cpu:4")
     with pytest.raises(ValueError, match=message):
-        planning.build(tiny("sfv", **changes), target, targets.devices(target), what, SIZE, OPTIONS | options)
+        planning.build(tiny("sfv", **changes), target, targets.devices(target), asked(what, **options))
 
 
 def test_the_command_says_in_one_line_what_is_wrong():

@@ -185,7 +185,7 @@ def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatc
     about = {"file": "i3d.pt", "sha256": 64 * "0"}
     monkeypatch.setattr(stages.fvd, "load_i3d", lambda path: (features, about))
     svd = SimpleNamespace(num_frames=14)
-    monkeypatch.setattr(stages, "read_model", lambda path: ({"unet": svd}, {}))
+    monkeypatch.setattr(stages, "read_model", lambda path: SimpleNamespace(configs={"unet": svd}))
     runs = trainings.svd_runs(tmp_path, "svd", "data", [])
     bench = stages.svd_bench(runs, str(tmp_path / "real"), "i3d.pt")
     assert bench.truth.shape == (21, 14, 240, 320, 3) and {x.shape for x in bench.images} == {(48, 64, 3)}

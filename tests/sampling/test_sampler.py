@@ -136,7 +136,8 @@ def test_a_video_over_eight_devices():
     mesh = make_mesh(1, 1, 8)
     shared = sampler(jax.device_put(params, param_shardings(mesh, params)), mesh)
     made = []
-    generate, shared._generate = shared._generate, lambda *args: made.append(generate(*args)) or made[-1]
+    whole = shared.generator
+    generate, whole._generate = whole._generate, lambda *args: made.append(generate(*args)) or made[-1]
     call = dict(seed=7, height=24, width=16)
     assert_same_frames(shared(IMAGES[:1], **call), sampler(params)(IMAGES[:1], **call))
     assert made[0].sharding.shard_shape(made[0].shape)[1:4] == (3, 12, 1)

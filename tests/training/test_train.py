@@ -16,6 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+from sfv_jax import config as configs
+from sfv_jax.checkpoints import model_folder as store
 from sfv_jax.checkpoints.base import load_generator
 from sfv_jax.checkpoints.run import Checkpoints, WorkdirError
 from sfv_jax.config import ConfigError
@@ -337,3 +339,15 @@ def test_a_cache_of_other_encoders(tmp_path):
             inputs.check_encoders(config, base)
     config.data.any_encoders = True
     inputs.check_encoders(config, base)
+
+
+def test_a_training_start_reads_model_json_once(model_folder, monkeypatch):
+    reads, read_json = [], store.read_json
+    monkeypatch.setattr(store, "read_json", lambda path: reads.append(path) or read_json(path))
+    monkeypatch.setattr(inputs, "encoders_of", lambda path: "of another model")
+    config = configs.sfv()
+    config.init = str(model_folder)
+    base = inputs.load_base(config, sharding.make_mesh(1, devices=jax.devices()[:1]))
+    with pytest.raises(ConfigError, match="was made with other encoders"):
+        inputs.check_encoders(config, base)
+    assert reads == [model_folder / "model.json"]

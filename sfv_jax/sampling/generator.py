@@ -1,0 +1,77 @@
+"""The generator as a pure function: parameters, conditions and noise to latents, by any sampler."""
+
+import jax
+from jax.sharding import Mesh
+
+from sfv_jax.diffusion.solvers import SAMPLERS, guidance_ramp, sample
+from sfv_jax.errors import UserError
+from sfv_jax.models import tree
+from sfv_jax.models.networks import Networks
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.runtime.sharding import batch_sharding, on_mesh, replicated_sharding
+
+Array = jax.Array
+
+
+class Generator:
+    """A generator as a pure function from its parameters, conditions and noise to latents, by any sampler.
+
+    Holds no parameters. Programs are compiled once per shape and kept.
+
+    Args:
+      unet: config of the UNet.
+      dtype: its compute dtype, one of `networks.DTYPES`. Noise, latents and the sampler's arithmetic are fp32.
+      mesh: devices that share batch and parameters; None for one device. The caller places the parameters.
+    """
+
+    def __init__(self, unet: UNetConfig, dtype: str = "float32", mesh: Mesh | None = None):
+        self.unet, self.dtype, self.mesh = unet, dtype, mesh
+        networks = Networks(unet, dtype=dtype)
+
+        @jax.jit
+        def generate(params, noise, condition, sigmas, guidance, keys):
+            return sample(networks.generator(params), noise, condition, sigmas, guidance, keys)
+
+        self._generate = generate if mesh is None else on_mesh(mesh, generate)
+
+    def __call__(
+        self,
+        params: tree.Params,
+        condition: dict,
+        noise: Array,
+        *,
+        steps: int = 1,
+        guidance: tuple[float, float] | None = None,
+        sampler: str = "euler",
+        keys: Array | None = None,
+    ) -> Array:
+        """Returns scaled latents fp32 `[b, t, h, w, c]`.
+
+        Args:
+          params: UNet parameters.
+          condition: `cond_latent`, `image_embed` and `ids`, as in `solvers.sample`.
+          noise: standard normal, of the shape of the latents.
+          sampler: a name of `SAMPLERS`, as in `Sampler.__call__`.
+          keys: `[b]` typed keys, for samplers that add fresh noise in more than one step.
+        Raises:
+          UserError: for an unknown sampler, a number of steps that it does not have, or impossible guidance.
+        """
+        if sampler not in SAMPLERS:
+            raise UserError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        schedule = SAMPLERS[sampler]
+        if not schedule.fresh or steps == 1:
+            keys = None
+        elif keys is None:
+            raise UserError(f"sampler {sampler!r} adds fresh noise: it needs one random key per video")
+        ramp = guidance_ramp(guidance, noise.shape[1])
+        noise, condition, keys = share(self.mesh, (noise, condition, keys))
+        return self._generate(params, noise, condition, schedule.sigmas(steps), ramp, keys)
+
+
+def share(mesh: Mesh | None, batch):
+    """Places the arrays of a tree `batch` on `mesh`: split by samples where these divide, else whole everywhere."""
+    if mesh is None:
+        return batch
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    everywhere, split = replicated_sharding(mesh), batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.device_put(x, everywhere if len(x) % parts else split), batch)
