@@ -1,4 +1,4 @@
-"""Noise levels, preconditioning and their laws, against tables, diffusers and independent statements."""
+"""Noise levels, preconditioning and their laws, against tables, diffusers and independent formulas."""
 
 from statistics import NormalDist
 

@@ -35,7 +35,7 @@ def test_heads_count_alike_whatever_their_size():
 
 
 def test_generator_moves_to_where_real_samples_are():
-    """One discriminator step from nothing, then one generator step: both signs must agree."""
+    """After one discriminator step from zero, one generator step moves fakes towards real: both signs agree."""
     real, fake = full(3.0, 2, 1, 1, 1), full(-3.0, 2, 1, 1, 1)
     score = lambda w, x: [w * x]  # noqa: E731
     gradient = jax.grad(lambda w: losses.hinge_discriminator(score(w, real), score(w, fake)))(0.0)
@@ -47,7 +47,7 @@ def test_generator_moves_to_where_real_samples_are():
 
 @pytest.fixture(scope="module")
 def two_heads():
-    """Features of two levels, weights of one small head on each, and the heads as `numpy`-like code."""
+    """Returns features of two levels, weights of one small head on each, and the heads in numpy-like code."""
     features = [noise(0, 2, 2, 3, 3, 4), noise(1, 2, 2, 2, 2, 6)]
     weights = [(noise(2, 4, 5), noise(3, 5)), (noise(4, 6, 5), noise(5, 5))]
 
@@ -92,7 +92,7 @@ def test_r1_and_its_gradient_are_torchs(two_heads):
 
 
 def test_r1_of_features_two_heads_share(two_heads):
-    """Gradients of two heads on the same features are penalised one by one, not their sum."""
+    """Gradients of two heads on the same features are penalized separately, not their sum."""
     features, weights, heads = two_heads
     one = losses.r1_on_features(lambda f: heads(weights[:1], f), features[:1])
 

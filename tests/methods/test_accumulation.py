@@ -1,4 +1,4 @@
-"""Gradients over micro-batches: their mean, and what the loop over them keeps."""
+"""Gradients over micro-batches: their mean, and the memory of the loop over them."""
 
 import re
 
@@ -37,7 +37,7 @@ def test_accumulation_of_four_is_one_batch_where_nothing_is_drawn():
 
 
 def test_accumulation_holds_no_copy_of_all_parameters():
-    """What is made of parameters alone (casts, gathers) is made in every turn of the loop and not kept through it."""
+    """Values from parameters alone (casts, gathers) are computed in each iteration and not kept through the loop."""
     gradient = lambda w, micro, key: jax.grad(lambda w: jnp.mean((micro @ jnp.sin(w)) ** 2))(w)  # noqa: E731
     step = jax.jit(lambda w, x: accumulate(gradient, w, x, jax.random.key(0), 4))
     text = step.lower(noise(0, 64, 64), noise(1, 8, 64)).compile().as_text()

@@ -1,7 +1,7 @@
-"""AnimateLCM, UFOGen and LADD: their draws, and losses and gradients against float64 statements in torch.
+"""AnimateLCM, UFOGen and LADD: their draws, and losses and gradients against float64 implementations in torch.
 
-The methods run on plain functions in place of the networks (`test_methods.Plain`), which keep what they are called
-with; the statements read the random draws from there and are written from the papers' formulas.
+The methods run on plain functions in place of the networks (`test_methods.Plain`), which record their inputs. The
+implementations in torch take the random draws from these inputs and follow the papers' formulas.
 """
 
 import types
@@ -39,13 +39,13 @@ def make_config(method: str, **changes):
 
 
 def karras(n: int) -> np.ndarray:
-    """Eq. 5, float64, increasing."""
+    """Returns the levels of Eq. 5, float64, increasing."""
     low, high = 0.002 ** (1 / 7), 700 ** (1 / 7)
     return (low + np.arange(n) / (n - 1) * (high - low)) ** 7
 
 
 def index_of(sigma: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """The places of `sigma` in `levels`; fails where there is none."""
+    """Returns the indices of `sigma` in `levels`; fails if a value is not a level."""
     places = np.abs(np.log(sigma[:, None]) - np.log(levels)).argmin(axis=1)
     np.testing.assert_allclose(sigma, levels[places], rtol=2e-5)
     return places
@@ -56,7 +56,7 @@ def double(x):
 
 
 def network(params: dict, x, sigma: np.ndarray, batch: dict, keep: float = 1.0):
-    """`Plain.run` in torch: raw output for latents `x`, not yet scaled; `keep` 0 zeroes the conditions but the ids."""
+    """Computes `Plain.run` in torch for unscaled latents `x`; with `keep` 0, conditions except the ids are zero."""
     sigma = torch.tensor(sigma.astype(np.float64))
     s = sigma[:, None, None, None, None]
     frames = (keep * batch["cond_latent"])[:, None].expand(-1, x.shape[1], -1, -1, -1)
@@ -66,7 +66,7 @@ def network(params: dict, x, sigma: np.ndarray, batch: dict, keep: float = 1.0):
 
 
 def denoise(params: dict, x, sigma: np.ndarray, batch: dict, keep: float = 1.0):
-    """Eq. 2 and 3."""
+    """Computes Eq. 2 and 3."""
     s = torch.tensor(wide(sigma).astype(np.float64))
     return x / (s**2 + 1) - s / (s**2 + 1).sqrt() * network(params, x, sigma, batch, keep)
 
@@ -83,7 +83,7 @@ def gradients_of(value, params: dict) -> dict:
 
 
 class Adversarial:
-    """One call of the gradients of `module`, and what the plain networks saw of its draws."""
+    """One call of the gradients of `module`, and the random draws recovered from the inputs of the plain networks."""
 
     def __init__(self, module, method: str, step: int = 1000, batch=None, **changes):
         self.config, self.networks = make_config(method, **{"r1_weight": 0.0} | changes), Plain()
@@ -103,22 +103,22 @@ class Adversarial:
         self.x0_hat = denoise(self.params, torch.tensor(self.x_t.astype(np.float64)), self.sigma, self.torch)
 
     def sort(self, x0: np.ndarray) -> None:
-        """Tells the call with real latents, `x0`, from that with fakes: only there is what was added pure noise."""
+        """Finds the backbone calls with real latents, `x0`, and with fakes: only x0 has pure noise added."""
         self.x0 = x0
         seen = [unscaled(call) for call in self.networks.calls["backbone"]]
         self.real, self.fake = sorted(seen, key=lambda pair: np.std(self.added(*pair)))
 
     def added(self, sigma, x) -> np.ndarray:
-        """What was added to the real latents, in units of sigma."""
+        """Returns the difference of `x` and the real latents, in units of sigma."""
         return (x - self.x0) / wide(sigma)
 
     def noises(self) -> dict[str, np.ndarray]:
-        """The three noises, standard normal if all is well."""
+        """Returns the three noises, which should be standard normal."""
         fake = (self.fake[1] - self.x0_hat.detach().numpy()) / wide(self.fake[0])
         return {"generator": self.added(self.sigma, self.x_t), "real": self.added(*self.real), "fake": fake}
 
     def check_losses(self, second_loss):
-        """Hinge losses of the discriminator and the generator's `E D(fake) + weight * second loss`, and gradients."""
+        """Checks the discriminator's hinge loss, the generator's `E D(fake) + weight * second loss`, and gradients."""
         backbone = double(self.networks.params["backbone"])
         added = torch.tensor(self.noises()["fake"]) * torch.tensor(wide(self.fake[0]).astype(np.float64))
 
@@ -142,7 +142,7 @@ class Adversarial:
 
 
 def assert_normal(noises: dict[str, np.ndarray], same: tuple = ()) -> None:
-    """Each of unit size in every video, and independent of the others, but for the pair `same`."""
+    """Asserts that each noise has unit size in every video and is independent of the others, except the pair `same`."""
     for name, x in noises.items():
         np.testing.assert_allclose(np.std(x, axis=(1, 2, 3, 4)), 1, atol=0.35, err_msg=name)
     names = sorted(noises)
@@ -209,7 +209,7 @@ def test_ladd():
 
 
 def test_ladd_on_videos_of_the_base_model():
-    """Two Euler steps of the guided base model, 700 -> 0.002 -> 0, take the place of the batch's latents."""
+    """Two Euler steps of the guided base model, 700 -> 0.002 -> 0, replace the batch's latents."""
     trace = Adversarial(ladd, "ladd", teacher_steps=2, teacher_guidance=(1.0, 3.0), batch=make_batch(8))
     teacher, batch = double(trace.networks.params["generator"]), trace.torch
     first = trace.networks.calls["generator"][0]
@@ -311,7 +311,7 @@ def test_animatelcm_step_moves_student_and_target_only():
     assert_trees_close(first["ema"], expected, rtol=1e-6)
     assert moved(state, first, "generator")
     second, _ = step(first, frozen, make_batch(4))
-    # The target of the second step is the average, not the student: with the student in its place it learns otherwise.
+    # The target of the second step is the average: with the student in its place the update differs.
     third, _ = step(first | {"ema": first["generator"]}, frozen, make_batch(4))
     assert moved(second, third, "generator")
     half = jax.tree.map(lambda x: np.asarray(jnp.bfloat16(x)), networks.params["generator"])
@@ -320,7 +320,7 @@ def test_animatelcm_step_moves_student_and_target_only():
 
 # ---- mutations ----
 
-MUTATIONS = {  # module, what stands in it, what it becomes, the check that must fail
+MUTATIONS = {  # module, original text, replacement
     "AnimateLCM's levels off by one": (animatelcm, "sigmas[i], sigmas[i + 1]", "sigmas[i], sigmas[i + 2]"),
     "AnimateLCM climbs": (animatelcm, "sigmas[i], sigmas[i + 1]", "sigmas[i + 1], sigmas[i]"),
     "target without guidance": (animatelcm, "x, high, condition, ramps)", "x, high, condition, None)"),
@@ -372,7 +372,7 @@ def test_mutations_are_noticed(monkeypatch, mutation):
 
 
 class Silent(Plain):
-    """Keeps nothing, so that it can be partitioned."""
+    """`Plain` without a record of its inputs, so that it can be partitioned."""
 
     def run(self, name, params, x, c_noise, context, ids):
         c = jnp.concatenate([context, c_noise[:, None], ids / 100], axis=-1) @ params["c"]

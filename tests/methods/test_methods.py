@@ -1,6 +1,6 @@
-"""Training steps: what every network is called with, and gradients against losses composed independently.
+"""Training steps: the inputs of every network, and gradients against losses composed independently.
 
-Most tests run the methods on plain functions in place of the networks (`Plain`), which keep what they are called with.
+Most tests run the methods on plain functions in place of the networks (`Plain`), which record their inputs.
 """
 
 import sys
@@ -25,7 +25,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 
 class Plain:
-    """Stands for `Networks`: one hidden layer each; `calls[name]` lists the inputs and results seen."""
+    """Stand-in for `Networks` with one hidden layer each; `calls[name]` lists the inputs of all calls."""
 
     discriminator = DiscriminatorConfig(feature_channels=(8,))  # two heads
 
@@ -82,13 +82,13 @@ def wide(sigma: np.ndarray) -> np.ndarray:
 
 
 def unscaled(call: list) -> tuple[np.ndarray, np.ndarray]:
-    """(sigma [b], latents before c_in) of what a network was called with."""
+    """Returns (sigma [b], latents before c_in) from the inputs of one call of a network."""
     sigma = np.exp(4 * call[1].astype(np.float64)).astype(np.float32)
     return sigma, call[0][..., :C] * np.sqrt(wide(sigma) ** 2 + 1)
 
 
 class Trace:
-    """One call of the SF-V gradients on plain networks, and what it says about the draws inside."""
+    """One call of the SF-V gradients on plain networks, and the random draws recovered from it."""
 
     def __init__(self, method=sfv, **changes):
         self.config, self.networks, self.batch = sfv_config(**changes), Plain(), make_batch(32)
@@ -102,7 +102,7 @@ class Trace:
         self.calls = dict(self.networks.calls)
         (call,) = self.calls["generator"]
         self.sigma, self.x_t = unscaled(call)
-        # The backbone calls, real first: only there is what was added to x0 standard normal times sigma.
+        # Backbone calls, real first: only in that one is the noise added to x0 standard normal times sigma.
         noised = [unscaled(call) for call in self.calls["backbone"]]
         self.real, *self.perturbed, self.fake = sorted(noised, key=lambda pair: np.std(self.noise_of(*pair)))
         assert len(self.perturbed) == (self.config.sfv.r1_form == "perturbation")
@@ -114,7 +114,7 @@ class Trace:
         return self.batch["image_embed"], self.batch["ids"]
 
     def denoise(self, generator) -> jax.Array:
-        """Eq. 2 and 3, written out."""
+        """Computes Eq. 2 and 3, written out."""
         s = wide(self.sigma)
         x = jnp.concatenate([self.x_t / np.sqrt(s**2 + 1), self.frames()], axis=-1)
         raw = self.networks.generator(generator)(x, np.log(self.sigma) / 4, *self.condition())
@@ -124,7 +124,7 @@ class Trace:
         return np.repeat(self.batch["cond_latent"][:, None], 2, axis=1)
 
     def features(self, sigma: np.ndarray, x) -> list:
-        """Of the one level, for each of the two heads."""
+        """Returns the features of the only level, once for each of the two heads."""
         x = jnp.concatenate([x / np.sqrt(wide(sigma) ** 2 + 1), self.frames()], axis=-1)
         return 2 * self.networks.encode(self.frozen["backbone"])(x, np.log(sigma) / 4, *self.condition())
 
@@ -218,7 +218,7 @@ def test_heads_gradient(trace):
 
 
 def test_relativistic_pairs_and_perturbation():
-    """R3GAN's loss with our sign, and APT's R1: noise on clean latents, at the level and noise of the real call."""
+    """R3GAN's loss with our sign, and APT's R1: perturbed clean latents, at the level and noise of the real call."""
     trace = Trace(
         gan_loss="relativistic", r1_form="perturbation", r1_weight=0.3, perturbation_std=0.1, recon_weight=0.0
     )
@@ -245,7 +245,7 @@ def test_relativistic_pairs_and_perturbation():
 
 
 def test_r2_is_r1_on_fakes():
-    """With the fake in place of the real, R1 is what R2 was."""
+    """R2 equals R1 computed on the fake."""
     trace = Trace(r1_weight=0.0, r2_weight=0.3)
     sigma, features = trace.fake[0], trace.features(*trace.fake)
     expected = losses.r1_on_features(lambda f: trace.logits(trace.heads, f, sigma), features)
@@ -266,7 +266,7 @@ def test_r2_by_perturbation_moves_clean_fakes():
 
 
 def test_motion_is_that_of_one_step_samples(trace):
-    """Sums over samples from the highest level, so that a still generator shows although lower levels copy motion."""
+    """Motion is summed over samples from the highest level, since from lower levels still generators copy motion."""
     top = trace.sigma > 100
     assert 0 < top.sum() < len(top)
     top = top & (trace.sigma > 600)
@@ -283,7 +283,7 @@ def test_gradient_ratio_is_that_of_the_weighted_parts(trace):
 
 
 def plain_step(config, steps: int = 1) -> list[dict]:
-    """States before and after each of `steps` SF-V steps on plain networks."""
+    """Returns the states before and after each of `steps` SF-V steps on plain networks."""
     networks = Plain()
     state, frozen = sfv.init_state(networks, config, networks.params["generator"])
     step, states = sfv.make_train_step(networks, config), [state]
@@ -348,7 +348,7 @@ def test_frozen_parameters_stay_bit_for_bit(optimizer):
         assert not np.array_equal(first[name]["w"], third[name]["w"])
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(third["opt_g"])]
     assert any("['w']" in p for p in paths) and not any("['c']" in p for p in paths)
-    # What is trained gets the gradient it would get anyway.
+    # Trained parameters have the same gradient as without frozen ones.
     config.generator_optimizer, config.trainable = configs.sm3(1e-3), "all"
     free = plain_step(config)[1]["opt_g"][1].momentum["w"]
     config.trainable = "^w"
@@ -366,7 +366,7 @@ def test_trained_parts_of_svd():
         optim.trainable(unet, "up_blocks[")
 
 
-MUTATIONS = {  # module, what stands in it, what it becomes
+MUTATIONS = {  # module, original text, replacement
     "hinge after averaging": (
         "adversarial",
         "loss_d(real, fake_)",
@@ -450,7 +450,7 @@ def test_generator_can_wait_for_the_discriminator():
 
 
 def test_teacher_loss_is_the_weighted_denoising_error():
-    """(sigma^2 + 1) / sigma^2 ||D - x0||^2 of the recorded input, in float64."""
+    """It equals (sigma^2 + 1) / sigma^2 ||D - x0||^2 of the recorded input, in float64."""
     networks, config, batch = Plain(), configs.teacher(), make_batch(32)
     config.teacher.cond_drop = 0.0
     state, frozen = teacher.init_state(networks, config, networks.params["generator"])

@@ -1,4 +1,4 @@
-"""SM3 against an independent statement of its definition; schedules, clipping and the moving average."""
+"""SM3 against an independent implementation; schedules, clipping and the moving average."""
 
 import itertools
 
@@ -16,7 +16,7 @@ SHAPES = [(), (7,), (4, 6), (3, 4, 5), (3, 1, 2, 4, 5)]
 
 
 class PlainSM3:
-    """Updates of one tensor in float64, element by element over the slices that cover it."""
+    """SM3 of one tensor in float64, element by element over the slices that cover it."""
 
     def __init__(self, shape, momentum, beta):
         axes = range(len(shape)) if len(shape) > 1 else [None]
@@ -93,7 +93,7 @@ def test_zero_gradients_move_nothing():
 
 
 def steps_of(config: ConfigDict, grads) -> np.ndarray:
-    """How far a scalar moves at each gradient of `grads`."""
+    """Returns how far a scalar moves for each gradient of `grads`."""
     optimizer = optim.make_optimizer(config)
     state, moves = optimizer.init(jnp.zeros(())), []
     for g in grads:
@@ -160,7 +160,7 @@ def test_unknown_optimiser():
 
 
 def test_where_optax_differs():
-    """Why SM3 is our own: with tiny gradients, optax's eps shortens the first step."""
+    """The reason for our own SM3: with tiny gradients, optax's eps shortens the first step."""
     g = {"w": jnp.full((2, 2), 1e-6)}
     theirs, ours = optax.scale_by_sm3(b1=0.5, b2=0.999), optim.scale_by_sm3(0.5, 0.999)
     short, full = (float(o.update(g, o.init(g))[0]["w"][0, 0]) for o in (theirs, ours))

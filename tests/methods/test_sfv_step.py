@@ -1,4 +1,4 @@
-"""The SF-V step on the real networks, one level of them: what trains, what stays, what is reported."""
+"""The SF-V step on real networks of one level: trained parameters, frozen parameters and metrics."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from tests.methods.test_methods import QUICK, C, D, make_batch, moved, sfv_confi
 
 @pytest.fixture(scope="module")
 def one_step():
-    """(state before, frozen before, state after, frozen after, metrics) of one jitted, donated step."""
+    """Returns (state before, frozen before, state after, frozen after, metrics) of one jitted, donated step."""
     unet = UNetConfig(
         in_channels=2 * C,
         out_channels=C,
@@ -55,7 +55,7 @@ def test_every_used_parameter_gets_a_gradient(one_step):
     transformers = {k: v for k, v in generator.items() if "transformer_blocks" in k and any(n in k for n in idle)}
     assert transformers and not any(np.any(v) for v in transformers.values())
     assert not [k for k, v in generator.items() if k not in transformers and not np.any(v)]
-    # What adds alike to real and fake scores cancels while every hinge is live.
+    # Terms that are equal in real and fake scores cancel while all hinges are active.
     heads = {k: v for k, v in tree.flatten(after["opt_d"][1].momentum).items() if "conv_out.bias" not in k}
     assert not [k for k, v in heads.items() if not np.any(v)]
 

@@ -1,4 +1,4 @@
-"""The codecs: SVD's against the pipeline's own steps, patches against the identity."""
+"""The codecs: SVD's against the steps of diffusers' pipeline, patches against the identity."""
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def test_a_sample_ignores_its_neighbours(svd):
 
 
 def test_frames_are_encoded_in_chunks(svd):
-    """Three frames one at a time, and two at a time with one to spare: the same latents."""
+    """Three frames encoded one at a time, and two at a time with a padded rest, have the same latents."""
     frames = pixels(7, 2, 3, 32, 48, 3)
     whole = svd.encode(frames)
     for size in (1, 2):
@@ -69,7 +69,7 @@ def test_frames_are_encoded_in_chunks(svd):
 
 
 def test_decoding_in_chunks_is_the_pipelines(svd, pipe, reference):
-    """14 frames in chunks of 4, 4, 4 and 2: what diffusers makes of them, and not the whole clip's frames."""
+    """14 frames in chunks of 4, 4, 4 and 2 equal diffusers' chunks, and differ from the clip decoded whole."""
     torch = pytest.importorskip("torch")
     latents = noise(8, 1, 14, 4, 6, 4)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_frames_are_decoded_in_pieces_where_memory_is_short():
 
 
 def test_pieces_can_be_chosen():
-    """`pixels` comes before what memory would say; 0 is all at once."""
+    """`pixels` overrides the choice by memory; 0 decodes all at once."""
     for pixels in (None, 0, 77):
         svd = codec.SVDCodec(VAEConfig.tiny(), CLIPConfig.tiny(), {"vae": None}, pixels=pixels, memory=1e3)
         used = []

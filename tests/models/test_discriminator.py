@@ -1,4 +1,4 @@
-"""The discriminator's heads: what each logit may depend on."""
+"""The discriminator's heads: the inputs on which each logit depends."""
 
 from dataclasses import replace
 
@@ -38,13 +38,13 @@ def logits(heads):
 
 
 def score(heads, features, embed=EMBED, c_noise=C_NOISE) -> dict[str, np.ndarray]:
-    """Logit map of every head, by its name, from features per level."""
+    """Returns the logit map of each head, by its name, from features per level."""
     maps = heads(per_head(CONFIG, features), embed, c_noise)
     return dict(zip(head_names(CONFIG), map(np.asarray, maps), strict=True))
 
 
 def changed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Where two logit maps differ by more than rounding."""
+    """Returns where two logit maps differ by more than rounding."""
     return np.abs(a - b) > 1e-5
 
 
@@ -74,7 +74,7 @@ def test_logits_depend_on_the_sample_s_own_condition(heads, logits, condition):
 
 
 def test_spatial_logits_depend_on_the_frame_index(heads):
-    """The same picture in every frame scores differently from frame to frame."""
+    """Scores of the same image in all frames differ from frame to frame."""
     still = [np.repeat(f[:, :1], T, axis=1) for f in FEATURES]
     for name, x in score(heads, still).items():
         if name.startswith("spatial"):

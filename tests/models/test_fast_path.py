@@ -1,4 +1,4 @@
-"""The fast forms of layers equal their plain forms, in value and gradient, and are what the networks really use."""
+"""The fast forms of layers equal their plain forms in value and gradient, and the networks use them."""
 
 import re
 from dataclasses import replace
@@ -20,7 +20,7 @@ from tests.conftest import CONFIGS, assert_equal, noise, value_and_gradients
 
 
 def convolutions(function, *args) -> list[tuple]:
-    """(kernel's shape, dilation of the input) of every convolution that `function` makes, remat and loops included."""
+    """Returns (kernel shape, input dilation) of all convolutions in `function`, including those in remat and loops."""
     found = []
 
     def walk(jaxpr):
@@ -32,7 +32,7 @@ def convolutions(function, *args) -> list[tuple]:
                 if hasattr(inner, "eqns"):
                     walk(inner)
 
-    walk(jax.make_jaxpr(lambda *args: function(*args))(*args).jaxpr)  # a new one is traced, a known one looked up
+    walk(jax.make_jaxpr(lambda *args: function(*args))(*args).jaxpr)  # a new function, as known ones are cached
     return found
 
 
@@ -40,7 +40,7 @@ def convolutions(function, *args) -> list[tuple]:
 
 
 def upsample_plainly(kernel, bias, x):
-    """Nearest resize, then the 3x3 convolution, with every doubled pixel in memory."""
+    """Computes the nearest resize, then the 3x3 convolution, with all upsampled pixels in memory."""
     doubled = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
     frames = doubled.reshape(-1, *doubled.shape[2:])
     return layers.conv2d(frames, kernel, ((1, 1), (1, 1))).reshape(*doubled.shape[:-1], -1) + bias
@@ -115,7 +115,7 @@ def test_few_pixels_and_many_channels_are_a_matrix_product_on_cpu(monkeypatch):
 
 
 def test_the_gradient_of_a_kernel_on_cpu_copies_no_activations():
-    """One axis of rows: for several, XLA writes the cotangent out transposed (see layers.matmul)."""
+    """Rows are one axis: for several, XLA writes the cotangent out transposed (see layers.matmul)."""
     x, kernel = jnp.asarray(noise(0, 1, 8, 96, 32)), jnp.asarray(noise(1, 32, 64))
 
     def moved(product) -> list[str]:
@@ -123,7 +123,7 @@ def test_the_gradient_of_a_kernel_on_cpu_copies_no_activations():
         program = hlo.parse(jax.jit(gradients).lower(x, kernel).compile().as_text())
         return [op.opcode for ops in program.computations.values() for op in ops.values() if op.opcode == "transpose"]
 
-    assert moved(jnp.matmul)  # else XLA has learnt it, and matmul may go
+    assert moved(jnp.matmul)  # if this fails, XLA no longer transposes and `matmul` can be removed
     assert not moved(layers.matmul)
     with jax.enable_x64(True):
         args = jnp.float64(x), jnp.float64(kernel)
@@ -168,7 +168,7 @@ def test_temporal_convolution_on_gpu_is_two_dimensional(monkeypatch):
 
 @pytest.mark.parametrize("per_frame", [True, False])
 def test_group_norms_on_tpu_never_split_the_channels(monkeypatch, per_frame):
-    """There the mean over a group is two products with the channels' membership; it equals the plain norm."""
+    """On TPU the mean over a group is two products with the channels' membership; it equals the plain norm."""
 
     def normalise(x, scale, bias):
         build = partial(layers.GroupNorm, groups=3, eps=1e-6, per_frame=per_frame, dtype=x.dtype, param_dtype=x.dtype)
@@ -201,7 +201,7 @@ def qkv(tokens: int, dtype=np.float32) -> list:
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_the_tpu_kernel_is_attention(devices):
-    """Interpreted, in blocks of 128 queries and keys; on four devices with 64 queries each, which are padded."""
+    """The kernel is interpreted, in blocks of 128; on four devices with 64 queries each, these are padded."""
     args = qkv(256)
     expected = value_and_gradients(attention.einsum_attention, *args)
     splash = partial(attention.attention, kernel="splash")
@@ -213,7 +213,7 @@ def test_the_tpu_kernel_is_attention(devices):
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_attention_of_one_head_at_a_time_is_attention(devices):
-    """In one piece and in blocks of queries; on four devices each loops over its own frames."""
+    """It holds in one piece and in blocks of queries; of four devices, each loops over its own frames."""
     with jax.enable_x64(True):
         args = [jnp.asarray(noise(n, 4, 6, 2, 8), jnp.float64) for n in range(3)]
         expected = value_and_gradients(attention.einsum_attention, *args)
@@ -257,7 +257,7 @@ def test_kernels_are_kept_from_where_they_fail(monkeypatch):
 
 
 def test_the_unet_attends_in_space_by_the_tpu_kernel_and_in_time_without(monkeypatch):
-    """In the jaxpr of its gradient: forward, and the two kernels of the backward pass."""
+    """The jaxpr of its gradient contains the forward kernel and the two kernels of the backward pass."""
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
     config = replace(CONFIGS["unet"], block_out_channels=(128,), num_attention_heads=(2,))
     unet, params = tree.abstract(UNet, config, dtype=jnp.bfloat16)
@@ -273,7 +273,7 @@ def test_the_unet_attends_in_space_by_the_tpu_kernel_and_in_time_without(monkeyp
 
 
 def test_attention_over_frames_is_attention(monkeypatch):
-    """On CPU by matrix products: the gradient of the other form would hold every query times every key, by channel."""
+    """On CPU it is matrix products: the gradient of the other form would hold queries x keys x channels."""
     ranks = {}
     with jax.enable_x64(True):
         args = [jnp.asarray(noise(n, 2, 3, 5, 2, 8), jnp.float64) for n in range(3)]
@@ -328,7 +328,7 @@ DECODER = VAEConfig.tiny(block_out_channels=(8, 8), layers_per_block=1, norm_gro
 
 
 def decode(pixels: int, params, latents):
-    """Frames by a decoder that works on `pixels` at a time."""
+    """Returns frames from a decoder that processes at most `pixels` at a time."""
     graphdef, _ = tree.abstract(TemporalVAE, replace(DECODER, decode_pixels=pixels), dtype=latents.dtype)
     return tree.build(graphdef, params).decode(latents)
 
@@ -348,7 +348,7 @@ decoded = jax.jit(decode, static_argnums=0, compiler_options=QUICK)
 
 
 def test_decoding_in_pieces_is_decoding():
-    """Frame by frame and in strips on both levels; two resnets each, of three loops, and the last convolution's."""
+    """Both levels run in pieces: each has two resnets of three loops, and the last convolution has one loop."""
     with jax.enable_x64(True):
         args = decoder_inputs(jnp.float64)
         whole, pieces = decoded(0, *args), decoded(50, *args)
@@ -360,14 +360,14 @@ def test_decoding_in_pieces_is_decoding():
 
 @pytest.mark.parametrize("mesh", [(2, 1, 4), (1, 1, 8)], ids=str)
 def test_decoding_in_pieces_on_several_devices(mesh):
-    """Strips cross the axis that devices share: columns for rows on four, on eight rows for columns of latents, too."""
+    """Strips run across the axis that devices share: four share rows; eight share columns on the latents' level."""
     args = decoder_inputs(jnp.float32)
     devices = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
     assert_equal([on_mesh(devices, decoded)(15, *args)], [decoded(0, *args)], 2e-5)
 
 
 def test_pieces_hold_less_memory():
-    """By XLA's plan for 8 frames of 256 x 256: little more than the largest activation, 16 MiB, instead of four."""
+    """XLA's plan for 8 frames of 256 x 256 has little more than the largest activation, 16 MiB, instead of four."""
     params, _ = decoder_inputs(jnp.float32)
     latents = jax.ShapeDtypeStruct((1, 8, 128, 128, 4), jnp.float32)
     whole, pieces = (

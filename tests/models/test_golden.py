@@ -1,4 +1,4 @@
-"""The golden files are what the torch reference computes today."""
+"""The golden files equal the results of the torch reference today."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""I3D against an independent statement of it in torch, on random weights."""
+"""I3D against an independent implementation in torch, on random weights."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def reference(weights: dict, frames: np.ndarray, eps: float) -> np.ndarray:
-    """Logits of `frames [b, t, h, w, 3]`, float64."""
+    """Returns the logits of `frames [b, t, h, w, 3]`, float64."""
     get = {k: torch.from_numpy(v).double() for k, v in weights.items()}
 
     def pad_same(x, window, stride):
@@ -44,7 +44,7 @@ def reference(weights: dict, frames: np.ndarray, eps: float) -> np.ndarray:
         return F.relu(F.batch_norm(x, mean, var, scale, bias, eps=eps))
 
     def pool(x, window, stride):
-        return F.max_pool3d(pad_same(x, window, stride), window, stride)  # zeros do: what comes in is not negative
+        return F.max_pool3d(pad_same(x, window, stride), window, stride)  # zeros suffice: inputs are not negative
 
     def mixed(x, name):
         low = unit(x, f"{name}.b0")
@@ -68,7 +68,7 @@ def reference(weights: dict, frames: np.ndarray, eps: float) -> np.ndarray:
 
 
 def test_i3d(weights):
-    """Equal in float64; what is left in float32 is rounding, of either network."""
+    """The networks agree in float64; in float32 they differ by the rounding of both."""
     eps = 1e-3
     frames = np.random.default_rng(1).uniform(-1, 1, (1, 14, 64, 64, 3)).astype(np.float32)
     graph, _ = tree.abstract(i3d.I3D, i3d.I3DConfig(batch_norm_eps=eps))

@@ -1,6 +1,6 @@
-"""Mistakes that still look right: each must miss the parity gate that the true network passes.
+"""Plausible mistakes: each must fail the parity test that the true network passes.
 
-A gate that lets one of them through proves nothing. The mutations act on one network in place, by name.
+A test that passes one of them proves nothing. The mutations change one network in place, by name.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ def passes(found, expected, *, peak: float, rms: float) -> bool:
 
 
 def change(kind: type, within: str = "", **values):
-    """A mutation: sets attributes of every module of a class, below modules of the name `within` if given."""
+    """Returns a mutation that sets attributes of all modules of a class, only below modules named `within` if given."""
 
     def mutate(model, inputs, patch):
         modules = [m for path, m in nnx.iter_modules(model) if isinstance(m, kind) and (not within or within in path)]
@@ -47,13 +47,13 @@ def pad_downsamplers(padding):
 
 
 def flipped(x, dim: int, only: int | None = None):
-    """Sines first, for embeddings of width `only` or all."""
+    """Embeds with sines first, in embeddings of width `only` or in all."""
     embedding = sinusoidal_embedding(x, dim)
     return jnp.roll(embedding, dim // 2, axis=-1) if only in (None, dim) else embedding
 
 
 def shifted(x, dim: int):
-    """Frequencies divided by half - 1, diffusers' `downscale_freq_shift=1`."""
+    """Embeds with frequencies divided by half - 1, diffusers' `downscale_freq_shift=1`."""
     angles = jnp.asarray(x)[..., None] * np.exp(-np.log(1e4) * np.arange(dim // 2) / (dim // 2 - 1))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -117,7 +117,7 @@ def no_silu_on_embedding(model, inputs, patch):
 
 
 def mix_time_context(model, inputs, patch):
-    """diffusers before 0.28: pixel p of sample b reads the context of sample (b * pixels + p) mod batch."""
+    """Mixes contexts as diffusers did before 0.28: pixel p of sample b has that of (b * pixels + p) mod batch."""
     call = attention.TransformerBlock.__call__
 
     def mixed(self, x, context):

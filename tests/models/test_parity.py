@@ -1,4 +1,4 @@
-"""Our networks against what diffusers and transformers make of random weights in float64 (`tests.support.golden`)."""
+"""Our networks against diffusers and transformers on random weights, in float64 (`tests.support.golden`)."""
 
 import dataclasses
 import hashlib
@@ -100,13 +100,13 @@ def test_clip_preprocessing(height, width):
 
 @pytest.mark.parametrize("side", golden.SIDES)
 def test_clip_resize_matrix(side):
-    identity = clip.resize_matrix(224)  # the width stays, but is blurred as little as the reference blurs it
+    identity = clip.resize_matrix(224)  # the width stays, but has the reference's slight blur
     found = clip.resize_matrix(side) @ golden.resize_input(side) @ identity.T
     np.testing.assert_allclose(found[:, golden.COLUMNS], golden.load("preprocessing")[f"resize_{side}"], atol=1e-4)
 
 
 def test_many_layers_stay_in_order():
-    """Of more than ten, which only the full-size CLIP tower has."""
+    """Lists of more than ten layers keep their order; only the full-size CLIP tower has them."""
     graphdef, shapes = tree.abstract(clip.CLIPVision, CLIPConfig.tiny(num_hidden_layers=12))
     flat = {path: np.zeros(x.shape, np.float32) for path, x in tree.flatten(shapes).items()}
     for n in range(12):
@@ -115,7 +115,7 @@ def test_many_layers_stay_in_order():
     assert [float(layer.mlp.fc1.bias[0]) for layer in layers] == list(range(12))
 
 
-# Index: value of diffusers' get_timestep_embedding, and the sum of all entries under None.
+# {index: value} of diffusers' get_timestep_embedding; None is the sum of all entries.
 SINUSOIDS = {
     (1.637770, 320): {0: -0.066924, 1: 0.024639, 80: 0.999866, 160: 0.997758, 240: 0.016377, None: 174.0695},
     (-1.553652, 320): {0: 0.017143, 160: -0.999853, None: 125.8983},
