@@ -4,24 +4,40 @@ Without torch all tests run but those that compare with torch live; the golden f
 """
 
 import os
-import tempfile
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from sfv_jax.models import tree
-from sfv_jax.runtime import sharding
+from sfv_jax.runtime import compilation, sharding
 from tests.support import golden
 from tests.support.golden import CONFIGS, noise
 
-# One cache of compiled programs for this session: its worker processes and the commands that tests start.
+ROOT = Path(__file__).parents[1]
+CACHE_LIMIT = 2 * 2**30  # bytes; a larger cache of compiled programs is begun anew
+
+
+def compiled_programs() -> str:
+    """Returns the folder of compiled programs, which workers, commands that tests start, and later sessions share."""
+    folder = ROOT / ".pytest_cache" / "compiled" / compilation.cache_folder().name
+    if "PYTEST_XDIST_WORKER" not in os.environ and folder.is_dir():
+        if sum(file.stat().st_size for file in folder.iterdir()) > CACHE_LIMIT:
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _compiled = tempfile.TemporaryDirectory(prefix="sfv_jax-tests-")  # removed when this process ends
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-    jax.config.update("jax_compilation_cache_dir", _compiled.name)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": compiled_programs(),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_num_cpu_devices", 8)  # meshes of several devices on any machine
 jax.config.update("jax_default_matmul_precision", "highest")

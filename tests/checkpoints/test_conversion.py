@@ -58,11 +58,13 @@ def assert_same_weights(folder, other, variant=None):
             assert found[k].dtype == expected[k].dtype and np.array_equal(found[k], expected[k]), k
 
 
+@pytest.mark.short
 def test_round_trip_fp32(pipeline_folder, model_folder, tmp_path):
     exporter.export_model(model_folder, tmp_path / "out")
     assert_same_weights(tmp_path / "out", pipeline_folder)
 
 
+@pytest.mark.slow
 def test_round_trip_fp16_and_reload(reference, pipe, tmp_path):
     torch = pytest.importorskip("torch")
     from diffusers import StableVideoDiffusionPipeline
@@ -81,6 +83,7 @@ def test_round_trip_fp16_and_reload(reference, pipe, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
+@pytest.mark.short
 def test_export_is_what_diffusers_writes(reference, pipeline_folder, model_folder, tmp_path):
     exporter.export_model(model_folder, tmp_path / "out")
     for component in ("unet", "vae"):
@@ -88,6 +91,7 @@ def test_export_is_what_diffusers_writes(reference, pipeline_folder, model_folde
         assert json.loads(found) == json.loads(expected)
 
 
+@pytest.mark.slow
 def test_source_dtype_can_be_changed(pipeline_folder, tmp_path):
     importer.import_model(pipeline_folder, tmp_path / "model", dtype="bfloat16")
     params, _, _ = store.load_model(tmp_path / "model", ("vae",))
@@ -108,6 +112,7 @@ def test_load_model_equals_load_component(model_folder, params):
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
 
 
+@pytest.mark.slow
 def test_load_model_sharded_and_cast(model_folder, params):
     sharding = NamedSharding(Mesh(jax.devices(), ("fsdp",)), P())
     _, shapes = tree.abstract(UNet, CONFIGS["unet"])
@@ -275,6 +280,7 @@ def test_wrong_folders_are_named(pipeline_folder, model_folder, tmp_path):
         store.load_model(newer)
 
 
+@pytest.mark.slow
 def test_command(pipeline_folder, tmp_path):
     command = [sys.executable, "-m", "sfv_jax.convert", "--src", str(pipeline_folder), "--dst", str(tmp_path / "out")]
     first, second = (subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(2))

@@ -86,6 +86,7 @@ def test_shards_are_cut_and_named_as_diffusers_does(reference, pipe, params, tmp
     assert max((ours / name).stat().st_size for name in files) <= max(writer.parse_size(size), largest) + 30_000
 
 
+@pytest.mark.slow
 def test_one_step_of_diffusers_on_the_exported_folder(reference, model_folder, tmp_path):
     """The scheduler as written makes one step from sigma 700 to 0."""
     torch = pytest.importorskip("torch")

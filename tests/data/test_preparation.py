@@ -236,6 +236,7 @@ def command(**options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "sfv_jax.prepare", *flags], capture_output=True, text=True)
 
 
+@pytest.mark.short
 def test_the_command_encodes_with_the_networks_of_svd(videos, svd, tmp_path):
     done = command(videos=videos, svd=svd, out=tmp_path, batch_size=2)
     assert done.returncode == 0, done.stderr

@@ -1,10 +1,11 @@
-"""Scores against real videos: a fake UCF-101, the protocol, kept statistics and clips, and every kind of bad input."""
+"""Scores against real videos: a fake UCF-101, the protocol, stored features and clips, and every kind of bad input."""
 
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import av
@@ -18,13 +19,16 @@ from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
 from sfv_jax.evaluation import features, request, scoring
-from sfv_jax.evaluation.clips import find_clips
-from sfv_jax.evaluation.generation import generate, read_strip
+from sfv_jax.evaluation.clips import Dataset, find_clips
+from sfv_jax.evaluation.features import Extractor
+from sfv_jax.evaluation.generation import Model, Options, generate, read_strip
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models import tree
 from sfv_jax.models.unet import UNet
 from sfv_jax.performance import latency
+from sfv_jax.performance.timing import Timing
+from sfv_jax.runtime.files import write_json
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.folders import WeightsError
 from tests.support.small_run import get_config
@@ -43,6 +47,9 @@ ABOUT = {"kind": "function", "function": "test"}
 def colours(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float32)
     return np.concatenate([x.mean((1, 2, 3)), np.abs(np.diff(x, axis=1)).mean((1, 2, 3))], -1)
+
+
+COLOURS = Extractor(colours, ABOUT)
 
 
 def write_avi(path: Path, frames: np.ndarray) -> None:
@@ -73,8 +80,8 @@ def ucf(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clips(ucf):
-    return [c for c in find_clips(ucf / "UCF-101") if "g24" not in c.name]
+def dataset(ucf) -> Dataset:
+    return Dataset([c for c in find_clips(ucf / "UCF-101") if "g24" not in c.name], "fake")
 
 
 def test_ucf101_lists_and_what_is_missing(ucf, tmp_path):
@@ -96,7 +103,7 @@ def test_ucf101_lists_and_what_is_missing(ucf, tmp_path):
     write_avi(tmp_path / "v_Archery_g01_c01.avi", np.zeros((2, 16, 16, 3), np.uint8))
     with pytest.raises(VideoError, match="1 of the 1 videos of testlist01.txt are not in"):
         ucf101.videos(tmp_path)
-    # The lists and one of the two archives in use write this class in different ways.
+    # The lists and one of the two archives in use spell this class differently.
     (tmp_path / "lists/testlist01.txt").write_text("HandstandPushups/v_HandStandPushups_g01_c01.avi\n")
     write_avi(tmp_path / "v_HandstandPushups_g01_c01.avi", np.zeros((2, 16, 16, 3), np.uint8))
     assert list(ucf101.videos(tmp_path)[0]) == ["v_HandStandPushups_g01_c01"]
@@ -126,20 +133,21 @@ def test_the_protocol_cuts_and_resizes():
             Protocol(**changes)
 
 
-def test_features_of_real_clips_are_kept_and_belong_to_their_settings(clips, tmp_path):
+def test_features_of_real_clips_are_kept_and_belong_to_their_settings(dataset, tmp_path):
     protocol, kept = Protocol(n=20, **SMALL), tmp_path / "statistics.npz"
-    found = features.features_of(clips, protocol, colours, ABOUT, kept=kept)
+    found = features.features_of(dataset, protocol, COLOURS, kept=kept)
     assert found.features.shape == (20, 6) and len(set(found.names)) == 20
     assert all("too short" in line for line in found.dropped)
     # The features are those of the clip that is named, resampled to 7 fps.
-    path = next(clip.path for clip in clips if features.label(clip) == found.names[5])
+    path = next(clip.path for clip in dataset.clips if features.label(clip) == found.names[5])
     direct = colours(protocol.real(read_clip(path, 14, 7.0))[None])[0]
     np.testing.assert_allclose(found.features[5], direct, rtol=1e-5)
 
     def unused(x):
         raise AssertionError("kept features are computed again")
 
-    again = features.features_of(clips, protocol, unused, ABOUT, kept=kept)
+    stored = Extractor(unused, ABOUT)
+    again = features.features_of(dataset, protocol, stored, kept=kept)
     assert np.array_equal(again.features, found.features) and again.names == found.names
     for changes, what in (
         (dict(fps=8.0), "fps is 7.0 there, 8.0 here"),
@@ -147,19 +155,21 @@ def test_features_of_real_clips_are_kept_and_belong_to_their_settings(clips, tmp
         (dict(filter="box"), "filter is bilinear there, box here"),
     ):
         with pytest.raises(features.StatisticsError, match=f"made differently: {what}. Name another file or remove it"):
-            features.features_of(clips, Protocol(n=20, **SMALL | changes), unused, ABOUT, kept=kept)
+            features.features_of(dataset, Protocol(n=20, **SMALL | changes), stored, kept=kept)
     with pytest.raises(features.StatisticsError, match="made differently: sha256 is None there, other here. Name"):
-        features.features_of(clips, protocol, unused, ABOUT | {"sha256": "other"}, kept=kept)
+        features.features_of(dataset, protocol, Extractor(unused, ABOUT | {"sha256": "other"}), kept=kept)
     with pytest.raises(features.StatisticsError, match="clips"):
-        features.features_of(clips[1:], protocol, unused, ABOUT, kept=kept)
+        features.features_of(dataclasses.replace(dataset, clips=dataset.clips[1:]), protocol, stored, kept=kept)
+    with pytest.raises(features.StatisticsError, match="form is video files there, frames here"):
+        features.features_of(dataclasses.replace(dataset, source={"form": "frames"}), protocol, stored, kept=kept)
     for content in (b"no file of numpy", b"", kept.read_bytes()[:100]):
         kept.write_bytes(content)
         with pytest.raises(features.StatisticsError, match="holds no features: .*remove it"):
-            features.features_of(clips, protocol, unused, ABOUT, kept=kept)
-    everything = features.features_of(clips, Protocol(n=0, **SMALL), colours, ABOUT)
+            features.features_of(dataset, protocol, stored, kept=kept)
+    everything = features.features_of(dataset, Protocol(n=0, **SMALL), COLOURS)
     assert len(everything.names) == USABLE and len(everything.dropped) == SHORT
-    with pytest.raises(VideoError, match="22 of 24 clips are usable, fewer than n = 23\n.*too short"):
-        features.features_of(clips, Protocol(n=23, **SMALL), colours, ABOUT)
+    with pytest.raises(VideoError, match="fake: 22 of 24 clips are usable, fewer than n = 23\n.*too short"):
+        features.features_of(dataset, Protocol(n=23, **SMALL), COLOURS)
 
 
 def test_features_of_generated_clips_are_kept(tmp_path):
@@ -175,7 +185,7 @@ def test_features_of_generated_clips_are_kept(tmp_path):
     def run(some=files, **about):
         seen.clear()
         read = lambda file: read_strip(file, 2)  # noqa: E731
-        return features.compute_kept(counted, some, read, ABOUT | {"sha256": "weights"} | about, kept)
+        return features.compute_kept(Extractor(counted, ABOUT | {"sha256": "weights"} | about), some, read, kept)
 
     first = run()
     direct = colours(np.stack([read_strip(file, 2) for file in files]))
@@ -200,21 +210,22 @@ def test_features_of_generated_clips_are_kept(tmp_path):
     kept.unlink()
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
-        features.compute_kept(interrupted, files, lambda file: read_strip(file, 2), ABOUT, kept)
+        features.compute_kept(Extractor(interrupted, ABOUT), files, lambda file: read_strip(file, 2), kept)
     seen.clear()
-    features.compute_kept(counted, files, lambda file: read_strip(file, 2), ABOUT, kept)
+    features.compute_kept(Extractor(counted, ABOUT), files, lambda file: read_strip(file, 2), kept)
     assert len(seen) == 1  # the first 64 were kept
     kept.write_bytes(b"")
     with pytest.raises(features.StatisticsError, match="holds no features"):
         run()
 
 
-def echo(images, *, seed, num_frames, height, width, fps, shift=0, calls=None):
-    """A sampler that repeats its images, brighter by `shift`."""
+def echo(images, *, seed, num_frames, height, width, fps, calls=None, **options):
+    """A sampler that repeats its images, brighter by `steps` - 1."""
+    assert options.keys() == {field.name for field in dataclasses.fields(Options)}
     if calls is not None:
         calls.append(list(seed))
     picture = [np.asarray(Protocol(score_height=height, score_width=width).score(image[None])) for image in images]
-    return np.concatenate([np.repeat(x, num_frames, 0)[None] for x in picture]) + np.uint8(shift)
+    return np.concatenate([np.repeat(x, num_frames, 0)[None] for x in picture]) + np.uint8(options["steps"] - 1)
 
 
 def test_generated_clips_are_lossless_and_resumed(tmp_path):
@@ -224,33 +235,66 @@ def test_generated_clips_are_lossless_and_resumed(tmp_path):
         [f"a/{n}" for n in range(25)],
         [],
     )
-    how = dict(options={"shift": 5}, origin={"checkpoint": "x"}, batch_size=4)
-    sampler = lambda *a, **k: echo(*a, calls=calls, **k)  # noqa: E731
-    files = generate(sampler, names, lambda n: images[n], tmp_path, protocol, **how)
+    model = Model(partial(echo, calls=calls), {"checkpoint": "x"}, Options(steps=6), batch_size=4)
+    files = generate(model, names, lambda n: images[n], tmp_path, protocol)
     assert calls[0] == [3, 4, 5, 6] and calls[-1] == [27] * 4 and len(calls) == 7
     assert (read_strip(files[7], 14) == images[7] + 5).all()
     files[7].unlink()
-    generate(sampler, names, lambda n: images[n], tmp_path, protocol, **how)
+    generate(model, names, lambda n: images[n], tmp_path, protocol)
     assert calls[7:] == [[10] * 4] and (read_strip(files[7], 14) == images[7] + 5).all()
     for changed, other in (
-        ("checkpoint is x there, y here", dict(origin={"checkpoint": "y"})),
+        ("checkpoint is x there, y here", dict(model=dataclasses.replace(model, origin={"checkpoint": "y"}))),
+        ("steps is 6 there, 2 here", dict(model=dataclasses.replace(model, options=Options(steps=2)))),
         ("clips is .* there", dict(names=names[::-1])),
         ("filter is bilinear there, box here", dict(protocol=dataclasses.replace(protocol, filter="box"))),
     ):
-        now = dict(names=names, image=lambda n: images[n], folder=tmp_path, protocol=protocol) | how | other
+        now = dict(model=model, names=names, image=lambda n: images[n], folder=tmp_path, protocol=protocol) | other
         with pytest.raises(VideoError, match=f"made differently: {changed}.*Use another --out"):
-            generate(sampler, **now)
+            generate(**now)
+
+
+def test_manifests_have_the_keys_of_earlier_versions(tmp_path):
+    """Clips of an earlier version are reused only if the content of the manifest is the same, byte for byte."""
+    protocol = Protocol(n=0, **SMALL | dict(height=24, width=32))
+    options = Options(4, "sfv", 127.0, 0.02, None, (1.0, 3.0))
+    model = Model(echo, {"checkpoint": "x", "step": None}, options).on(dataset="d", source={"form": "video files"})
+    generate(model, ["a/0"], lambda n: np.zeros((24, 32, 3), np.uint8), tmp_path, protocol)
+    expected = {
+        "protocol": {
+            "seed": 0,
+            "num_frames": 14,
+            "fps": 7.0,
+            "height": 24,
+            "width": 32,
+            "score_height": 24,
+            "score_width": 32,
+            "crop": "none",
+            "filter": "bilinear",
+        },
+        "options": {
+            "steps": 4,
+            "sampler": "sfv",
+            "motion_bucket_id": 127.0,
+            "noise_aug_strength": 0.02,
+            "decode_chunk_size": None,
+            "guidance": [1.0, 3.0],
+        },
+        "origin": {"checkpoint": "x", "step": None, "dataset": "d", "source": {"form": "video files"}},
+        "clips": ["a--0"],
+        "seeds": [0],
+    }
+    write_json(tmp_path / "expected.json", expected)
+    assert (tmp_path / "manifest.json").read_bytes() == (tmp_path / "expected.json").read_bytes()
 
 
 def test_more_clips_continue_those_there_are(tmp_path):
     images = np.random.default_rng(0).integers(0, 200, (30, 24, 32, 3), dtype=np.uint8)
     calls, names = [], [f"{n}" for n in range(30)]
-    how = dict(options={}, origin={"checkpoint": "x"}, batch_size=5)
-    sampler = lambda *a, **k: echo(*a, calls=calls, **k)  # noqa: E731
+    model = Model(partial(echo, calls=calls), {"checkpoint": "x"}, batch_size=5)
 
     def run(n: int, ddof: int) -> list[Path]:
         protocol = Protocol(n=n, ddof=ddof, **SMALL | dict(height=24, width=32))
-        return generate(sampler, names[:n], lambda k: images[k], tmp_path, protocol, **how)
+        return generate(model, names[:n], lambda k: images[k], tmp_path, protocol)
 
     run(20, 0)
     assert len(run(30, 1)) == 30 and len(calls) == 6 and calls[4] == [20, 21, 22, 23, 24]
@@ -258,19 +302,20 @@ def test_more_clips_continue_those_there_are(tmp_path):
     assert len(json.loads((tmp_path / "manifest.json").read_text())["clips"]) == 30
 
 
-def test_a_checkpoint_is_measured_against_the_clips_it_started_from(clips, tmp_path):
-    how = dict(dataset="fake", source=features.FILES, origin={"checkpoint": "echo"}, batch_size=8)
-    how["extras"] = scoring.Extras(flow=False, shown=2)
+def test_a_checkpoint_is_measured_against_the_clips_it_started_from(dataset, tmp_path):
+    extras = scoring.Extras(flow=False, shown=2)
     protocol, found = Protocol(n=20, **SMALL), {}
     for name, shift in (("still", 0), ("bright", 40)):
         out = tmp_path / name
-        args = (echo, clips, out, protocol, colours, ABOUT)
-        report = scoring.checkpoint_on_videos(*args, options={"shift": shift}, **how)
+        model = Model(echo, {"checkpoint": "echo"}, Options(steps=shift + 1), batch_size=8)
+        report = scoring.checkpoint_on_videos(model, dataset, out, protocol, COLOURS, extras=extras)
         report.write(out)
         found[name] = json.loads((out / "scores.json").read_text())
     distances = {name: record["distances"]["generated"] for name, record in found.items()}
     assert 0 < distances["still"]["value"] < 0.1 * distances["bright"]["value"] and distances["still"]["n"] == 20
     record = found["still"]
+    assert record["dataset"] == "fake" and record["source"] == {"form": "video files"}
+    assert record["options"]["steps"] == 1 and record["origin"] == {"checkpoint": "echo"}
     assert record["summary"]["generated"]["frozen"]["mean"] == 1 and record["summary"]["generated"]["detail_last"][
         "mean"
     ] == pytest.approx(1, abs=0.2)
@@ -283,7 +328,7 @@ def test_a_checkpoint_is_measured_against_the_clips_it_started_from(clips, tmp_p
     assert page.count("data:video/mp4") == 4  # two clips, real and generated
 
 
-def test_folders_of_different_sizes_are_compared_at_equal_n(clips, ucf, tmp_path):
+def test_folders_of_different_sizes_are_compared_at_equal_n(tmp_path):
     for n in range(30):
         for group, count in (("moving", 30), ("frozen", 21)):
             frames = World(size=32, num_frames=14).clip(n)[0]
@@ -293,19 +338,20 @@ def test_folders_of_different_sizes_are_compared_at_equal_n(clips, ucf, tmp_path
                 )
     (tmp_path / "v/moving/0.mp4").write_bytes(b"")
     args = (tmp_path / "v", tmp_path / "v" / "moving")
-    report = scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), colours, ABOUT, shown=1)
+    report = scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), COLOURS, shown=1)
     distances = report.record["distances"]
     assert [distances[name]["n"] for name in ("moving", "frozen")] == [21, 21]
     assert distances["moving"]["value"] < 1e-6 < distances["frozen"]["value"]
-    lots = scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), lambda x: np.repeat(colours(x), 5, 1), ABOUT)
+    repeated = Extractor(lambda x: np.repeat(colours(x), 5, 1), ABOUT)
+    lots = scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), repeated)
     assert "21 clips are fewer than 30 features" in lots.page() and "fewer than" not in report.page()
     assert len(report.record["dropped"]["moving"]) == 1 and "0.mp4" in report.record["dropped"]["moving"][0]
     with pytest.raises(VideoError, match="v/frozen: 21 of 21 clips are usable, fewer than n = 25"):
-        scoring.folder_against_folder(*args, Protocol(n=25, **SMALL), colours, ABOUT)
+        scoring.folder_against_folder(*args, Protocol(n=25, **SMALL), COLOURS)
     for n in range(2):
         (tmp_path / f"v/frozen/{n}.mp4").unlink()
     with pytest.raises(VideoError, match="v/frozen: 19 of 19 clips .* the 20 that a distance needs"):
-        scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), colours, ABOUT)
+        scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), COLOURS)
 
 
 def test_features_that_are_none():
@@ -327,26 +373,27 @@ def test_features_that_are_none():
     ("flags", "message"),
     [
         ({}, "either --videos"),
-        ({"videos": "a", "checkpoint": "b"}, "either --videos"),
+        ({"videos": Path("a"), "checkpoint": "b"}, "either --videos"),
         ({"checkpoint": "b"}, "needs --dataset"),
         ({"checkpoint": "b", "dataset": "folder"}, "needs --data"),
-        ({"videos": "a", "i3d": "f"}, "--i3d would do nothing here: .* without --reference"),
-        ({"videos": "a", "reference": "b", "images": "c", "svd": "d"}, "--images, --svd would do nothing here"),
-        ({"checkpoint": "b", "dataset": "world", "latency": True, "data": "c"}, "--data, --latency would do nothing"),
+        ({"videos": Path("a"), "i3d": Path("f")}, "--i3d would do nothing here: .* without --reference"),
+        (dict.fromkeys(("videos", "reference", "images", "svd"), Path("a")), "--images, --svd would do nothing here"),
+        (
+            {"checkpoint": "b", "dataset": "world", "latency": True, "data": Path("c")},
+            "--data, --latency would do nothing",
+        ),
     ],
 )
 def test_modes_that_mean_nothing(flags, message):
-    nothing = dict.fromkeys(("videos", "reference", "checkpoint", "dataset", "data"))
     with pytest.raises(request.EvaluateError, match=message):
-        request.mode(nothing | flags)
+        request.mode(request.Request(out=Path("out"), **flags))
 
 
 def test_a_place_for_results_that_is_none(tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file/below/it"):
-        values = {"videos": "a", "checkpoint": None, "reference": None, "out": str(out)}
         with pytest.raises(request.EvaluateError, match="cannot be a folder for the results: .*file is no folder"):
-            request.run(values)
+            request.run(request.Request(out=out, videos=Path("a")))
 
 
 @pytest.fixture(scope="module")
@@ -359,8 +406,7 @@ def small_sampler() -> Sampler:
 
 def test_latency_by_stage(small_sampler):
     image, report = np.zeros((16, 16, 3), np.uint8), Report("latency")
-    options = {"steps": 2, "guidance": None, "decode_chunk_size": None, "sampler": "euler"}
-    request.add_latency(report, small_sampler, options, Protocol(height=16, width=16, num_frames=2))
+    request.add_latency(report, small_sampler, Options(steps=2), Protocol(height=16, width=16, num_frames=2))
     timed = report.record["latency"]
     assert set(timed) >= set(latency.STAGES) and all(timed[name]["seconds"] > 0 for name in latency.STAGES)
     parts = [timed[name]["flops"] for name in latency.STAGES if name != "end to end"]
@@ -382,9 +428,9 @@ def test_latency_by_stage(small_sampler):
 
 
 def test_timings_are_what_they_say():
-    timing = latency.Timing("x", 3.0, (1.0, 2.0, 1.5), flops=3e12, peak=4e12)
-    assert (timing.seconds, timing.compilation, timing.tflops, timing.mfu) == (1.5, 1.5, 2.0, 0.5)
-    columns, rows, _ = latency.table([timing])
+    stage = latency.Stage("x", Timing((1.0, 2.0, 1.5), 3.0), flops=3e12, peak=4e12)
+    assert (stage.timing.median, stage.timing.compilation, stage.tflops, stage.mfu) == (1.5, 1.5, 2.0, 0.5)
+    columns, rows, _ = latency.table([stage])
     assert rows == [["x", 1500.0, 1000.0, 1.5, 3.0, 2.0, 0.5]] and len(columns) == 7
 
 
@@ -396,8 +442,9 @@ def test_latency_needs_the_array_libraries_only():
     }
 
 
+@pytest.mark.slow
 def test_the_command_by_the_protocol_on_ucf101(ucf, model_folder, tmp_path):
-    """The whole of mode (a) with a tiny SVD."""
+    """The whole command on a fake UCF-101 with a tiny SVD."""
     (tmp_path / "mine.py").write_text(FUNCTION)
     command = [sys.executable, "-m", "sfv_jax.evaluate", f"--checkpoint={model_folder}", "--dataset=ucf101"]
     command += [f"--data={ucf}", f"--out={tmp_path / 'out'}", "--features=mine:mean_and_motion", "--n=20", "--shown=2"]

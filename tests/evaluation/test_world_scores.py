@@ -1,4 +1,4 @@
-"""Scores in the world: each damage moves the score that should see it, and perfect clips score best."""
+"""Scores in the world: each damage changes the score that is defined for it, and perfect clips score best."""
 
 import dataclasses
 
@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 from sfv_jax.data.worlds import PALETTE, World
 from sfv_jax.evaluation import scoring, worldnet
 from sfv_jax.evaluation import world as scores
+from sfv_jax.evaluation.generation import Model, Options
 
 WORLD = World(
     size=16, num_frames=6, directions=4, angle_offset=45.0, speeds=(1.5,), radii=(2.5, 3.5), shapes=("disc", "square")
@@ -28,7 +29,7 @@ def blur(frames: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def found(network):
-    """{damage: scores} on 64 held-out first frames."""
+    """Returns `{damage: scores}` on 64 held-out first frames."""
     rng = np.random.default_rng(0)
     true, labels = WORLD.batch(range(64), "heldout")
     names = tuple(PALETTE)
@@ -52,6 +53,7 @@ def found(network):
     return {name: scores.score(WORLD, labels, x, network=network) for name, x in clips.items()}
 
 
+@pytest.mark.slow
 def test_perfect_clips_score_perfectly(found):
     best = found["perfect"]
     assert best["distance"] == 0 and best["fit"] > 0.97 and best["path_error"] < 0.3
@@ -62,6 +64,7 @@ def test_perfect_clips_score_perfectly(found):
     assert set(scores.MEANINGS) <= set(best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "score", "least"),
     [
@@ -78,17 +81,19 @@ def test_perfect_clips_score_perfectly(found):
     ],
 )
 def test_each_damage_moves_its_score(found, damage, score, least):
-    """`least` is how much worse it must get; negative where less is better."""
+    """The score drops by at least `least`, which is negative where less is better."""
     drop = found["perfect"][score] - found[damage][score]
     assert drop / least >= 1, (found["perfect"][score], found[damage][score])
 
 
+@pytest.mark.slow
 def test_scores_do_not_see_what_is_not_theirs(found):
     assert found["frozen"]["colour_kept"] == found["one direction"]["colour_kept"] == 1
     assert found["one direction"]["legal"] == 1 and found["one direction"]["distance"] == 0
     assert found["wrong colour"]["legal"] == 1 and found["shuffled"]["fit"] == pytest.approx(found["perfect"]["fit"])
 
 
+@pytest.mark.slow
 def test_world_fvd_orders_the_damages(found):
     fvd = {name: result["world_fvd"] for name, result in found.items()}
     for name in ("frozen", "shuffled", "wrong colour", "one direction"):
@@ -97,6 +102,7 @@ def test_world_fvd_orders_the_damages(found):
         assert found[name]["world_fvd_interval"][0] > found["perfect"]["world_fvd_interval"][1], name
 
 
+@pytest.mark.slow
 def test_the_network_is_kept_and_made_again_alike(network, tmp_path):
     _, about = network
     assert about["accuracy"]["colour"] > 0.9 and about["accuracy"]["direction"] > 0.6
@@ -112,13 +118,14 @@ def test_the_network_is_kept_and_made_again_alike(network, tmp_path):
     assert len({worldnet.identity(w, short) for w in [WORLD, *changed]} | {worldnet.identity(WORLD, SMALL)}) == 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_the_world(network, tmp_path):
     def stand_still(images, *, seed, num_frames, **options):
         assert options["height"] == options["width"] == 16 and options["noise_aug_strength"] == 0
         return np.repeat(np.stack(images)[:, None], num_frames, axis=1)
 
-    how = dict(n=24, options={"noise_aug_strength": 0}, origin={"checkpoint": "still"}, network=network, batch_size=16)
-    report = scoring.checkpoint_on_world(stand_still, WORLD, tmp_path, **how, shown=2)
+    model = Model(stand_still, {"checkpoint": "still"}, Options(noise_aug_strength=0), batch_size=16)
+    report = scoring.checkpoint_on_world(model, WORLD, tmp_path, n=24, network=network, shown=2)
     found = report.record["scores"]
     generated, still = (found[name] | {"network": None} for name in ("generated", "still image"))
     assert generated["legal"] == 0 and generated == still

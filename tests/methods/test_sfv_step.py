@@ -39,6 +39,7 @@ def one_step():
     return *before, after, frozen, metrics
 
 
+@pytest.mark.slow
 def test_backbone_is_frozen(one_step):
     before, frozen_before, after, frozen, _ = one_step
     jax.tree.map(np.testing.assert_array_equal, frozen, frozen_before)
@@ -47,6 +48,7 @@ def test_backbone_is_frozen(one_step):
     assert moved(before, after, "generator")
 
 
+@pytest.mark.slow
 def test_every_used_parameter_gets_a_gradient(one_step):
     """SM3's momentum is zero exactly where the gradient was. One token needs no query: its attention weight is 1."""
     _, _, after, _, _ = one_step
@@ -60,6 +62,7 @@ def test_every_used_parameter_gets_a_gradient(one_step):
     assert not [k for k, v in heads.items() if not np.any(v)]
 
 
+@pytest.mark.slow
 def test_step_reports_finite_numbers(one_step):
     metrics = one_step[-1]
     assert {"loss/hinge", "loss/r1", "norm/heads_gradient", "live/temporal_0"} <= metrics.keys()

@@ -19,6 +19,7 @@ from sfv_jax.weights.diffusers import manifest
 from tests.conftest import CONFIGS, error, noise
 from tests.support import golden
 
+pytestmark = pytest.mark.short
 MANIFESTS = json.loads((Path(__file__).parents[1] / "manifests" / "svd.json").read_text())
 FULL = {"unet": UNetConfig.svd(), "vae": VAEConfig.svd(), "image_encoder": CLIPConfig.svd()}
 

@@ -122,6 +122,7 @@ def test_sizes_that_cannot_be(tmp_path):
     assert "benchmark: --height 60 --width 1024: both must be multiples of 8" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compile_little")
 def test_diffusers_computes_the_same(reference, capsys):
     """What is timed in turns has equal results: forward, decoder, whole; forward, and forward and backward."""
@@ -141,6 +142,7 @@ def test_diffusers_computes_the_same(reference, capsys):
     assert capsys.readouterr().out.count("times ours") == 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compile_little")
 def test_sampling_from_end_to_end():
     """Every stage is that of the sampler; the whole is run on what the stages hand on."""

@@ -160,6 +160,7 @@ def test_tables_name_runs_that_exist():
     assert set(experiments.runs_of(["table2"])) == {"sfv", "spatial heads", "temporal heads"}
 
 
+@pytest.mark.slow
 def test_the_plan_counts_steps_and_flops(tmp_path):
     def config(run, seed):
         return small_config(BASE if run == BASE else "animatelcm", seed, "")

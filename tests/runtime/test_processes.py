@@ -77,6 +77,7 @@ def two(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(eight, two):
     found, expected = losses(two), losses(eight[0])
     assert found.keys() == {1, 2}
@@ -85,6 +86,7 @@ def test_two_processes_do_what_one_does(eight, two):
     assert len(list((two / "tensorboard").glob("events*"))) == 1  # process 0 alone writes
 
 
+@pytest.mark.slow
 def test_two_processes_continue_as_four_devices_and_those_as_one(eight, two, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(two, workdir)

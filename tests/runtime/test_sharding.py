@@ -100,6 +100,7 @@ def one_device() -> Steps:
     return Steps(1, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 def test_any_mesh_gives_the_numbers_of_one_device(one_device, shape):
     """Twenty adversarial steps; after the first, parameters agree ten times better."""
@@ -131,6 +132,7 @@ def check_fsdp(steps: Steps) -> None:
     assert compiled.memory_analysis().alias_size_in_bytes >= local
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [Upsample, partial(Downsample, padding=1)], ids=["up", "down"])
 @pytest.mark.parametrize("size", [(6, 4), (5, 8), (3, 16)], ids=str)
 def test_resizing_where_rows_do_not_divide(layer, size):
@@ -173,6 +175,7 @@ def test_attention_over_shared_rows(shape, frames, heads):
     assert found == ({"all-to-all"} if frames > 1 else {"all-gather"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(6, 8), (8, 3)], ids=str)
 def test_a_transformer_by_rows_or_columns(size):
     """Tokens are laid out as devices hold them: in value and gradient, and nothing is gathered."""
@@ -196,6 +199,7 @@ def test_a_transformer_by_rows_or_columns(size):
 # ---- the table of rules ----
 
 
+@pytest.mark.slow
 def test_full_network_is_stored_in_parts():
     """Every array of the full SF-V state has a rule; an eighth of it is an eighth, but for biases and norms."""
     mesh = sharding.make_mesh(1, 8, 1)

@@ -119,6 +119,7 @@ def test_a_mesh_changes_nothing(sampler, monkeypatch):
     assert_same_frames(found, sampler(images, **call))
 
 
+@pytest.mark.slow
 def test_a_video_over_eight_devices():
     """CLIP, VAE and two-level UNet with `spatial=8`: one device's frames.
 

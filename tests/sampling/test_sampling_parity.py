@@ -28,6 +28,7 @@ def sampler(model_folder) -> Sampler:
     return Sampler.load(model_folder)
 
 
+@pytest.mark.short
 @pytest.mark.parametrize(("steps", "guidance"), [(1, None), (4, (1.0, 3.0)), (25, (1.5, 3.0))])
 def test_frames_are_the_pipelines(sampler, pipe, reference, images, start, steps, guidance):
     """After rounding, no value of any frame is more than one grey level of 255 apart."""
@@ -116,6 +117,7 @@ def test_nan_in_a_network_is_named(sampler, images, start, monkeypatch, message)
         sampler(images, height=SIZE[0], width=SIZE[1], num_frames=FRAMES, noise=start, **MICRO)
 
 
+@pytest.mark.slow
 def test_a_mesh_makes_the_same_frames(sampler, model_folder, images, monkeypatch, compile_little):
     """Two devices share the batch and two more all parameters, those of VAE and CLIP as well."""
     monkeypatch.setattr("sfv_jax.runtime.sharding.SMALL", 0)

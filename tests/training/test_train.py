@@ -107,6 +107,7 @@ def whole(tmp_path_factory) -> tuple[Path, dict]:
     return workdir, run(tiny(), workdir)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(whole):
     workdir, state = whole
     assert int(state["step"]) == 4
@@ -135,6 +136,7 @@ def killed(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_resumed_run_is_the_uninterrupted_one(whole, killed):
     workdir, expected = whole
     state = run(tiny(), killed)
@@ -159,6 +161,7 @@ def a_batch_again(step, state, data):
     return step, state, data | {"next_index": data["next_index"] - 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", [without_optimiser, a_step_too_far, counter_one_behind, a_batch_again])
 def test_mistakes_of_resuming_show(whole, tmp_path, monkeypatch, mistake):
     """Each would go unnoticed but for the comparison with an uninterrupted run."""
@@ -172,6 +175,7 @@ def test_mistakes_of_resuming_show(whole, tmp_path, monkeypatch, mistake):
     assert not all(np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_a_run_told_to_stop_saves_and_continues(whole, tmp_path, capsys):
     handler = signal.getsignal(signal.SIGTERM)
     state = run(tiny(), tmp_path / "run", stop_at=3)
@@ -201,6 +205,7 @@ def lose_a_file(checkpoint: Path) -> None:
     (checkpoint / "data" / "metadata").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short, lose_a_file])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(whole, tmp_path, capsys, damage):
     workdir, expected = tmp_path / "run", whole[1]
@@ -215,6 +220,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(whole, tmp_pa
     assert metrics(workdir) == metrics(whole[0])
 
 
+@pytest.mark.slow
 def test_no_sound_checkpoint_is_an_error(whole, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole[0], workdir)
@@ -225,6 +231,7 @@ def test_no_sound_checkpoint_is_an_error(whole, tmp_path):
     assert not (workdir / "damaged").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path):
     state = {"step": whole[1]["step"], "generator": whole[1]["generator"]}
     checkpoints = Checkpoints(tmp_path)
@@ -252,6 +259,7 @@ def test_which_checkpoints_stay(tmp_path):
         assert checkpoints.manager.all_steps() == [3, 6, 7, 8]
 
 
+@pytest.mark.slow
 def test_a_bad_number_stops_the_run_and_is_never_saved(whole, tmp_path, monkeypatch):
     workdir, expected = whole
     with pytest.raises(
@@ -264,6 +272,7 @@ def test_a_bad_number_stops_the_run_and_is_never_saved(whole, tmp_path, monkeypa
     assert isinstance(error.value, UserError)  # the command ends with this line and a bad exit code
 
 
+@pytest.mark.slow
 def test_finished_run_does_nothing_more(whole):
     workdir, expected = whole
     before = metrics(workdir)
@@ -274,6 +283,7 @@ def test_finished_run_does_nothing_more(whole):
 # ---- refusals ----
 
 
+@pytest.mark.slow
 def test_workdir_of_another_config(whole):
     config = tiny(seed=3, batch_size=16, log_every=2)  # how often to report may change
     with pytest.raises(WorkdirError) as caught:
