@@ -1,15 +1,17 @@
-"""Turn a folder of videos into a latent cache for training.
+"""Converts a folder of videos to a latent cache for training.
 
     python -m sfv_jax.prepare --videos clips/ --svd models/svd --out cache/
 
-Videos are decoded, resampled by timestamp, resized and cropped on the CPU while the accelerator encodes. Files that
-cannot be used are skipped and listed, with the reason, at the end and in `manifest.json`. Run the same command again
-to continue after an interruption: finished shards are kept. Several workers share a job with `--worker` and
-`--workers`; whichever finishes last completes the cache.
+Videos are decoded, resampled by timestamp, resized and cropped on the CPU while the accelerator encodes. Unusable
+files are skipped and listed, with the reason, at the end and in `manifest.json`. The same command continues after an
+interruption: finished shards are kept. Several workers share a job with `--worker` and `--workers`; the last one to
+finish completes the cache.
 """
 
 import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
@@ -28,10 +30,10 @@ def define_flags() -> None:
     flags.DEFINE_string("svd", None, "model folder made by sfv_jax.convert, or diffusers folder", required=True)
     flags.DEFINE_string("out", None, "folder of the cache", required=True)
     flags.DEFINE_integer("batch_size", 1, "clips encoded at a time", lower_bound=1)
-    flags.DEFINE_integer("threads", os.cpu_count() or 1, "decoders", lower_bound=1)
-    flags.DEFINE_integer("worker", 0, "which of the workers this is", lower_bound=0)
-    flags.DEFINE_integer("workers", 1, "processes that share the job", lower_bound=1)
-    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    flags.DEFINE_integer("threads", os.cpu_count() or 1, "number of decoding threads", lower_bound=1)
+    flags.DEFINE_integer("worker", 0, "index of this worker, from 0", lower_bound=0)
+    flags.DEFINE_integer("workers", 1, "number of processes that share the job", lower_bound=1)
+    define: dict[Any, Callable[..., Any]] = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
     for field in _settings_with_flags():
         define[field.type](field.name, field.default, field.metadata["help"])
     commands.define_compiler_flags()

@@ -1,1 +1,1 @@
-"""Scores of generated videos."""
+"""Scores of generated videos, and the reports that present them."""

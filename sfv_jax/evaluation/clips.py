@@ -1,14 +1,16 @@
-"""Folders of videos to be scored: which clips there are, what belongs together, which cannot be read.
+"""Folders of videos to score: their clips, groups and conditions, and the files that cannot be read.
 
-A subfolder is a group (a method, say); clips of one name in several groups show the same condition. A name that ends in
-`-seed3` is that of one of several videos of a condition.
+A subfolder is a group (a method, say); clips of one name in several groups have the same condition. `-seed3` at the end
+of a name marks one of several videos from the same condition.
 """
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,67 +18,93 @@ from sfv_jax.data.ucf101_tfds import Recorded
 from sfv_jax.data.video import VideoError, list_videos, read_clip, read_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FILES: dict[str, Any] = {"form": "video files"}  # default `Dataset.source`
 _SEED = re.compile(r"^(.+)-seed(\d+)$")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A file; `group` is its subfolder ("" without), `name` its path in there without suffix and seed.
+    """A video to score.
 
-    Or a video of a prepared dataset, which has no file of its own.
+    Attributes:
+      path: its file, or its record in a prepared dataset.
+      group: its subfolder; "" if it has none.
+      name: its path in the subfolder without suffix and seed.
+      seed: the seed in its name, or None.
     """
 
     path: Path | Recorded
     group: str
     name: str
-    seed: int | None  # None if the name has none
+    seed: int | None
 
     def read(self, num_frames: int, fps: float = 7.0) -> np.ndarray:
-        """uint8 `[t, h, w, 3]` from the start; see `data.video.read_clip`. Raises VideoError."""
+        """Reads uint8 `[t, h, w, 3]` from the start; see `data.video.read_clip`.
+
+        Raises:
+          VideoError: if the video cannot be read or is too short.
+        """
         if isinstance(self.path, Recorded):
             return self.path.read(num_frames, fps)
         return read_clip(self.path, num_frames, fps)
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """Real clips to compare with.
+
+    Attributes:
+      clips: the clips.
+      name: their name in titles and messages.
+      source: JSON description of the files they are read from, for records.
+    """
+
+    clips: list[Clip]
+    name: str
+    source: dict[str, Any] = field(default_factory=FILES.copy)
+
+
 @dataclass
 class Reading:
-    """How clips are read, and what became of those that could not be.
+    """Reader of the frames on screen at k / `fps` seconds, k < `num_frames`; see `data.video.read_clip`.
 
-    Frames are those on screen at k / `fps` seconds, k < `num_frames`; see `data.video.read_clip`.
+    Attributes:
+      num_frames, fps: frames of a clip and their rate.
+      unreadable: one line for each unreadable clip so far, with the file and the reason.
     """
 
     num_frames: int = 14
     fps: float = 7.0
-    unreadable: list[str] = field(default_factory=list)  # one line each: the file and what is wrong with it
+    unreadable: list[str] = field(default_factory=list)
 
     def frames(self, clips: list[Clip], threads: int = 2) -> Iterator[tuple[Clip, np.ndarray]]:
-        """Yields (clip, uint8 `[t, h, w, 3]`) in order, a few decoded ahead; notes unreadable ones and goes on."""
+        """Yields (clip, uint8 `[t, h, w, 3]`) in order, decoding a few ahead; skips and lists unreadable clips."""
         with ThreadPoolExecutor(threads) as pool:
             ahead = 2 * threads
-            pending = [pool.submit(self._read, clip) for clip in clips[:ahead]]
+            pending = deque(pool.submit(self._read, clip) for clip in clips[:ahead])
             for n, clip in enumerate(clips):
                 try:
-                    yield clip, pending[n].result()
+                    yield clip, pending.popleft().result()
                 except VideoError as error:
                     self.unreadable.append(str(error))
-                pending[n] = None  # decoded clips are large
-                pending += [pool.submit(self._read, more) for more in clips[n + ahead : n + ahead + 1]]
+                pending.extend(pool.submit(self._read, more) for more in clips[n + ahead : n + ahead + 1])
 
     def _read(self, clip: Clip) -> np.ndarray:
         return clip.read(self.num_frames, self.fps)
 
 
 def find_clips(folder: str | Path) -> list[Clip]:
-    """The clips under `folder`, sorted by group, name and seed.
+    """Returns the clips under `folder`, sorted by group, name and seed.
 
     Raises:
-      VideoError: if it is no folder or holds no video, or if two files would be the same clip.
+      VideoError: if `folder` is not a folder or contains no video, or two files would be the same clip.
     """
     folder, clips = Path(folder), []
     for path in list_videos(folder):
         group, *rest = path.relative_to(folder).with_suffix("").parts
         group, stem = (group, "/".join(rest)) if rest else ("", group)
-        name, seed = _SEED.match(stem).groups() if _SEED.match(stem) else (stem, None)
+        match = _SEED.match(stem)
+        name, seed = match.groups() if match else (stem, None)
         clips.append(Clip(path, group, name, None if seed is None else int(seed)))
     if not clips:
         raise VideoError(f"{folder} holds no video file")
@@ -89,10 +117,12 @@ def find_clips(folder: str | Path) -> list[Clip]:
 
 
 def condition_images(folder: str | Path, names: set[str]) -> dict[str, np.ndarray]:
-    """uint8 `[h, w, 3]` by clip name: images of those names in `folder`, or first frames of videos of those names.
+    """Reads condition images from `folder`: images, or first frames of videos, under the names of the clips.
 
+    Returns:
+      `{name: uint8 [h, w, 3]}`.
     Raises:
-      VideoError: naming those that are missing or cannot be read.
+      VideoError: if an image is missing or cannot be read; names the first ones.
     """
     folder, found = Path(folder), {}
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of feature vectors, with what a published number needs beside it.
+"""Frechet distance between two sets of feature vectors, with extrapolation and interval for publication.
 
 FVD is this distance on I3D features (Unterthiner et al., arXiv 1812.01717). All arithmetic is float64 on the host: in
 float32, or by Newton's iteration for the root, 400 features of a few hundred clips give wrong or infinite results.
@@ -11,15 +11,12 @@ import numpy as np
 
 from sfv_jax.errors import UserError
 
-MIN_SAMPLES = 20  # of each set: fewer say nothing
+MIN_SAMPLES = 20  # of each set; below this the distance is meaningless
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean `[d]` and scatter `[d, d]` (sum of outer products about the mean) of feature vectors, float64.
-
-    Moments of parts of a set, from shards, devices or hosts, merge to those of the whole.
-    """
+    """Count, mean `[d]` and scatter `[d, d]` (sum of outer products about the mean) of feature vectors, float64."""
 
     n: int
     mean: np.ndarray
@@ -27,10 +24,11 @@ class Moments:
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        """Of `features [n, d]`.
+        """Computes the moments of `features [n, d]`.
 
         Raises:
-          ValueError: if they are not a finite matrix.
+          ValueError: if `features` is not a matrix of at least one row.
+          UserError: if a feature is NaN or infinite.
         """
         features = np.asarray(features, np.float64)
         if features.ndim != 2 or not len(features):
@@ -38,21 +36,16 @@ class Moments:
         if not np.isfinite(features).all():
             raise UserError("features are not finite")
         mean = features.mean(axis=0)
-        centred = features - mean
-        return cls(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Of both sets together (Chan, Golub and LeVeque's update)."""
-        n = self.n + other.n
-        shift = other.mean - self.mean
-        scatter = self.scatter + other.scatter + np.outer(shift, shift) * (self.n * other.n / n)
-        return Moments(n, self.mean + shift * (other.n / n), scatter)
+        centered = features - mean
+        return cls(len(features), mean, centered.T @ centered)
 
     def covariance(self, ddof: int = 0) -> np.ndarray:
-        """`[d, d]`. Published FVD code divides by n (`ddof=0`, StyleGAN-V) or by n - 1 (the original).
+        """Returns the covariance `[d, d]`, the scatter over n - `ddof`.
+
+        Published FVD code divides by n (`ddof=0`, StyleGAN-V) or by n - 1 (the original).
 
         Raises:
-          UserError: if there are no more than `ddof` samples.
+          UserError: if there are at most `ddof` samples.
         """
         if self.n <= ddof:
             raise UserError(f"a covariance with ddof={ddof} needs more than {ddof} samples, got {self.n}")
@@ -60,10 +53,10 @@ class Moments:
 
 
 def frechet_distance(a: Moments, b: Moments, ddof: int = 0) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), by two eigen-decompositions.
+    """Computes |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) by two eigendecompositions.
 
     The trace of the root is the sum of the roots of the eigenvalues of A^1/2 B A^1/2, which is symmetric: no root of a
-    non-symmetric product is needed. Eigenvalues below 0 by rounding count as 0.
+    non-symmetric product is needed. Eigenvalues that rounding makes negative count as 0.
     """
     first, second = a.covariance(ddof), b.covariance(ddof)
     values, vectors = np.linalg.eigh(first)
@@ -75,12 +68,13 @@ def frechet_distance(a: Moments, b: Moments, ddof: int = 0) -> float:
 
 @dataclass(frozen=True)
 class Distance:
-    """A Frechet distance and what it is worth.
+    """A Frechet distance and its uncertainty.
 
     Attributes:
-      value: at `n` samples of each set.
-      extrapolated: limit for infinitely many (Chong and Forsyth, arXiv 1911.07023); the value at n is biased upwards.
-      interval: 2.5 and 97.5 percentiles of `value` over bootstrap resamples, moved so that its centre is `value`.
+      value: the distance at `n` samples of each set, which is biased upwards.
+      extrapolated: limit for infinitely many samples (Chong and Forsyth, arXiv 1911.07023).
+      interval: 2.5 and 97.5 percentiles of the distance over bootstrap resamples, shifted to have mean `value`.
+      n: number of samples of each set.
     """
 
     value: float
@@ -90,10 +84,15 @@ class Distance:
 
 
 def measure(real: np.ndarray, fake: np.ndarray, *, ddof: int = 0, resamples: int = 100, seed: int = 0) -> Distance:
-    """The distance between `real [n, d]` and `fake [n, d]`, extrapolated and with a bootstrap interval.
+    """Measures the distance between `real [n, d]` and `fake [n, d]`, with its limit and a bootstrap interval.
 
+    Args:
+      real, fake: feature vectors of the two sets.
+      ddof: as for `Moments.covariance`.
+      resamples: number of bootstrap resamples; 0 gives NaN for the interval.
+      seed: seed of the resamples.
     Raises:
-      UserError: unless both sets have the same number of samples, at least 20: distances compare at equal n only.
+      UserError: if the sets differ in size or have fewer than 20 samples: only distances at equal n are comparable.
     """
     if len(real) != len(fake) or len(real) < MIN_SAMPLES:
         least = f"both sets need the same number of samples, at least {MIN_SAMPLES}"
@@ -106,13 +105,22 @@ def measure(real: np.ndarray, fake: np.ndarray, *, ddof: int = 0, resamples: int
     n, everything = len(real), slice(None)
     value = between(everything, everything)
     draws = np.array([between(*rng.integers(n, size=(2, n))) for _ in range(resamples)])
-    # Drawing with replacement adds bias of its own, in all resamples alike.
+    # Drawing with replacement adds the same bias to all resamples: subtract their mean.
     low, high = np.percentile(draws - draws.mean(), [2.5, 97.5]) + value if resamples else (np.nan, np.nan)
     return Distance(value, extrapolate(n, between, rng), (float(low), float(high)), n)
 
 
 def extrapolate(n: int, between: Callable, rng: np.random.Generator, points: int = 8) -> float:
-    """The intercept at 1/N = 0 of a line through distances at `points` sample sizes from n / 4 to n."""
+    """Extrapolates a distance to infinitely many samples.
+
+    Args:
+      n: number of samples of each set.
+      between: function from the row indices of both sets to their distance.
+      rng: draws the subsets.
+      points: number of subset sizes from n / 4 to n.
+    Returns:
+      The intercept at 1 / N = 0 of a line through the distances at these sizes.
+    """
     sizes = np.unique(np.linspace(n // 4, n, points).astype(int))
     values = [between(rng.permutation(n)[:size], rng.permutation(n)[:size]) for size in sizes]
     slope, intercept = np.polyfit(1 / sizes, values, 1)

@@ -1,13 +1,13 @@
-"""Features of videos for FVD: I3D from a file the user has.
+"""I3D features of videos for FVD, from a file that the user provides.
 
-Three kinds of file are read:
+Three kinds of file are supported:
 
-  - the TorchScript `i3d_torchscript.pt` that StyleGAN-V's authors distribute, made from the original TF-Hub module; it
-    is run by torch as it is, with its own rescaling and resizing;
+  - the TorchScript `i3d_torchscript.pt` that StyleGAN-V's authors distribute, made from the original TF-Hub module;
+    torch runs it unchanged, with its own rescaling and resizing;
   - a state dict of the PyTorch port `InceptionI3d`, such as `i3d_pretrained_400.pt` of VideoGPT or `rgb_imagenet.pt`;
   - a safetensors file that `convert` wrote from such a state dict; it needs no torch.
 
-The files are different ports with different scores, so every description carries the SHA-256 of the file.
+The files are different ports with different scores, so every description includes the SHA-256 of the file.
 
     python -m sfv_jax.evaluation.fvd --src i3d_pretrained_400.pt --dst i3d.safetensors
 
@@ -18,6 +18,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,14 +51,15 @@ _LEAVES = {
 
 
 def load_i3d(path: str | Path | None, *, batch_norm_eps: float | None = None) -> tuple[Features, dict]:
-    """(features, description) of an I3D file.
+    """Loads an I3D file.
 
     Args:
-      batch_norm_eps: of a state dict, which does not tell: 1e-3 (TensorFlow's and the first port's, the default) or
-        1e-5 (ports that kept PyTorch's).
+      path: the file.
+      batch_norm_eps: epsilon of a state dict, which does not contain it: 1e-3 (TensorFlow's and the first port's, the
+        default) or 1e-5 (ports that kept PyTorch's default).
     Returns:
-      features: uint8 `[b, t, h, w, 3]`, t >= 9, to fp32 logits `[b, 400]`.
-      description: `file`, `sha256`, `kind`, and what else decides the numbers.
+      features: function from uint8 `[b, t, h, w, 3]`, t >= 9, to fp32 logits `[b, 400]`.
+      description: `file`, `sha256`, `kind`, and other facts that determine the numbers.
     Raises:
       WeightsError: if there is no such file or it is none of the three kinds.
     """
@@ -77,10 +79,21 @@ def load_i3d(path: str | Path | None, *, batch_norm_eps: float | None = None) ->
 
 
 def read_i3d(path: Path, batch_norm_eps: float | None = None) -> tuple[tree.Params, I3DConfig, dict]:
-    """(parameters, config, what is known of the origin) of a state dict or of a file written by `convert`."""
+    """Reads a state dict or a file written by `convert`.
+
+    Args:
+      path: the file.
+      batch_norm_eps: as for `load_i3d`.
+    Returns:
+      params: nested dict of float32 arrays in our layout.
+      config: our config.
+      origin: `source` of a file written by `convert`, else an empty dict.
+    Raises:
+      WeightsError: if the file is not such a state dict or was converted with another epsilon.
+    """
     tensors = open_weights(path, allow_pickle=True)  # by torch's weights_only reader, which runs no code
-    told = json.loads(tensors.metadata.get("i3d", "{}"))
-    stored = told.pop("batch_norm_eps", None)
+    origin = json.loads(tensors.metadata.get("i3d", "{}"))
+    stored = origin.pop("batch_norm_eps", None)
     if stored and batch_norm_eps and stored != batch_norm_eps:
         raise WeightsError(f"{path} was converted with batch_norm_eps {stored}, not {batch_norm_eps}")
     config = I3DConfig(batch_norm_eps=batch_norm_eps or stored or 1e-3)
@@ -90,15 +103,17 @@ def read_i3d(path: Path, batch_norm_eps: float | None = None) -> tuple[tree.Para
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise WeightsError(f"{path} is not a state dict of InceptionI3d:\n  " + "\n  ".join(problems[:10]) + more)
-    flat = {ours: to_ours(ours, tensors.read(name).astype(np.float32)) for name, (ours, _) in expected.items()}
-    return tree.unflatten(flat), config, told
+    flat: dict[str, Any] = {
+        ours: to_ours(ours, tensors.read(name).astype(np.float32)) for name, (ours, _) in expected.items()
+    }
+    return tree.unflatten(flat), config, origin
 
 
 def convert(src: str | Path, dst: str | Path, *, batch_norm_eps: float | None = None) -> None:
     """Writes a state dict as safetensors, with its SHA-256 and epsilon in the header.
 
     Raises:
-      WeightsError: if `src` is not a state dict of InceptionI3d (TorchScript is used as it is), or `dst` exists.
+      WeightsError: if `src` is not a state dict of InceptionI3d (TorchScript needs no conversion), or `dst` exists.
     """
     src, dst = Path(src), Path(dst)
     if dst.exists():
@@ -115,7 +130,7 @@ def convert(src: str | Path, dst: str | Path, *, batch_norm_eps: float | None = 
 
 
 def _expected(config: I3DConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{their name: (our path, their shape)}."""
+    """Returns `{name in the state dict: (our path, shape in the state dict)}`."""
     _, shapes = tree.abstract(I3D, config)
     names = {}
     for path, x in tree.flatten(shapes).items():
@@ -125,7 +140,7 @@ def _expected(config: I3DConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """TorchScript archives hold code beside the tensors."""
+    """Returns whether `path` is a TorchScript archive, which contains code besides tensors."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -152,13 +167,13 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     convert(FLAGS.src, FLAGS.dst, batch_norm_eps=FLAGS.batch_norm_eps)
-    print(f"wrote {FLAGS.dst}; name it with --i3d")
+    print(f"wrote {FLAGS.dst}; pass it as --i3d")
 
 
 def define_flags() -> None:
     flags.DEFINE_string("src", None, "state dict of InceptionI3d", required=True)
     flags.DEFINE_string("dst", None, "safetensors file to write", required=True)
-    flags.DEFINE_float("batch_norm_eps", None, "which port: 1e-3 (default) or 1e-5")
+    flags.DEFINE_float("batch_norm_eps", None, "epsilon of the port: 1e-3 (default) or 1e-5")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
-"""Scores of how frames move: energy, frozen videos, optical flow and what it cannot explain.
+"""Scores of motion: energy, frozen videos, optical flow and the pixels that it cannot match.
 
 Frames are uint8 `[t, h, w, 3]` RGB, t >= 2. Optical flow is DIS (Kroeger et al., arXiv 1603.03590) from OpenCV, an
 optional dependency: `pip install "sfv_jax[eval]"`.
 """
+
+from typing import Any
 
 import numpy as np
 
 from sfv_jax.errors import UserError
 from sfv_jax.evaluation.appearance import luma
 
-FLOW_SIDE = 288  # short side in pixels at which flow is computed, so that sizes compare
-CHANGE = 8.0  # grey levels of luma: what counts as a change of a pixel
-FROZEN_SHARE = 0.01  # a video in which fewer pixels change is frozen
+FLOW_SIDE = 288  # short side in pixels at which flow is computed, so that videos of all sizes are comparable
+CHANGE = 8.0  # gray levels of luma by which a pixel must change to count as changed
+FROZEN_SHARE = 0.01  # share of changed pixels below which a video is frozen
 
 
 class FlowError(UserError):
-    """Optical flow cannot be computed here; the message says what to install."""
+    """Missing optical flow; the message names the package to install."""
 
 
 def motion_energy(frames: np.ndarray) -> float:
-    """Mean absolute difference of consecutive frames, in grey levels of 0..255, over all pixels and channels.
+    """Returns the mean absolute difference of consecutive frames over pixels and channels, in gray levels of 0..255.
 
     Flicker and noise count as motion, and strong edges count more than weak ones.
     """
@@ -28,37 +30,37 @@ def motion_energy(frames: np.ndarray) -> float:
 
 
 def changed_share(frames: np.ndarray) -> float:
-    """Share of pixels whose luma in some frame differs from the first frame's by more than `CHANGE` grey levels."""
+    """Returns the share of pixels whose luma ever differs from the first frame's by more than `CHANGE` gray levels."""
     y = luma(frames)
     return float((np.abs(y[1:] - y[0]).max(axis=0) > CHANGE).mean())
 
 
 def is_frozen(frames: np.ndarray) -> bool:
-    """Whether the video shows its first frame all along: less than `FROZEN_SHARE` of the pixels ever change."""
+    """Returns whether less than `FROZEN_SHARE` of the pixels ever differ from the first frame."""
     return changed_share(frames) < FROZEN_SHARE
 
 
 def flow_scores(frames: np.ndarray) -> dict[str, float]:
-    """Optical flow between consecutive frames, means over the video.
+    """Computes scores from optical flow between consecutive frames, each a mean over the video.
 
-    The frames are scaled so that their short side has `FLOW_SIDE` pixels.
+    The frames, uint8 `[t, h, w, 3]`, are scaled so that their short side has `FLOW_SIDE` pixels.
 
     Returns:
-      flow: length of the flow in percent of the short side, per frame.
-      warp_error: mean absolute difference in grey levels between a frame and the next one warped back onto it, where
-        the flow holds. Blurred and frozen videos score low: read it beside sharpness and flow.
-      unmatched: share of pixels where it does not hold: forward and backward flow disagree (the rule of Sundaram et
-        al., 2010), because something was covered, appeared or fell apart.
+      flow: length of the flow per frame in percent of the short side.
+      warp_error: mean absolute difference in gray levels between a frame and the next one warped back onto it, over
+        pixels with consistent flow. Blurred and frozen videos score low: read it together with sharpness and flow.
+      unmatched: share of pixels with inconsistent flow, where forward and backward flow disagree (the rule of Sundaram
+        et al., 2010) because objects are covered, appear or fall apart.
     Raises:
       FlowError: if OpenCV is not installed.
     """
     cv2 = opencv()
     small = [_scaled(cv2, frame) for frame in frames]
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in small]
+    gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in small]
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     lengths, errors, lost = [], [], []
     for n in range(len(small) - 1):
-        forward, backward = dis.calc(grey[n], grey[n + 1], None), dis.calc(grey[n + 1], grey[n], None)
+        forward, backward = dis.calc(gray[n], gray[n + 1], None), dis.calc(gray[n + 1], gray[n], None)
         back, inside = _warp(cv2, backward, forward)
         squares = np.sum(forward**2, -1) + np.sum(back**2, -1)
         holds = inside & (np.sum((forward + back) ** 2, -1) <= 0.01 * squares + 0.5)
@@ -75,8 +77,12 @@ def flow_scores(frames: np.ndarray) -> dict[str, float]:
     }
 
 
-def opencv():
-    """The module cv2. Raises FlowError if it is not installed."""
+def opencv() -> Any:
+    """Returns the module cv2, whose type stubs are incomplete.
+
+    Raises:
+      FlowError: if OpenCV is not installed.
+    """
     try:
         import cv2
     except ImportError as error:
@@ -93,7 +99,7 @@ def _scaled(cv2, frame: np.ndarray) -> np.ndarray:
 
 
 def _warp(cv2, values: np.ndarray, flow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(`values [h, w, c]` read where `flow [h, w, 2]` points, whether that is inside the frame)."""
+    """Returns `values [h, w, c]` sampled at the ends of `flow [h, w, 2]`, and whether each end is inside the frame."""
     h, w = flow.shape[:2]
     x, y = np.meshgrid(np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32))
     x, y = x + flow[..., 0], y + flow[..., 1]

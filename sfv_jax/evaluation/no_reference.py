@@ -1,8 +1,8 @@
-"""Scores of a folder of videos that needs nothing to compare with: each video against its own condition image."""
+"""Scores of a folder of videos without reference videos: each video against its own condition image."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -15,74 +15,97 @@ from sfv_jax.runtime.progress import progress
 
 @dataclass(frozen=True)
 class Score:
-    """A column of the table: `title` with its unit, and `meaning`, a sentence for the footer."""
+    """A column of the table: its `title` with the unit, and its `meaning` for the footer."""
 
     title: str
     meaning: str
 
 
 SCORES = {
-    "motion_energy": Score("motion energy", "mean absolute difference of consecutive frames, grey levels of 0..255"),
+    "motion_energy": Score("motion energy", "mean absolute difference of consecutive frames, gray levels of 0..255"),
     "flow": Score("flow, %", "mean length of optical flow per frame, percent of the frame's short side"),
     "warp_error": Score(
-        "warp error", "grey levels left after warping the next frame back by its flow; low also for blur"
+        "warp error", "gray levels left after warping the next frame back by its flow; low also for blur"
     ),
     "unmatched": Score("unmatched", "share of pixels that optical flow cannot follow to the next frame"),
     "frozen": Score(
         "frozen",
         f"share of videos in which less than {motion.FROZEN_SHARE:.0%} of the pixels ever differ from the first frame "
-        f"by more than {motion.CHANGE:g} grey levels",
+        f"by more than {motion.CHANGE:g} gray levels",
     ),
-    "detail_first": Score("detail, first", "sharpness of the first frame over that of the condition; 1: all is kept"),
-    "detail_last": Score("detail, last", "sharpness of the last frame over that of the condition; below 1: lost"),
+    "detail_first": Score("detail, first", "sharpness of the first frame over that of the condition; 1: no loss"),
+    "detail_last": Score("detail, last", "sharpness of the last frame over that of the condition; below 1: loss"),
     "contrast_last": Score("contrast, last", "contrast of the last frame over that of the condition"),
     "first_psnr": Score("first PSNR, dB", "first frame against the condition image"),
     "clip_last": Score("CLIP, last", "cosine of the CLIP embeddings of the last frame and the condition"),
     "clip_mean": Score("CLIP, mean", "the same, mean over the frames"),
-    "diversity": Score("diversity", "RMSE in grey levels between videos of one condition, mean over pairs of seeds"),
+    "diversity": Score("diversity", "RMSE in gray levels between videos of one condition, mean over pairs of seeds"),
 }
 CURVES = {"detail": "sharpness / condition's", "contrast": "contrast / condition's", "clip": "CLIP cosine"}
 
 
-@dataclass
-class Results:
-    """What was found.
+@dataclass(frozen=True)
+class Row:
+    """Scores of one clip.
 
     Attributes:
-      rows: a dict per clip: `group`, `name`, `seed`, `size` (h, w), `scores` {score: number}, `curves` {curve: [t]}.
-      diversity: `{group: [number per condition]}`, for conditions with several seeds.
-      shown: `{name: {group: frames}}`, clips to look at.
+      group, name, seed: as in `clips.Clip`.
+      size: (height, width) in pixels.
+      scores: `{score: number}` with names of `SCORES`.
+      curves: `{curve: [t]}` with names of `CURVES`.
     """
 
-    rows: list[dict] = field(default_factory=list)
+    group: str
+    name: str
+    seed: int | None
+    size: tuple[int, ...]
+    scores: dict[str, float]
+    curves: dict[str, list[float]]
+
+
+@dataclass
+class Results:
+    """Scores of a set of clips.
+
+    Attributes:
+      rows: one per clip.
+      diversity: `{group: [number per condition]}`, for conditions with several seeds.
+      shown: `{name: {group: frames}}`, clips for the page.
+    """
+
+    rows: list[Row] = field(default_factory=list)
     diversity: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     shown: dict[str, dict[str, np.ndarray]] = field(default_factory=lambda: defaultdict(dict))
 
     def groups(self) -> list[str]:
-        return sorted({row["group"] for row in self.rows})
+        return sorted({row.group for row in self.rows})
 
     def values(self, group: str, score: str) -> np.ndarray:
-        """A number per clip of `group` (`diversity`: per condition) that has one."""
+        """Returns the finite values of a score over the clips of `group` (`diversity`: over its conditions)."""
         if score == "diversity":
             return np.array(self.diversity.get(group, []))
-        found = [row["scores"].get(score, np.nan) for row in self.rows if row["group"] == group]
+        found = [row.scores.get(score, np.nan) for row in self.rows if row.group == group]
         return np.array([value for value in found if np.isfinite(value)])
 
     def curve(self, group: str, name: str) -> np.ndarray | None:
-        """`[t]`, mean over the clips of `group`; None if no clip has it."""
-        found = [row["curves"][name] for row in self.rows if row["group"] == group and name in row["curves"]]
+        """Returns a curve `[t]`, the mean over the clips of `group`; None if no clip has it."""
+        found = [row.curves[name] for row in self.rows if row.group == group and name in row.curves]
         return np.nanmean(found, axis=0) if found else None
 
 
 def score_clip(
     frames: np.ndarray, image: np.ndarray | None = None, *, embed: Callable | None = None, flow: bool = True
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """(scores, curves over the frames) of a video uint8 `[t, h, w, 3]`; names are those of `SCORES` and `CURVES`.
+    """Computes the scores of one video.
 
     Args:
-      image: the condition, uint8 `[h', w', 3]`; without it the first frame stands for it, and there is no PSNR.
-      embed: `SVDCodec.embed`; None leaves CLIP out.
-      flow: False leaves optical flow out, which needs OpenCV.
+      frames: uint8 `[t, h, w, 3]`.
+      image: the condition, uint8 `[h', w', 3]`; None: the first frame takes its place, and there is no PSNR.
+      embed: `SVDCodec.embed`; None omits CLIP.
+      flow: compute optical flow, which needs OpenCV.
+    Returns:
+      scores: `{score: number}` with names of `SCORES`.
+      curves: `{curve: [t]}` with names of `CURVES`.
     """
     condition = frames[0] if image is None else image
     detail = appearance.against(appearance.sharpness, frames, condition)
@@ -104,16 +127,16 @@ def score_clips(
     images: Callable[[str], np.ndarray] | None = None,
     embed: Callable | None = None,
     flow: bool = True,
-    shown: list[str] = (),
+    shown: Collection[str] = (),
     total: int = 0,
 ) -> Results:
     """Scores clips, sorted by group and name.
 
     Args:
-      clips: and their frames, uint8 `[t, h, w, 3]`, as `collection.Reading.frames` yields them.
-      images: the condition by the name of a clip.
-      embed, flow: as in `score_clip`.
-      shown: names of which a clip per group is kept, to be looked at.
+      clips: clips and their frames, uint8 `[t, h, w, 3]`, as `clips.Reading.frames` yields them.
+      images: function from the name of a clip to its condition; None: first frames take their place.
+      embed, flow: as for `score_clip`.
+      shown: names of which one clip per group is kept for the page.
       total: number of clips, for the progress bar.
     """
     results = Results()
@@ -121,9 +144,9 @@ def score_clips(
         for (group, name), some in groupby(clips, lambda pair: (pair[0].group, pair[0].name)):
             seeds = []
             for clip, frames in some:
-                scores, curves = score_clip(frames, images and images(name), embed=embed, flow=flow)
-                about = {"group": group, "name": name, "seed": clip.seed, "size": frames.shape[1:3]}
-                results.rows.append(about | {"scores": scores, "curves": curves})
+                image = images(name) if images else None
+                scores, curves = score_clip(frames, image, embed=embed, flow=flow)
+                results.rows.append(Row(group, name, clip.seed, frames.shape[1:3], scores, curves))
                 if name in shown and group not in results.shown[name]:
                     results.shown[name][group] = frames
                 if clip.seed is not None:
@@ -135,16 +158,19 @@ def score_clips(
 
 
 def add_to(report: Report, results: Results, reading: Reading, conditions: str) -> None:
-    """Adds the tables, plots and clips of `results` to `report`, and everything to its record.
+    """Adds the tables, plots and clips of `results` to `report`, and all numbers to its record.
 
     Args:
-      conditions: where the condition images come from, for the footer.
+      report: the report to extend.
+      results: scores of the clips.
+      reading: the reader of the clips, with the unreadable ones.
+      conditions: description of the condition images, for the footer.
     """
     groups = results.groups()
     found = [name for name in SCORES if any(len(results.values(group, name)) for group in groups)]
     rows = []
     for group in groups:
-        count = sum(row["group"] == group for row in results.rows)
+        count = sum(row.group == group for row in results.rows)
         rows.append([group or "all", count, *(_mean(results.values(group, name), name) for name in found)])
     notes = [f"Mean (standard deviation) over the clips. Condition: {conditions}.", _how(results, reading)]
     notes += [f"{SCORES[name].title}: {SCORES[name].meaning}." for name in found]
@@ -161,7 +187,7 @@ def add_to(report: Report, results: Results, reading: Reading, conditions: str) 
         clips = {name: {group or "all": x for group, x in row.items()} for name, row in results.shown.items()}
         report.clips("Side by side", clips, reading.fps)
     single = [name for name in found if name != "diversity"]
-    each = [[row["group"], _name(row), *map(row["scores"].get, single)] for row in results.rows]
+    each = [[row.group, _name(row), *map(row.scores.get, single)] for row in results.rows]
     report.table("Clip by clip", ["group", "clip", *(SCORES[name].title for name in single)], each)
     if reading.unreadable:
         report.text(f"{len(reading.unreadable)} clips could not be read and are in no score", reading.unreadable)
@@ -169,19 +195,19 @@ def add_to(report: Report, results: Results, reading: Reading, conditions: str) 
         "reading": {"num_frames": reading.num_frames, "fps": reading.fps, "unreadable": reading.unreadable},
         "conditions": conditions,
         "summary": {g: {k: _summary(results.values(g, k)) for k in found} for g in groups},
-        "clips": results.rows,
+        "clips": [asdict(row) for row in results.rows],
     }
 
 
 def _how(results: Results, reading: Reading) -> str:
-    sizes = Counter(f"{row['size'][1]}x{row['size'][0]}" for row in results.rows)
-    said = ", ".join(f"{count} of {size}" for size, count in sizes.items())
-    mixed = "; detail does not compare between sizes" if len(sizes) > 1 else ""
-    return f"{reading.num_frames} frames at {reading.fps:g} fps from the start; clips: {said}{mixed}."
+    sizes = Counter(f"{row.size[1]}x{row.size[0]}" for row in results.rows)
+    counts = ", ".join(f"{count} of {size}" for size, count in sizes.items())
+    mixed = "; detail is not comparable between sizes" if len(sizes) > 1 else ""
+    return f"{reading.num_frames} frames at {reading.fps:g} fps from the start; clips: {counts}{mixed}."
 
 
-def _name(row: dict) -> str:
-    return row["name"] if row["seed"] is None else f"{row['name']}, seed {row['seed']}"
+def _name(row: Row) -> str:
+    return row.name if row.seed is None else f"{row.name}, seed {row.seed}"
 
 
 def _mean(values: np.ndarray, name: str) -> str | float | None:

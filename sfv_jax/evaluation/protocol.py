@@ -1,8 +1,8 @@
-"""How a score against real videos is made: every choice a field, so that two people get the same number.
+"""Protocol of a score against real videos: every choice is a field, so that scores are reproducible.
 
-The SF-V paper (section 4) says: first frames of UCF-101 as conditions, 14 frames at 7 fps, generated at 1024x576,
-scored at 320x240 by FVD. The rest it leaves open; the defaults below are choices (docs/decisions.md) and are printed
-with every result.
+The SF-V paper (section 4) specifies: first frames of UCF-101 as conditions, 14 frames at 7 fps, generated at 1024x576,
+scored at 320x240 by FVD. It leaves the rest open; the defaults below are our choices (docs/decisions.md) and are
+printed with every result.
 """
 
 import hashlib
@@ -21,18 +21,21 @@ FILTERS = {name.lower(): getattr(Image.Resampling, name) for name in ("BILINEAR"
 
 @dataclass(frozen=True)
 class Protocol:
-    """Fields with a * are the paper's.
+    """Choices of a score. The values of fields with a * are the paper's.
 
     Attributes:
-      n: clips of each set; 0 for as many as there are.
-      seed: decides which clips, in which order, and the noise: clip k is generated with seed `seed + k`.
+      n: clips of each set; 0 for all.
+      seed: determines the selection and order of clips, and the noise: clip k is generated with seed `seed + k`.
       num_frames, fps: frames of a clip and their rate; real videos are resampled by time, from their start. *
-      height, width: size that is generated. *
+      height, width: size of generated clips. *
       score_height, score_width: size at which features are computed. *
-      crop: "none" stretches the condition to the generated size and back, as diffusers' pipeline does; "centre" cuts
+      crop: "none" stretches the condition to the generated size and back, as diffusers' pipeline does; "centre" crops
         conditions and real clips to the generated aspect ratio.
-      filter: resizing to the score size, Pillow's, with antialiasing: one of `FILTERS`.
+      filter: Pillow's filter for resizing to the score size, with antialiasing: one of `FILTERS`.
       ddof: covariances divide by n - ddof.
+
+    Raises:
+      UserError: if `crop`, `filter` or `n` is invalid.
     """
 
     n: int = 2048
@@ -56,11 +59,11 @@ class Protocol:
             raise UserError(f"n is {self.n}: a Frechet distance needs at least {MIN_SAMPLES} clips")
 
     def real(self, frames: np.ndarray) -> np.ndarray:
-        """Real clips `[t, h, w, 3]` as they are scored: uint8 `[t, score_height, score_width, 3]`."""
+        """Prepares a real clip, uint8 `[t, h, w, 3]`, for scoring: uint8 `[t, score_height, score_width, 3]`."""
         return self.score(self.cut(frames))
 
     def cut(self, frames: np.ndarray) -> np.ndarray:
-        """`[..., h, w, 3]` cut to the generated aspect ratio, if `crop` says so; not resized."""
+        """Crops frames uint8 `[..., h, w, 3]` to the generated aspect ratio if `crop` is "centre"; never resizes."""
         if self.crop == "none":
             return frames
         h, w = frames.shape[-3:-1]
@@ -69,29 +72,29 @@ class Protocol:
         return cover_resize_crop(frames, height, width)
 
     def score(self, frames: np.ndarray) -> np.ndarray:
-        """`[t, h, w, 3]` stretched to the score size with `filter`."""
+        """Stretches frames uint8 `[t, h, w, 3]` to the score size with `filter`."""
         size = (self.score_width, self.score_height)
         if frames.shape[1:3] == size[::-1]:
             return frames
         return np.stack([np.asarray(Image.fromarray(x).resize(size, FILTERS[self.filter])) for x in frames])
 
     def reading(self) -> dict:
-        """The fields that decide the features of real clips."""
+        """Returns the fields that determine the features of real clips."""
         unused = ("n", "seed", "ddof") + (("height", "width") if self.crop == "none" else ())
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
     def order(self, names: list[str]) -> np.ndarray:
-        """A permutation of the clips `names`, decided by `seed` alone: which are used when fewer are needed."""
+        """Returns a permutation of the clips `names` that depends on `seed` alone; clips are used in this order."""
         return np.random.default_rng(self.seed).permutation(len(names))
 
 
 def digest(value) -> str:
-    """SHA-256 of anything JSON can tell."""
+    """Returns the SHA-256 of a JSON-serializable value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def differences(there: dict, here: dict) -> list[str]:
-    """What differs between two manifests, a line for each field of `here` or of the dicts in it."""
+    """Returns one line for each field of `here`, or of dicts in it, that differs in `there`."""
     lines = []
     for name, value in here.items():
         other = there.get(name)

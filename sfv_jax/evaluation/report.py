@@ -1,4 +1,4 @@
-"""Results as files: `scores.json`, `scores.md` and `index.html`, one page that opens from disk and needs no network.
+"""Reports as files: `scores.json`, `scores.md` and `index.html`, one page that opens from disk without a network.
 
 report = Report("SF-V against SVD")
 report.table("Scores", ["method", "FVD"], [["SF-V", 180.9], ["SVD", 153.4]], notes=["N = 2048."])
@@ -12,6 +12,7 @@ import base64
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from sfv_jax.data.video import cover_resize_crop, write_video
 from sfv_jax.runtime.files import replacing
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 CLIP_HEIGHT = 240, 96  # pixels: taller clips are shrunk, smaller ones enlarged by whole factors
 Cell = str | float | int | None
 _STYLE = """
@@ -43,9 +44,9 @@ function pause() { all().forEach(v => v.pause()) }
 
 @dataclass
 class Report:
-    """Tables, plots and clips in the order they were added.
+    """Tables, plots and clips in the order of their addition.
 
-    `record` is what goes into the JSON: whatever made the numbers, and the numbers.
+    `record` is the content of the JSON file: the scores and everything that determined them.
     """
 
     title: str
@@ -54,29 +55,29 @@ class Report:
     _markdown: list[str] = field(default_factory=list)
 
     def text(self, title: str, lines: list[str]) -> None:
-        """A heading and a list of sentences."""
+        """Adds a heading and a list of sentences."""
         self._html.append(f"<h2>{escape(title)}</h2><ul>{''.join(f'<li>{escape(x)}</li>' for x in lines)}</ul>")
         self._markdown.append(f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines))
 
-    def table(self, title: str, columns: list[str], rows: list[list[Cell]], notes: list[str] = ()) -> None:
-        """Rows of text and numbers under `columns`; None leaves a cell empty. `notes` are printed below."""
+    def table(self, title: str, columns: list[str], rows: Sequence[Sequence[Cell]], notes: Sequence[str] = ()) -> None:
+        """Adds rows of text and numbers under `columns`, and `notes` below; None leaves a cell empty."""
         self._html.append(f"<h2>{escape(title)}</h2>{html_table(columns, rows)}{_notes(notes)}")
         self._markdown.append("\n\n".join([f"## {title}", markdown_table(columns, rows), *notes]))
 
     def lines(self, title: str, series: dict[str, list[float]], x: str, y: str) -> None:
-        """A line for each of `series`; x counts from 0. Page only."""
+        """Adds a plot to the page: a line for each of `series`, x counting from 0."""
         self._plot(line_plot(title, series, x, y))
 
     def dots(self, title: str, series: dict[str, list[float]], x: str) -> None:
-        """A row of dots for each of `series` with its mean as a bar. Page only."""
+        """Adds a plot to the page: a row of dots for each of `series`, with a bar at its mean."""
         self._plot(dot_plot(title, series, x))
 
     def clips(self, title: str, clips: dict[str, dict[str, np.ndarray]], fps: float) -> None:
-        """Playable clips, `{row: {column: uint8 [t, h, w, 3]}}`, embedded as H.264. Page only."""
+        """Adds playable clips, `{row: {column: uint8 [t, h, w, 3]}}`, to the page, embedded as H.264."""
         self._html.append(f"<h2>{escape(title)}</h2>{html_clips(clips, fps)}")
 
     def write(self, folder: str | Path) -> None:
-        """Writes `scores.json`, `scores.md` and `index.html` in `folder`, each at once or not at all."""
+        """Writes `scores.json`, `scores.md` and `index.html` in `folder`, each complete or not at all."""
         folder = Path(folder)
         files = {
             "scores.json": json.dumps(_plain(self.record), indent=1, allow_nan=False) + "\n",
@@ -88,13 +89,13 @@ class Report:
                 temporary.write_text(content, encoding="utf-8")
 
     def page(self) -> str:
-        """The HTML page."""
+        """Returns the HTML page."""
         head = f'<meta charset="utf-8"><title>{escape(self.title)}</title><style>{_STYLE}</style>'
         body = f"<h1>{escape(self.title)}</h1>{''.join(self._html)}<script>{_SCRIPT}</script>"
         return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
     def _plot(self, svg: str) -> None:
-        """Plots that follow each other stand side by side."""
+        """Adds a plot; consecutive plots are placed side by side."""
         if self._html and self._html[-1].endswith("</svg></div>"):
             self._html[-1] = self._html[-1].removesuffix("</div>") + svg + "</div>"
         else:
@@ -102,29 +103,29 @@ class Report:
 
 
 def number(value: Cell) -> str:
-    """A cell as text: three significant digits, nothing for None and values that are no numbers."""
+    """Formats a cell: three significant digits; nothing for None, NaN and -inf."""
     if isinstance(value, float | np.floating):
         if not math.isfinite(value):
             return "inf" if value > 0 else ""
         return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
-    return "" if value is None else str(value)
+    return "" if value is None else f"{value}"
 
 
-def markdown_table(columns: list[str], rows: list[list[Cell]]) -> str:
-    """A Markdown table, all columns but the first aligned to the right."""
+def markdown_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """Returns a Markdown table, all columns but the first aligned to the right."""
     lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
     return "\n".join(lines + ["| " + " | ".join(map(number, row)) + " |" for row in rows])
 
 
-def html_table(columns: list[str], rows: list[list[Cell]]) -> str:
-    """The same as HTML."""
+def html_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """Returns an HTML table."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(number(x))}</td>" for x in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def html_clips(clips: dict[str, dict[str, np.ndarray]], fps: float) -> str:
-    """A table of playable clips, embedded; see `Report.clips`."""
+    """Returns an HTML table of embedded playable clips; see `Report.clips`."""
     columns = list(dict.fromkeys(name for row in clips.values() for name in row))
     lines = ["<tr><th></th>" + "".join(f"<th>{escape(name)}</th>" for name in columns) + "</tr>"]
     for name, row in clips.items():
@@ -149,12 +150,12 @@ def _video(frames: np.ndarray, fps: float) -> str:
     return f'<video src="data:video/mp4;base64,{data}" muted loop autoplay playsinline controls></video>'
 
 
-def _notes(notes: list[str]) -> str:
+def _notes(notes: Sequence[str]) -> str:
     return '<p class="notes">' + "<br>".join(map(escape, notes)) + "</p>" if notes else ""
 
 
 def _plain(value):
-    """For JSON: numpy numbers as Python's; what is no number becomes null."""
+    """Converts a value for JSON: numpy numbers to Python's, NaN and infinity to None."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -172,7 +173,7 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 460, 280, 76, 42, 34, 14
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers that lie in [low, high]."""
+    """Returns about `count` round numbers in [low, high]."""
     raw = (high - low) / count
     size = 10 ** math.floor(math.log10(raw))
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw * 0.999)
@@ -199,7 +200,7 @@ def _svg(title: str, content: list[str], height: float = _HEIGHT) -> str:
 
 
 def _axis(values: list[float], place, across: tuple[float, float], vertical: bool) -> list[str]:
-    """Grid lines and labels at `values`; `place(value)` is the coordinate, `across` the ends of a line."""
+    """Draws grid lines and labels at `values`; `place(value)` is a line's coordinate, `across` its two ends."""
     lines = []
     for value in values:
         at, (first, last), label = place(value), across, f"{value:g}" if abs(value) > 1e-12 else "0"
@@ -213,7 +214,7 @@ def _axis(values: list[float], place, across: tuple[float, float], vertical: boo
 
 
 def line_plot(title: str, series: dict[str, list[float]], x: str, y: str) -> str:
-    """SVG of lines over 0, 1, 2, ..., with a legend below."""
+    """Returns an SVG of lines over 0, 1, 2, ..., with a legend below."""
     low, high = _limits([v for values in series.values() for v in values])
     last = max(max(len(values) for values in series.values()) - 1, 1)
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
@@ -225,26 +226,26 @@ def line_plot(title: str, series: dict[str, list[float]], x: str, y: str) -> str
     content += [_text((_LEFT + right) / 2, bottom + 34, x), _text(14, middle, y, transform=f"rotate(-90 14 {middle})")]
     for n, (name, values) in enumerate(series.items()):
         points = [f"{across(k):.1f} {down(v):.1f}" for k, v in enumerate(values) if math.isfinite(v)]
-        colour, line = COLOURS[n % len(COLOURS)], "M" + "L".join(points)
-        content.append(f'<path d="{line}" fill="none" stroke="{colour}" stroke-width="2"/>' if points else "")
-        content.append(f'<rect x="{_LEFT}" y="{_HEIGHT + 4 + 18 * n}" width="18" height="4" fill="{colour}"/>')
+        color, line = COLORS[n % len(COLORS)], "M" + "L".join(points)
+        content.append(f'<path d="{line}" fill="none" stroke="{color}" stroke-width="2"/>' if points else "")
+        content.append(f'<rect x="{_LEFT}" y="{_HEIGHT + 4 + 18 * n}" width="18" height="4" fill="{color}"/>')
         content.append(_text(_LEFT + 26, _HEIGHT + 10 + 18 * n, name, "start"))
     return _svg(title, content, _HEIGHT + 18 * len(series) + 6)
 
 
 def dot_plot(title: str, series: dict[str, list[float]], x: str) -> str:
-    """SVG of one row per name: a dot per value, a bar at the mean."""
+    """Returns an SVG with one row per name: a dot per value and a bar at the mean."""
     low, high = _limits([v for values in series.values() for v in values])
     left, right, bottom = 150, _WIDTH - _RIGHT, _TOP + 26 * len(series)
     across = lambda v: left + (right - left) * (v - low) / (high - low)  # noqa: E731
     content = _axis(ticks(low, high), across, (_TOP, bottom), False)
     content.append(_text((left + right) / 2, bottom + 34, x))
     for n, (name, values) in enumerate(series.items()):
-        y, colour = _TOP + 26 * n + 13, COLOURS[n % len(COLOURS)]
+        y, color = _TOP + 26 * n + 13, COLORS[n % len(COLORS)]
         finite = [v for v in values if math.isfinite(v)]
         content.append(_text(left - 8, y + 4, name, "end"))
-        content += [f'<circle cx="{across(v):.1f}" cy="{y}" r="4" fill="{colour}" fill-opacity=".5"/>' for v in finite]
+        content += [f'<circle cx="{across(v):.1f}" cy="{y}" r="4" fill="{color}" fill-opacity=".5"/>' for v in finite]
         if finite:
             at = across(sum(finite) / len(finite))
-            content.append(f'<path d="M{at:.1f} {y - 10}V{y + 10}" stroke="{colour}" stroke-width="3"/>')
+            content.append(f'<path d="M{at:.1f} {y - 10}V{y + 10}" stroke="{color}" stroke-width="3"/>')
     return _svg(title, content, bottom + _BOTTOM)

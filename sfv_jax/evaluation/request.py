@@ -1,8 +1,9 @@
-"""What the command `evaluate` was asked for: which kind of score, with what, and its report."""
+"""A request of the command `evaluate`: its flags as dataclasses, the kind of score they ask for, and the report."""
 
-import dataclasses
 import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,8 +14,9 @@ from sfv_jax.config import world_of
 from sfv_jax.data import ucf101
 from sfv_jax.errors import UserError
 from sfv_jax.evaluation import scoring
-from sfv_jax.evaluation.clips import Clip, Reading, find_clips
-from sfv_jax.evaluation.features import FILES, load_features
+from sfv_jax.evaluation.clips import Clip, Dataset, Reading, find_clips
+from sfv_jax.evaluation.features import load_features
+from sfv_jax.evaluation.generation import Model, Options
 from sfv_jax.evaluation.motion import opencv
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
@@ -24,18 +26,15 @@ from sfv_jax.runtime.sharding import first_devices
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.folders import read_json
 
-COUNTS = {"ucf101": 2048, "folder": 0, "world": 256}  # clips by default, 0: all
-
-
+T = TypeVar("T")
+COUNTS = {"ucf101": 2048, "folder": 0, "world": 256}  # default number of clips by dataset; 0: all
 KINDS = {
     "alone": "a folder is scored by itself without --reference",
     "folders": "a folder is scored against a folder by its distance alone",
     "dataset": "a checkpoint is scored against the clips of --data",
-    "world": "a checkpoint is scored on its world, by what is known of it",
+    "world": "a checkpoint is scored exactly on its own world",
 }
-
-
-USED = {  # flags that some kinds alone use; nothing by default
+USED = {  # kinds that use a flag, for flags that are off by default and not used by every kind
     **dict.fromkeys(("i3d", "features", "statistics", "batch_norm_eps"), ("folders", "dataset")),
     **dict.fromkeys(("images", "svd"), ("alone",)),
     "reference": ("folders",),
@@ -44,111 +43,185 @@ USED = {  # flags that some kinds alone use; nothing by default
 }
 
 
-LOAD = ("dtype", "vae_dtype", "raw")
-
-
-OPTIONS = ("steps", "sampler", "motion_bucket_id", "noise_aug_strength", "decode_chunk_size")
-
-
 class EvaluateError(UserError):
-    """The command line asks for something impossible; the message says what to change."""
+    """Impossible command line; the message says what to change."""
 
 
-def mode(values: dict) -> str:
-    """ "alone", "folders", "dataset" or "world" from the flags.
+@dataclass(frozen=True)
+class Loading:
+    """How the checkpoint is loaded; see `Sampler.load`. `mesh` is (data, fsdp[, spatial]), None for one device."""
+
+    dtype: str = "float32"
+    vae_dtype: str = "float32"
+    raw: bool = False
+    mesh: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """The flags of the command `evaluate`, whose help texts describe the fields.
+
+    Attributes:
+      protocol, options, loading: flags of the protocol, of the sampler's calls and of the checkpoint's loading.
+    """
+
+    out: Path
+    videos: Path | None = None
+    reference: Path | None = None
+    checkpoint: str | None = None
+    dataset: str | None = None
+    data: Path | None = None
+    split: str = "testlist01"
+    i3d: Path | None = None
+    batch_norm_eps: float | None = None
+    features: str | None = None
+    statistics: Path | None = None
+    images: Path | None = None
+    svd: Path | None = None
+    flow: bool = True
+    shown: int = 9
+    latency: bool = False
+    batch_size: int = 1
+    protocol: Protocol = field(default_factory=Protocol)
+    options: Options = field(default_factory=Options)
+    loading: Loading = field(default_factory=Loading)
+
+
+def mode(request: Request) -> str:
+    """Returns the kind of score, a key of `KINDS`.
 
     Raises:
-      EvaluateError: for combinations that mean nothing.
+      EvaluateError: if the combination of flags is contradictory or incomplete.
     """
-    if (values["videos"] is None) == (values["checkpoint"] is None):
+    if (request.videos is None) == (request.checkpoint is None):
         raise EvaluateError("give either --videos, a folder to score, or --checkpoint, a model to generate with")
-    if values["videos"]:
-        kind = "folders" if values["reference"] else "alone"
-    elif values["dataset"] is None:
+    if request.videos:
+        kind = "folders" if request.reference else "alone"
+    elif request.dataset is None:
         raise EvaluateError("--checkpoint needs --dataset: ucf101, folder or world")
-    elif values["dataset"] != "world" and values["data"] is None:
-        raise EvaluateError(f"--dataset {values['dataset']} needs --data, the folder of its videos")
+    elif request.dataset != "world" and request.data is None:
+        raise EvaluateError(f"--dataset {request.dataset} needs --data, the folder of its videos")
     else:
-        kind = "world" if values["dataset"] == "world" else "dataset"
-    idle = [f"--{name}" for name, kinds in USED.items() if values.get(name) and kind not in kinds]
+        kind = "world" if request.dataset == "world" else "dataset"
+    idle = [f"--{name}" for name, kinds in USED.items() if getattr(request, name) and kind not in kinds]
     if idle:
         raise EvaluateError(f"{', '.join(idle)} would do nothing here: {KINDS[kind]}")
     return kind
 
 
-def protocol_of(values: dict) -> Protocol:
-    """The protocol the flags ask for."""
-    fields = {field.name: values[field.name] for field in dataclasses.fields(Protocol)}
-    if fields["n"] is None:
-        fields["n"] = COUNTS[values["dataset"] or "folder"]
-    return Protocol(**fields)
+def run(request: Request) -> Report:
+    """Computes the scores of a request.
 
-
-def load_sampler(values: dict) -> tuple[Sampler, dict, dict]:
-    """(sampler, options of every call, what they are, for the record)."""
-    mesh = first_devices(values["mesh"])
-    load = {name: values[name] for name in LOAD}
-    sampler = Sampler.load(values["checkpoint"], mesh=mesh, **load)
-    options = {name: values[name] for name in OPTIONS}
-    options["guidance"] = values["guidance"]
-    origin = {"checkpoint": str(values["checkpoint"]), "step": sampler.step, **load}
-    if not is_run(values["checkpoint"]):
-        origin["source"] = read_model(values["checkpoint"])[1].get("source")
-    return sampler, options, origin
-
-
-def dataset_clips(values: dict) -> tuple[list[Clip], str, dict]:
-    """(the real clips, what they are, what they are read from)."""
-    data = Path(values["data"])
-    if values["dataset"] == "folder":
-        return find_clips(data), data.name, FILES
-    found, source = ucf101.videos(data, values["split"])
-    return [Clip(video, "", name, None) for name, video in found.items()], f"UCF-101 {values['split']}", source
-
-
-def run(values: dict) -> Report:
-    """What the flags ask for."""
-    kind, out = mode(values), Path(values["out"])
-    there = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    Raises:
+      UserError: if the request is impossible, or its files cannot be used.
+    """
+    kind = mode(request)
+    there = next(place for place in (request.out.absolute(), *request.out.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):  # now, not after hours of sampling
-        raise EvaluateError(f"--out={out} cannot be a folder for the results: {there} is no folder or not writable")
-    protocol = protocol_of(values)
-    if values["flow"] and kind in ("alone", "dataset"):
+        out = f"--out={request.out} cannot be a folder for the results"
+        raise EvaluateError(f"{out}: {there} is no folder or not writable")
+    if request.flow and kind in ("alone", "dataset"):
         opencv()
-    if kind == "alone":
-        embed = load_codec(values["svd"]).embed if values["svd"] else None
-        images = values["images"] and Path(values["images"])
-        reading = Reading(protocol.num_frames, protocol.fps)
-        extras = scoring.Extras(embed, values["flow"], values["shown"])
-        return scoring.folder_alone(Path(values["videos"]), reading, images, extras)
-    if kind == "world":
-        if not is_run(values["checkpoint"]):
-            raise EvaluateError(f"{values['checkpoint']} is no workdir of a training run: only a run knows its world")
-        world = world_of(ConfigDict(read_json(Path(values["checkpoint"]) / "config.json")))
-        sampler, options, origin = load_sampler(values | {"noise_aug_strength": 0.0})
-        how = dict(n=protocol.n, seed=protocol.seed, shown=values["shown"], batch_size=values["batch_size"])
-        return scoring.checkpoint_on_world(sampler, world, out, options=options, origin=origin, **how)
-    features, about = load_features(values["i3d"], values["features"], batch_norm_eps=values["batch_norm_eps"])
-    kept = values["statistics"] and Path(values["statistics"])
-    if kind == "folders":
-        folders = Path(values["videos"]), Path(values["reference"])
-        return scoring.folder_against_folder(*folders, protocol, features, about, kept=kept, shown=values["shown"])
-    clips, name, source = dataset_clips(values)
-    sampler, options, origin = load_sampler(values)
+    return {"alone": _alone, "folders": _folders, "dataset": _dataset, "world": _world}[kind](request)
+
+
+def _alone(request: Request) -> Report:
+    embed = load_codec(request.svd).embed if request.svd else None
+    reading = Reading(request.protocol.num_frames, request.protocol.fps)
+    extras = scoring.Extras(embed, request.flow, request.shown)
+    return scoring.folder_alone(_given(request.videos), reading, request.images, extras)
+
+
+def _folders(request: Request) -> Report:
+    extractor = load_features(request.i3d, request.features, batch_norm_eps=request.batch_norm_eps)
+    folders = _given(request.videos), _given(request.reference)
+    return scoring.folder_against_folder(
+        *folders, request.protocol, extractor, kept=request.statistics, shown=request.shown
+    )
+
+
+def _dataset(request: Request) -> Report:
+    extractor = load_features(request.i3d, request.features, batch_norm_eps=request.batch_norm_eps)
+    dataset = dataset_of(request)
+    sampler = load_sampler(request)
+    model = Model(sampler, origin_of(request, sampler), request.options, request.batch_size)
     embed = sampler.codec.embed if isinstance(sampler.codec, SVDCodec) else None
-    how = dict(dataset=name, source=source, options=options, origin=origin, kept=kept, batch_size=values["batch_size"])
-    extras = scoring.Extras(embed, values["flow"], values["shown"])
-    report = scoring.checkpoint_on_videos(sampler, clips, out, protocol, features, about, extras=extras, **how)
-    if values["latency"]:
-        add_latency(report, sampler, options, protocol)
+    report = scoring.checkpoint_on_videos(
+        model,
+        dataset,
+        request.out,
+        request.protocol,
+        extractor,
+        kept=request.statistics,
+        extras=scoring.Extras(embed, request.flow, request.shown),
+    )
+    if request.latency:
+        add_latency(report, sampler, request.options, request.protocol)
     return report
 
 
-def add_latency(report: Report, sampler: Sampler, options: dict, protocol: Protocol) -> None:
-    """Times the stages at the size the clips were generated at."""
-    size = {name: getattr(protocol, name) for name in ("height", "width", "num_frames")}
-    chosen = {name: options[name] for name in ("steps", "guidance", "decode_chunk_size")}
+def _world(request: Request) -> Report:
+    checkpoint = _given(request.checkpoint)
+    if not is_run(checkpoint):
+        raise EvaluateError(f"{checkpoint} is no workdir of a training run: only a run has the config of its world")
+    world = world_of(ConfigDict(read_json(Path(checkpoint) / "config.json")))
+    sampler = load_sampler(request)
+    options = replace(request.options, noise_aug_strength=0.0)
+    model = Model(sampler, origin_of(request, sampler), options, request.batch_size)
+    n, seed = request.protocol.n, request.protocol.seed
+    return scoring.checkpoint_on_world(model, world, request.out, n=n, seed=seed, shown=request.shown)
+
+
+def _given(value: T | None) -> T:
+    """Returns a flag whose presence `mode` has checked."""
+    assert value is not None
+    return value
+
+
+def load_sampler(request: Request) -> Sampler:
+    """Loads the checkpoint."""
+    loading, mesh = request.loading, first_devices(request.loading.mesh)
+    return Sampler.load(
+        _given(request.checkpoint), mesh=mesh, dtype=loading.dtype, vae_dtype=loading.vae_dtype, raw=loading.raw
+    )
+
+
+def origin_of(request: Request, sampler: Sampler) -> dict[str, Any]:
+    """Returns the JSON description of the loaded checkpoint, `Model.origin`."""
+    checkpoint, loading = _given(request.checkpoint), request.loading
+    origin = {"checkpoint": checkpoint, "step": sampler.step}
+    origin |= {"dtype": loading.dtype, "vae_dtype": loading.vae_dtype, "raw": loading.raw}
+    if not is_run(checkpoint):
+        origin["source"] = read_model(checkpoint).meta.get("source")
+    return origin
+
+
+def dataset_of(request: Request) -> Dataset:
+    """Returns the real clips.
+
+    Raises:
+      VideoError: if the folder is not such a dataset.
+    """
+    data = _given(request.data)
+    if request.dataset == "folder":
+        return Dataset(find_clips(data), data.name)
+    found, source = ucf101.videos(data, request.split)
+    clips = [Clip(video, "", name, None) for name, video in found.items()]
+    return Dataset(clips, f"UCF-101 {request.split}", source)
+
+
+def add_latency(report: Report, sampler: Sampler, options: Options, protocol: Protocol) -> None:
+    """Times the stages of one video at the generated size and adds them to `report`."""
+    video = latency.Video(
+        steps=options.steps,
+        guidance=options.guidance,
+        sampler=options.sampler,
+        num_frames=protocol.num_frames,
+        height=protocol.height,
+        width=protocol.width,
+        decode_chunk_size=options.decode_chunk_size,
+    )
     image = np.zeros((protocol.height, protocol.width, 3), np.uint8)
-    timings = latency.measure(sampler, image, schedule=options["sampler"], **chosen, **size)
-    report.table("Latency", *latency.table(timings))
-    report.record["latency"] = latency.record(timings)
+    stages = latency.measure(sampler, image, video)
+    report.table("Latency", *latency.table(stages))
+    report.record["latency"] = latency.record(stages)

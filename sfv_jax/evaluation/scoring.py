@@ -1,8 +1,9 @@
-"""The three ways to score: a folder by itself, a folder against a folder, a checkpoint against real first frames."""
+"""The four kinds of score: a folder alone, a folder against a folder, a model on real videos, a model on its world."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,17 +11,23 @@ from sfv_jax.data.video import VideoError
 from sfv_jax.data.worlds import World
 from sfv_jax.evaluation import no_reference
 from sfv_jax.evaluation import world as exact
-from sfv_jax.evaluation.clips import Clip, Reading, condition_images, find_clips
-from sfv_jax.evaluation.features import FILES, Set, compute_kept, features_of, label
+from sfv_jax.evaluation.clips import FILES, Clip, Dataset, Reading, condition_images, find_clips
+from sfv_jax.evaluation.features import Extractor, Set, compute_kept, features_of, label
 from sfv_jax.evaluation.frechet import measure
-from sfv_jax.evaluation.generation import generate, read_strip
+from sfv_jax.evaluation.generation import Model, generate, read_strip
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What is optional: `embed` for CLIP similarity (None: none), `flow`, and the number of clips `shown`."""
+    """Optional parts of a report.
+
+    Attributes:
+      embed: function from images uint8 `[b, h, w, 3]` to embeddings `[b, d]`, for CLIP similarity; None omits it.
+      flow: compute optical flow.
+      shown: number of names whose clips the page plays.
+    """
 
     embed: Callable | None = None
     flow: bool = True
@@ -28,8 +35,13 @@ class Extras:
 
 
 def folder_alone(videos: Path, reading: Reading, images: Path | None, extras: Extras) -> Report:
-    """Scores of each clip under `videos` by itself; `images` holds the conditions, None stands for first frames.
+    """Scores each clip under `videos` alone.
 
+    Args:
+      videos: folder of clips; subfolders are groups.
+      reading: the reader of the clips.
+      images: folder of condition images; None: first frames take their place.
+      extras: optional parts of the report.
     Raises:
       VideoError: if no clip can be read, or a condition is missing.
     """
@@ -38,7 +50,7 @@ def folder_alone(videos: Path, reading: Reading, images: Path | None, extras: Ex
     found = condition_images(images, set(names)) if images else None
     results = no_reference.score_clips(
         reading.frames(clips),
-        images=found and found.__getitem__,
+        images=None if found is None else found.__getitem__,
         embed=extras.embed,
         flow=extras.flow,
         shown=names[: extras.shown],
@@ -57,38 +69,39 @@ def folder_against_folder(
     videos: Path,
     reference: Path,
     protocol: Protocol,
-    features: Callable,
-    about: dict,
+    extractor: Extractor,
     *,
     kept: Path | None = None,
     shown: int = 9,
 ) -> Report:
-    """Frechet distance of each group under `videos` to all clips under `reference`.
+    """Measures the Frechet distance of each group under `videos` to all clips under `reference`.
 
-    All sets are cut to one size: `protocol.n`, or, if that is 0, the smallest set's.
+    All sets are cut to one size: `protocol.n`, or that of the smallest set if `protocol.n` is 0.
 
+    Args:
+      videos: folder of clips; subfolders are groups.
+      reference: folder of real clips.
+      protocol: selection, length, rate and sizes of the clips.
+      extractor: the feature extractor.
+      kept: file that stores the features of the real clips; see `features_of`.
+      shown: number of names whose clips the page plays.
     Raises:
-      VideoError: if a set has fewer usable clips than asked, or than 20.
+      VideoError: if a set has fewer usable clips than `protocol.n`, or than 20.
     """
     clips = find_clips(videos)
     groups = sorted({clip.group for clip in clips})
-    real = features_of(find_clips(reference), protocol, features, about, kept=kept, of=str(reference))
+    real = features_of(Dataset(find_clips(reference), str(reference)), protocol, extractor, kept=kept)
+    members = {group: [clip for clip in clips if clip.group == group] for group in groups}
     sets = {
-        group or "all": features_of(
-            [clip for clip in clips if clip.group == group],
-            protocol,
-            features,
-            about,
-            of=str(videos / group),
-            prepare=protocol.score,  # cropping is for real clips; generated ones have their shape already
-        )
-        for group in groups
+        # Generated clips are not cropped: they have the right aspect ratio already.
+        group or "all": features_of(Dataset(some, str(videos / group)), protocol, extractor, prepare=protocol.score)
+        for group, some in members.items()
     }
     n = min(len(found.names) for found in [real, *sets.values()])
     report = Report(f"{videos.name} against {reference.name}")
-    add_distances(report, sets, real, replace(protocol, n=n), about)
+    add_distances(report, sets, real, replace(protocol, n=n), extractor)
     wanted = sorted({clip.name for clip in clips})[:shown]
-    pictures = {name: {} for name in wanted}
+    pictures: dict[str, dict[str, np.ndarray]] = {name: {} for name in wanted}
     for clip, frames in Reading(protocol.num_frames, protocol.fps).frames([c for c in clips if c.name in wanted]):
         pictures[clip.name].setdefault(clip.group or "all", protocol.score(frames))
     if wanted:
@@ -97,46 +110,46 @@ def folder_against_folder(
 
 
 def checkpoint_on_videos(
-    sampler: Callable,
-    clips: list[Clip],
+    model: Model,
+    dataset: Dataset,
     out: Path,
     protocol: Protocol,
-    features: Callable,
-    about: dict,
+    extractor: Extractor,
     *,
-    dataset: str,
-    source: dict,
-    options: dict,
-    origin: dict,
     kept: Path | None = None,
-    batch_size: int = 1,
     extras: Extras,
 ) -> Report:
     """Generates from the first frames of real clips and measures the Frechet distance to those clips.
 
     Args:
-      dataset, source: what the clips are (name and split) and what they are read from, for the record.
-      options, origin: of `generation.generate`. Clips are kept in `out / "generated"`, and their features beside them.
+      model: the model to score.
+      dataset: the real clips.
+      out: folder for the results; generated clips and their features are stored in `out / "generated"`.
+      protocol: selection, length, rate and sizes of the clips.
+      extractor: the feature extractor.
+      kept: file that stores the features of the real clips; see `features_of`.
+      extras: optional parts of the report.
+    Raises:
+      VideoError: if there are fewer usable real clips than `protocol.n`, or `out` contains clips made in another way.
     """
-    real = features_of(clips, protocol, features, about, source=source, kept=kept, of=dataset)
+    real = features_of(dataset, protocol, extractor, kept=kept)
     protocol = replace(protocol, n=len(real.names))
-    by_name = {label(clip): clip for clip in clips}
+    by_name = {label(clip): clip for clip in dataset.clips}
 
     def first(n: int) -> np.ndarray:
         return by_name[real.names[n]].read(num_frames=1)[0]
 
     folder = out / "generated"
-    how = dict(options=options, origin=origin | {"dataset": dataset, "source": source}, batch_size=batch_size)
-    files = generate(sampler, real.names, first, folder, protocol, **how)
+    files = generate(model.on(dataset=dataset.name, source=dataset.source), real.names, first, folder, protocol)
     read = lambda file: read_strip(file, protocol.num_frames)  # noqa: E731
-    fake = Set(compute_kept(features, files, read, about, folder / "features.npz"), real.names, [])
-    report = Report(f"{origin['checkpoint']} on {dataset}")
-    add_distances(report, {"generated": fake}, real, protocol, about, source)
+    fake = Set(compute_kept(extractor, files, read, folder / "features.npz"), real.names, [])
+    report = Report(f"{model.origin['checkpoint']} on {dataset.name}")
+    add_distances(report, {"generated": fake}, real, protocol, extractor, dataset.source)
     order = sorted(range(len(files)), key=lambda k: real.names[k])
     place = {real.names[k]: k for k in order}
     shown = [real.names[k] for k in order[: extras.shown]]
 
-    def generated():
+    def generated() -> Iterator[tuple[Clip, np.ndarray]]:
         for k in order:
             yield Clip(files[k], "generated", real.names[k], None), read_strip(files[k], protocol.num_frames)
 
@@ -152,29 +165,44 @@ def checkpoint_on_videos(
         frames = by_name[name].read(protocol.num_frames, protocol.fps)
         results.shown[name] = {"real": protocol.real(frames)} | results.shown[name]
     no_reference.add_to(report, results, Reading(protocol.num_frames, protocol.fps), "the first frame of the real clip")
-    report.record |= {"dataset": dataset, "source": source, "options": options, "origin": origin}
+    report.record |= {"dataset": dataset.name, "source": dataset.source}
+    report.record |= {"options": asdict(model.options), "origin": model.origin}
     return report
 
 
 def add_distances(
-    report: Report, sets: dict[str, Set], real: Set, protocol: Protocol, about: dict, source: dict = FILES
+    report: Report,
+    sets: dict[str, Set],
+    real: Set,
+    protocol: Protocol,
+    extractor: Extractor,
+    source: dict[str, Any] = FILES,
 ) -> None:
-    """Measures `sets` against `real` at n = `protocol.n` and adds the table and all that made it to `report`."""
+    """Measures `sets` against `real` at n = `protocol.n` and adds the distances and their settings to `report`.
+
+    Args:
+      report: the report to extend.
+      sets: features of clips by the name of the set.
+      real: features of the real clips.
+      protocol: the protocol of the features.
+      extractor: the extractor of the features.
+      source: JSON description of the files of the real clips.
+    """
     n = protocol.n
     found = {
         name: measure(real.features[:n], some.features[:n], ddof=protocol.ddof, seed=protocol.seed)
         for name, some in sets.items()
     }
     rows = [[name, x.value, x.extrapolated, "{:.4g} to {:.4g}".format(*x.interval), x.n] for name, x in found.items()]
-    kind = "Frechet distance" if about["kind"] == "function" else "FVD"
+    kind = "Frechet distance" if extractor.about["kind"] == "function" else "FVD"
     columns = ["", kind, "N to infinity", "95 % interval", "N"]
-    report.table("Distance to the reference", columns, rows, footer(protocol, about, sets, real, source))
+    report.table("Distance to the reference", columns, rows, footer(protocol, extractor.about, sets, real, source))
     dropped = {name: some.dropped for name, some in {"reference": real, **sets}.items() if some.dropped}
     for name, lines in dropped.items():
         report.text(f"{name}: {len(lines)} clips were dropped", lines)
     report.record |= {
         "protocol": asdict(protocol),
-        "features": about,
+        "features": extractor.about,
         "distances": {name: asdict(x) for name, x in found.items()},
         "clips_used": {name: some.names[:n] for name, some in {"reference": real, **sets}.items()},
         "dropped": dropped,
@@ -182,7 +210,7 @@ def add_distances(
 
 
 def footer(protocol: Protocol, about: dict, sets: dict[str, Set], real: Set, source: dict) -> list[str]:
-    """What made a distance, in words: every field of the protocol, the features, what was left out."""
+    """Describes the settings of a distance in sentences: protocol, real clips, features, usable and dropped clips."""
     fields, made, read = (", ".join(f"{k} {v}" for k, v in x.items()) for x in (asdict(protocol), about, source))
     all_sets = {"reference": real, **sets}
     counts = ", ".join(f"{name} {len(x.names)} (and {len(x.dropped)} dropped)" for name, x in all_sets.items())
@@ -191,7 +219,7 @@ def footer(protocol: Protocol, about: dict, sets: dict[str, Set], real: Set, sou
         f"Real clips: {read}.",
         f"Features: {made}.",
         f"Usable clips: {counts}; {protocol.n} of each used.",
-        "Distances compare at equal N and equal features only. The interval is a bootstrap over clips.",
+        "Distances are comparable at equal N and equal features only. The interval is a bootstrap over clips.",
     ]
     width = real.features.shape[1]
     if protocol.n < width:
@@ -201,35 +229,48 @@ def footer(protocol: Protocol, about: dict, sets: dict[str, Set], real: Set, sou
 
 
 def checkpoint_on_world(
-    sampler: Callable,
+    model: Model,
     world: World,
     out: Path,
     *,
     n: int,
     seed: int = 0,
-    network: Path | None = None,
-    options: dict,
-    origin: dict,
-    batch_size: int = 16,
+    network: exact.Network | Path | None = None,
     shown: int = 9,
 ) -> Report:
-    """Generates from `n` held-out first frames of the world and scores them exactly; see `evaluation.world`."""
+    """Generates from held-out first frames of the world and scores the clips exactly; see `evaluation.world`.
+
+    Args:
+      model: the model to score.
+      world: the procedural world.
+      out: folder for the results; generated clips are stored in `out / "generated"`.
+      n: number of first frames.
+      seed: seed of the first clip and of the bootstrap.
+      network: as for `world.score`.
+      shown: number of clips that the page plays.
+    """
     true, labels = world.batch(range(n), "heldout")
-    size = {name: world.size for name in ("height", "width", "score_height", "score_width")}
-    protocol = Protocol(n=n, seed=seed, num_frames=world.num_frames, **size)
+    protocol = Protocol(
+        n=n,
+        seed=seed,
+        num_frames=world.num_frames,
+        height=world.size,
+        width=world.size,
+        score_height=world.size,
+        score_width=world.size,
+    )
     names = [f"{k:05d}" for k in range(n)]
-    how = dict(options=options, origin=origin | {"world": asdict(world)}, batch_size=batch_size)
-    files = generate(sampler, names, lambda k: true[k, 0], out / "generated", protocol, **how)
+    files = generate(model.on(world=asdict(world)), names, lambda k: true[k, 0], out / "generated", protocol)
     clips = np.stack([read_strip(file, world.num_frames) for file in files])
     still = np.repeat(true[:, :1], world.num_frames, axis=1)
     sets = {"generated": clips, "truth": true, "still image": still}
     found = {name: exact.score(world, labels, x, network=network, seed=seed) for name, x in sets.items()}
-    report = Report(f"{origin['checkpoint']} on its world")
-    spread = {k: x.get("world_fvd_interval") for k, x in found.items()}
-    rows = [
-        [name, *(scores[key] for key in exact.MEANINGS), spread[name] and "{:.3g} to {:.3g}".format(*spread[name])]
+    report = Report(f"{model.origin['checkpoint']} on its world")
+    spread = {
+        name: "{:.3g} to {:.3g}".format(*scores["world_fvd_interval"]) if "world_fvd_interval" in scores else None
         for name, scores in found.items()
-    ]
+    }
+    rows = [[name, *(scores[key] for key in exact.MEANINGS), spread[name]] for name, scores in found.items()]
     columns = ["", *(name.replace("_", " ") for name in exact.MEANINGS), "95 % interval"]
     notes = [
         f"{n} held-out first frames, seeds from {seed}.",
@@ -241,5 +282,6 @@ def checkpoint_on_world(
         notes.append(f"Network of world fvd: accuracy {accuracy}; SHA-256 {about['sha256']}.")
     report.table("Exact scores", columns, rows, notes)
     report.clips("Side by side", {names[k]: {g: x[k] for g, x in sets.items()} for k in range(min(shown, n))}, 4)
-    report.record |= {"scores": found, "options": options, "origin": origin, "protocol": asdict(protocol)}
+    report.record |= {"scores": found, "options": asdict(model.options), "origin": model.origin}
+    report.record |= {"protocol": asdict(protocol)}
     return report

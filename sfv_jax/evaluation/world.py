@@ -1,10 +1,10 @@
-"""Exact scores in the procedural world, where every legal continuation of a first frame is known.
+"""Exact scores in the procedural world, where every legal continuation of a first frame can be rendered.
 
     labels = [world.label(n, "heldout") for n in range(64)]
     clips = ...  # uint8 [64, t, h, w, 3], generated from the first frames of world.render(label)
     scores = score(world, labels, clips)
 
-One call gives all scores below, world-FVD among them; `meanings` says in words what each one is, for a table's footer.
+One call computes all scores, world-FVD included; `MEANINGS` describes each of them for the footer of a table.
 """
 
 from collections.abc import Callable
@@ -19,39 +19,42 @@ from sfv_jax.data.worlds import PALETTE, Label, World
 from sfv_jax.evaluation import worldnet
 from sfv_jax.evaluation.frechet import MIN_SAMPLES, Moments, extrapolate, frechet_distance
 
-Network = tuple[Callable[[np.ndarray], np.ndarray], dict]  # features of clips, and what made them
-LEGAL = 1.0  # pixels: a path whose RMS distance to a legal one is less follows it
-_GRID = 0.5  # pixels between the places at which the object is looked for
+Network = tuple[Callable[[np.ndarray], np.ndarray], dict]  # features of clips, and their description
+LEGAL = 1.0  # pixels: RMS distance to the nearest legal path below which a path is legal
+_GRID = 0.5  # pixels between the candidate positions of the object
 
 MEANINGS = {
-    "distance": "RMSE in grey levels (0..255) to the nearest legal continuation, 0 is perfect",
-    "fit": "share of what is not background that one shape of one colour explains, mean over frames; 1 is perfect",
+    "distance": "RMSE in gray levels (0..255) to the nearest legal continuation, 0 is perfect",
+    "fit": "share of the difference from the background that one shape and color explain, mean over frames; 1 is best",
     "shape_kept": "share of frames in which the condition's shape fits best",
-    "colour_kept": "share of frames in which the object's colour is nearest to the condition's",
+    "colour_kept": "share of frames in which the object's color is nearest to the condition's",
     "path_error": "RMS distance in pixels between the object's path and the nearest legal one, mean over clips",
     "legal": f"share of clips whose object follows a legal path, within {LEGAL:g} pixel",
     "directions_covered": "share of the legal directions that at least one legal clip takes",
     "busiest_direction": "share of the most frequent nearest direction, 1 after mode collapse",
     "world_fvd": "Frechet distance to all true continuations of the same first frames, on features of a network trained"
-    " to tell the world's shapes, colours, directions and speeds apart; compares at equal numbers of clips only",
+    " to classify the world's shapes, colors, directions and speeds; comparable at equal numbers of clips only",
 }
 
 
 def score(
     world: World, labels: list[Label], clips: np.ndarray, *, network: Network | Path | str | None = None, seed: int = 0
 ) -> dict:
-    """All scores of generated `clips`, each made from the first frame of one of `labels`.
+    """Computes all scores of generated `clips`, each made from the first frame of one of `labels`.
 
     Args:
-      clips: uint8 `[n, t, h, w, 3]`, t and size those of the world.
-      network: what `worldnet.load` returns; or the folder of its cache (default: the user's), where the network is
-        trained if it is missing, which takes a minute or two. A process reads it once.
-      seed: of the bootstrap.
+      world: the world of the labels.
+      labels: one label per clip.
+      clips: uint8 `[n, t, h, w, 3]` with the length and size of the world's clips.
+      network: the result of `worldnet.load`; or the folder of its cache (default: the user's), in which a missing
+        network is trained in a minute or two. A process reads it once.
+      seed: seed of the bootstrap.
     Returns:
-      The names of `MEANINGS` to numbers (`world_fvd` None for less than 20 clips), and beside them `clips`, their
-      number; `world_fvd_extrapolated`; `world_fvd_interval`, a pair; `network`, what made the features, with accuracy.
+      `{score: number}` for the names of `MEANINGS` (`world_fvd` is None for fewer than 20 clips) and `clips`, the
+      number of clips; with world-FVD also `world_fvd_extrapolated`, `world_fvd_interval` (a pair) and `network` (the
+      description of the network, with its accuracy).
     Raises:
-      ValueError: if clips and labels do not fit together or the world.
+      ValueError: if the clips do not fit the labels or the world.
     """
     clips = np.asarray(clips)
     expected = (len(labels), world.num_frames, world.size, world.size, 3)
@@ -80,11 +83,15 @@ def score(
 def world_fvd(
     world: World, labels: list[Label], clips: np.ndarray, *, network=None, seed: int = 0, resamples: int = 100
 ) -> dict:
-    """World-FVD of `clips`, its part of what `score` returns.
+    """Computes world-FVD: the part of the result of `score` that begins with `world_fvd`, and `network`.
 
-    The true set is every legal continuation of every first frame, so it differs from the clips in nothing but what was
-    generated. The interval is over first frames drawn with replacement; the limit for infinitely many clips as in
+    The true set contains every legal continuation of every first frame, so the two sets differ only in what was
+    generated. The interval is over first frames drawn with replacement; the limit for infinitely many clips is that of
     `frechet.extrapolate`.
+
+    Args:
+      world, labels, clips, network, seed: as for `score`.
+      resamples: number of bootstrap resamples.
     """
     features, about = network if isinstance(network, tuple) else _network(world, network)
     fake = features(clips)
@@ -111,12 +118,12 @@ _network = lru_cache(maxsize=8)(worldnet.load)
 
 @dataclass(frozen=True)
 class Track:
-    """What a clip shows, frame by frame.
+    """The object found in each frame of a clip.
 
     Attributes:
-      positions: float64 `[t, 2]`, (x, y) in pixels, of the place that explains most, found to half a pixel.
-      shapes, colours: names of the shape that explains most and of the nearest colour of the world.
-      fit: `[t]`, share of the squared difference from the background that this explains; 0 for an empty frame.
+      positions: float64 `[t, 2]`, (x, y) in pixels, to half a pixel: the position that explains most.
+      shapes, colours: names of the shape that explains most and of the nearest color of the world, per frame.
+      fit: `[t]`, share of the squared difference from the background that the object explains; 0 for an empty frame.
     """
 
     positions: np.ndarray
@@ -126,9 +133,9 @@ class Track:
 
 
 def track(world: World, label: Label, frames: np.ndarray) -> Track:
-    """Finds the object in each of `frames` uint8 `[t, h, w, 3]`, knowing background and size from the condition.
+    """Finds the object in each of `frames` uint8 `[t, h, w, 3]`; `label` gives its background and size.
 
-    Every shape of the world is tried at every place; its best colour is a least-squares fit.
+    Every shape of the world is tried at every position of a grid; its color is a least-squares fit.
     """
     low, high = world.bounds(label.radius)
     line = np.linspace(low, high, int(np.ceil((high - low) / _GRID)) + 1)
@@ -155,7 +162,7 @@ def track(world: World, label: Label, frames: np.ndarray) -> Track:
 
 
 def nearest_path(world: World, label: Label, positions: np.ndarray) -> tuple[float, Label]:
-    """(RMS distance in pixels, label) of the legal continuation whose path is closest to `positions [t, 2]`."""
+    """Returns (RMS distance in pixels, label) of the legal continuation whose path is nearest to `positions [t, 2]`."""
     futures = world.futures(label)
     errors = [np.sqrt(np.square(world.positions(future) - positions).sum(-1).mean()) for future in futures]
     best = int(np.argmin(errors))
@@ -163,10 +170,10 @@ def nearest_path(world: World, label: Label, positions: np.ndarray) -> tuple[flo
 
 
 def nearest_future(world: World, label: Label, frames: np.ndarray) -> tuple[float, Label]:
-    """(RMSE in grey levels of 0..255, label) of the legal continuation of `label`'s first frame closest to `frames`.
+    """Returns (RMSE in gray levels label) of the legal continuation nearest to `frames`, uint8 `[t, h, w, 3]`.
 
-    `frames` uint8 `[t, h, w, 3]`. Zero means a perfect video; an average of the futures is far from each of them, so a
-    blur scores badly although it minimises the expected error against any one truth.
+    Zero means a perfect video. An average of the futures is far from each of them, so a blur scores badly although it
+    minimizes the expected error against any one truth.
     """
     futures = world.futures(label)
     errors = [rmse(world.render(future), frames) for future in futures]
@@ -175,10 +182,10 @@ def nearest_future(world: World, label: Label, frames: np.ndarray) -> tuple[floa
 
 
 def rmse(a: np.ndarray, b: np.ndarray) -> float:
-    """Root mean squared difference of uint8 arrays of one shape, in grey levels."""
+    """Returns the root mean squared difference of uint8 arrays of one shape, in gray levels."""
     return float(np.sqrt(np.mean(np.square(a.astype(np.float32) - b.astype(np.float32)))))
 
 
 def busiest_direction(labels: list[Label], directions: int) -> float:
-    """Largest share of one direction among `labels`: 1 / directions when all are used alike, 1 after mode collapse."""
+    """Returns the largest share of one direction among `labels`: 1 / directions if uniform, 1 after mode collapse."""
     return float(np.bincount([label.direction for label in labels], minlength=directions).max() / len(labels))

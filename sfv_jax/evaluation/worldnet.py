@@ -1,11 +1,11 @@
-"""A small 3-D convolutional network that knows the procedural world, for features that world-FVD is measured on.
+"""Small 3-D convolutional network for the procedural world; world-FVD is measured on its features.
 
-It is trained to tell shape, colour, direction and speed of true clips apart, as I3D is trained on Kinetics. Training
+It is trained to classify shape, color, direction and speed of true clips, as I3D is trained on Kinetics. Training
 takes a minute on two CPU cores at the quickstart's size and always gives the same weights on one machine:
 
     python -m sfv_jax.evaluation.worldnet --config configs/quickstart.py:teacher
 
-trains it ahead of time and tells its accuracy; `load` does it when first needed and keeps the result in a cache.
+trains it in advance and prints its accuracy; otherwise `load` trains it on first use and caches the result.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ TASKS = ("shape", "colour", "direction", "speed")
 
 @dataclass(frozen=True)
 class Settings:
-    """How the network is made; part of the name of its file."""
+    """Architecture and training of the network; its file name contains a hash of them."""
 
     widths: tuple[int, int] = (32, 64)
     features: int = 32
@@ -49,12 +50,12 @@ class Settings:
     steps: int = 1000
     lr: float = 3e-3
     seed: int = 0
-    version: int = 1  # of this file: counts up when the same settings give other weights
+    version: int = 1  # of this module; incremented when the same settings give other weights
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the shapes of the parameters: `classes` of each of `TASKS`."""
+    """Sizes that determine the parameter shapes; `classes` is the number of classes of each of `TASKS`."""
 
     widths: tuple[int, int]
     features: int
@@ -62,7 +63,7 @@ class Shape:
 
 
 class Conv(nnx.Module):
-    """3x3x3 convolution, zero padding, and ReLU, as one matrix product: XLA's 3-D convolution is slow on the CPU."""
+    """3x3x3 convolution with zero padding, then ReLU, as a matrix product: XLA's 3-D convolution is slow on the CPU."""
 
     def __init__(self, i: int, o: int, stride: tuple[int, int, int], *, rngs):
         self.kernel = nnx.Param(nnx.initializers.he_normal()(rngs.params(), (27 * i, o)))
@@ -77,6 +78,8 @@ class Conv(nnx.Module):
 
 
 class Linear(nnx.Module):
+    """Linear layer on the last axis."""
+
     def __init__(self, i: int, o: int, *, rngs):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (i, o)))
         self.bias = nnx.Param(jnp.zeros((o,)))
@@ -86,12 +89,12 @@ class Linear(nnx.Module):
 
 
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """In fp32 on every device: TPUs would multiply in bfloat16 and GPUs in TF32 by default."""
+    """Multiplies in fp32 on every device: by default TPUs use bfloat16 and GPUs use TF32."""
     return jnp.matmul(x, kernel, precision="highest")
 
 
 class WorldNet(nnx.Module):
-    """Frames `[b, t, h, w, 3]` in [-1, 1] to (features `[b, d]`, logits `[b, classes]` of each of `TASKS`)."""
+    """Maps frames `[b, t, h, w, 3]` in [-1, 1] to features `[b, d]` and logits `[b, classes]` of each of `TASKS`."""
 
     def __init__(self, config: Shape, *, rngs):
         a, b = config.widths
@@ -110,7 +113,7 @@ class WorldNet(nnx.Module):
 
 
 def classes(world: World, labels: list[Label]) -> np.ndarray:
-    """int32 `[n, 4]`: the class of each label in each of `TASKS`."""
+    """Returns int32 `[n, 4]`: the class of each label in each of `TASKS`."""
     columns = (
         [world.shapes.index(label.shape) for label in labels],
         [world.colours.index(label.colour) for label in labels],
@@ -121,15 +124,18 @@ def classes(world: World, labels: list[Label]) -> np.ndarray:
 
 
 def shape_of(world: World, settings: Settings) -> Shape:
-    """The network's sizes for a world."""
+    """Returns the network's sizes for a world."""
     counts = (len(world.shapes), len(world.colours), world.directions, len(world.speeds))
     return Shape(settings.widths, settings.features, counts)
 
 
 def train(world: World, settings: Settings) -> tuple[tree.Params, np.ndarray, dict[str, float]]:
-    """(parameters, deviations `[d]` of the features, accuracy of each of `TASKS`) by Adam, always on the CPU.
+    """Trains the network with Adam, always on the CPU.
 
-    Deviations and accuracy are those of 1024 held-out clips.
+    Returns:
+      params: nested dict of numpy arrays.
+      scale: standard deviations `[d]` of the features on 1024 held-out clips.
+      accuracy: `{task: accuracy}` on the same clips.
     """
     shape = shape_of(world, settings)
     graph, _ = tree.abstract(WorldNet, shape)
@@ -162,23 +168,27 @@ def train(world: World, settings: Settings) -> tuple[tree.Params, np.ndarray, di
 
 
 def load(world: World, cache: str | Path | None = None, settings: Settings | None = None) -> tuple[Callable, dict]:
-    """(features, description) of the network for `world`; trained and kept if it is not in the cache.
+    """Loads the network for `world` from the cache; a missing one is trained and stored there.
 
     Args:
+      world: the procedural world.
       cache: folder, default `$XDG_CACHE_HOME/sfv_jax` or `~/.cache/sfv_jax`.
+      settings: default `Settings()`.
     Returns:
-      features: uint8 `[b, t, h, w, 3]` to float32 `[b, d]`, each of deviation 1 over true clips.
+      features: function from uint8 `[b, t, h, w, 3]` to float32 `[b, d]`; each feature has standard deviation 1 over
+        true clips.
       description: `sha256` of the file, held-out `accuracy` by task, `seconds` of training and the `settings`.
     """
     settings = settings or Settings()
     path = _place(cache) / f"world-{identity(world, settings)}.npz"
     if not path.is_file():
-        print(f"training the network of world-FVD, a minute or two; it is kept as {path}", file=sys.stderr)
+        print(f"training the network of world-FVD, a minute or two; it is stored as {path}", file=sys.stderr)
         began = time.monotonic()
         params, scale, accuracy = train(world, settings)
         about = {"accuracy": accuracy, "seconds": round(time.monotonic() - began, 1)}
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, about=json.dumps(about), scale=scale, **tree.flatten(params))
+            arrays: dict[str, Any] = tree.flatten(params)
+            np.savez(file, about=json.dumps(about), scale=scale, **arrays)
     with np.load(path) as file:
         about, scale = json.loads(str(file["about"])), file["scale"]
         params = tree.unflatten({name: file[name] for name in file.files if name not in ("about", "scale")})
@@ -193,9 +203,9 @@ def load(world: World, cache: str | Path | None = None, settings: Settings | Non
 
 
 def identity(world: World, settings: Settings) -> str:
-    """16 hexadecimal digits that change with anything that decides the weights."""
-    told = json.dumps([dataclasses.asdict(world), dataclasses.asdict(settings)], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    """Returns 16 hexadecimal digits of a hash of everything that determines the weights."""
+    content = json.dumps([dataclasses.asdict(world), dataclasses.asdict(settings)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _place(cache: str | Path | None) -> Path:
@@ -214,7 +224,7 @@ def main() -> None:
 
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", "configs/quickstart.py:teacher", "a config with data.world")
-    flags.DEFINE_string("cache", None, "folder to keep the network in; default: the user's cache")
+    flags.DEFINE_string("cache", None, "folder for the network; default: the user's cache")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""UCF-101 as tensorflow-datasets prepares it: a miniature of what its builder writes, read without TensorFlow."""
+"""UCF-101 prepared by tensorflow-datasets: a miniature of its builder's output, read without TensorFlow."""
 
+import dataclasses
 import io
 import json
 import struct
@@ -14,6 +15,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError
 from sfv_jax.evaluation import features, request, scoring
+from sfv_jax.evaluation.features import Extractor
+from sfv_jax.evaluation.generation import Model
 from sfv_jax.evaluation.protocol import Protocol
 
 LENGTHS = {"train": [1], "test": [15, 10]}
@@ -22,12 +25,12 @@ SMALL = dict(height=24, width=32, score_height=24, score_width=32)
 
 
 def level(clip: int, frame: int) -> int:
-    """The grey of a frame: tells clips and frames apart."""
+    """Returns the gray level of a frame, which identifies clip and frame."""
     return 4 * frame + clip
 
 
 def example(clip: int, size: tuple[int, int], frames: int) -> bytes:
-    """A serialised record: a list of JPEG files and a label."""
+    """Returns a serialized record: a list of JPEG files and a label."""
     message = tf_example_pb2.Example()
     for n in range(frames):
         pixels = np.full((*size, 3), level(clip, n), np.uint8)
@@ -50,7 +53,7 @@ def write_shard(path: Path, records: list[bytes], kind: str) -> None:
 
 
 def prepare(root: Path, config: str, kind: str, size: tuple[int, int]) -> Path:
-    """The folder that `tfds build ucf101/CONFIG` makes, with 26 videos; the fourth of the test split is short."""
+    """Writes a folder like that of `tfds build ucf101/CONFIG`, of 26 videos; the fourth of the test split is short."""
     folder = root / "ucf101" / config / "2.0.0"
     folder.mkdir(parents=True)
     for split, lengths in LENGTHS.items():
@@ -101,21 +104,23 @@ def test_what_the_preparation_lost_is_told(root):
 
 
 def test_a_score_carries_its_source(root, tmp_path):
-    values = {"dataset": "ucf101", "data": str(root), "split": "testlist01"}
-    clips, name, source = request.dataset_clips(values)
+    asked = request.Request(out=tmp_path, dataset="ucf101", data=root, split="testlist01")
+    dataset = request.dataset_of(asked)
     still = lambda images, *, num_frames, **_: np.stack([np.repeat(x[None], num_frames, 0) for x in images])  # noqa: E731
     colours = lambda x: x.astype(np.float32).mean((2, 3)).reshape(len(x), -1)  # noqa: E731
     protocol, kept = Protocol(n=20, **SMALL), tmp_path / "kept.npz"
-    how = dict(options={}, origin={"checkpoint": "still"}, extras=scoring.Extras(flow=False, shown=1))
-    args = (still, clips, tmp_path / "out", protocol, colours, {"kind": "function"})
-    report = scoring.checkpoint_on_videos(*args, dataset=name, source=source, kept=kept, **how)
-    assert report.record["source"] == source and "frame_rate 25 (assumed; not stored)" in report.page()
+    model, extractor = Model(still, {"checkpoint": "still"}), Extractor(colours, {"kind": "function"})
+    extras = scoring.Extras(flow=False, shown=1)
+    report = scoring.checkpoint_on_videos(
+        model, dataset, tmp_path / "out", protocol, extractor, kept=kept, extras=extras
+    )
+    assert report.record["source"] == dataset.source and "frame_rate 25 (assumed; not stored)" in report.page()
     manifest = json.loads((tmp_path / "out/generated/manifest.json").read_text())
     assert manifest["origin"]["source"]["config"] == "ucf101_1_256"
-    # Names are numbers, alike for every configuration: the source tells statistics apart.
-    other, _, elsewhere = request.dataset_clips(values | {"split": "testlist02"})
+    # Names are numbers, the same for every configuration: the source distinguishes stored features.
+    other = request.dataset_of(dataclasses.replace(asked, split="testlist02"))
     with pytest.raises(features.StatisticsError, match="config is ucf101_1_256 there, ucf101_2 here; file_format"):
-        features.features_of(other, protocol, colours, {"kind": "function"}, source=elsewhere, kept=kept)
+        features.features_of(other, protocol, extractor, kept=kept)
 
 
 def test_what_cannot_be_read(root, tmp_path):

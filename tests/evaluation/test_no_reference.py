@@ -1,4 +1,4 @@
-"""Scores without a reference: each sees the damage it is defined for, and the command turns folders into a page."""
+"""Scores without a reference: each detects its own damage, and the command converts folders to a page."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def texture(height: int = 96, width: int = 128, seed: int = 0) -> np.ndarray:
 
 
 def sliding(step: int = 2, frames: int = 5) -> np.ndarray:
-    """A texture that moves to the left by `step` of 96 pixels a frame."""
+    """Returns a texture that moves to the left by `step` pixels a frame; the short side has 96 pixels."""
     wide = texture(96, 160)
     return np.stack([wide[:, step * n : step * n + 128] for n in range(frames)])
 
@@ -93,7 +93,7 @@ def test_clip_similarity_is_the_cosine_with_the_condition():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two methods: one moves, with two seeds of one name; one blurs with time; three files are no use."""
+    """Two methods: one moves, with two seeds of one name; one blurs with time; three files are unusable."""
     folder = tmp_path_factory.mktemp("videos")
     moving = sliding(1, 14)
     for name, frames in {
@@ -133,7 +133,7 @@ def test_conditions_by_name(folder, tmp_path):
     images = clips.condition_images(tmp_path, {"a"})
     pairs = clips.Reading().frames(found)
     results = no_reference.score_clips(pairs, images=images.__getitem__, flow=False)
-    scores = results.rows[0]["scores"]
+    scores = results.rows[0].scores
     assert scores["first_psnr"] > 30 and scores["detail_first"] == pytest.approx(1, abs=0.25)
     assert "flow" not in scores and scores["detail_last"] < 0.8 * scores["detail_first"]
     with pytest.raises(VideoError, match="no condition image for 1 clips: b"):

@@ -120,9 +120,9 @@ def test_lone_unet(folder, model, tmp_path):
     loaded, configs, meta = load_model(tmp_path / "out")
     assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, 2 * y), loaded["unet"], random_params("unet")))
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded["vae"], random_params("vae")))
-    assert configs == read_model(model)[0] and meta["scheduler"]["sigma_max"] == 700.0
+    assert configs == read_model(model).configs and meta["scheduler"]["sigma_max"] == 700.0
     assert meta["source"]["base"] == "model" and meta["source"]["sha256"][f"unet/{path.name}"] == sha256(path)
-    assert encoders_identity(meta) == encoders_identity(read_model(model)[1]) != ""
+    assert encoders_identity(meta) == encoders_identity(read_model(model).meta) != ""
     with pytest.raises(WeightsError, match="--base is for a UNet alone"):
         import_model(folder, tmp_path / "other", base=model)
     del tensors["conv_in.bias"]
@@ -140,7 +140,7 @@ def test_lone_unet_folder(folder, model, tmp_path):
     config = json.loads((unet / "config.json").read_text())
     (unet / "config.json").write_text(json.dumps(config | {"num_frames": 77}))
     import_model(unet, tmp_path / "out", base=model)
-    assert read_model(tmp_path / "out")[0]["unet"].num_frames == 77
+    assert read_model(tmp_path / "out").configs["unet"].num_frames == 77
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_hub(folder, tmp_path, monkeypatch):
     for name in ("HfApi", "snapshot_download", "hf_hub_download"):
         monkeypatch.setattr(huggingface_hub, name, getattr(fake, name))
     import_model("hub:someone/svd", tmp_path / "out")
-    assert read_model(tmp_path / "out")[1]["source"]["folder"] == "hub:someone/svd"
+    assert read_model(tmp_path / "out").meta["source"]["folder"] == "hub:someone/svd"
     weights = {f"unet/{STEM}.safetensors", f"vae/{STEM}.safetensors", "image_encoder/model.safetensors"}
     assert {name for name in fake.asked if name.endswith(".safetensors")} == weights
     assert hub.download("hub:someone/svd/svd.safetensors") == there / "svd.safetensors"
