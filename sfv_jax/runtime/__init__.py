@@ -1,1 +1,1 @@
-"""What every command needs of the machine and of JAX: compilation, meshes, processes, signals, progress, files."""
+"""Machine and JAX support for all commands: compilation, meshes, processes, signals, progress, files."""

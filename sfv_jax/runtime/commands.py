@@ -1,17 +1,18 @@
-"""Running a command: flags in, one line instead of a traceback for what a user can put right, exit codes out.
+"""Frame of every command: flags in, exit codes out, one line instead of a traceback for errors the user can correct.
 
-This module imports no JAX, and commands import theirs when they run, so that `--help` and wrong flags answer at once.
+This module does not import JAX, and commands import it only when they run: `--help` and wrong flags answer at once.
 """
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
 from sfv_jax.errors import UserError
 
-NUMBERS = {  # list flags: how many numbers, their type, what to write
+NUMBERS = {  # list flags: allowed lengths, type of the numbers, advice
     "guidance": ((2,), float, "two numbers, e.g. 1.0,3.0"),
     "mesh": ((2, 3), int, "two or three numbers, e.g. 4,2 or 1,1,8"),
 }
@@ -20,18 +21,18 @@ HELP = ("help", "helpshort", "helpfull", "helpxml", "h", "?")
 
 def define_compiler_flags() -> None:
     """Defines `--compile_effort` and `--compile_memory_effort`, the arguments of `compilation.set_up`."""
-    for name, what in (
+    for name, aim in (
         ("compile_effort", "fast programs"),
         ("compile_memory_effort", "programs that need less memory"),
     ):
-        text = f"XLA's effort for {what}, from -1 (compile soonest) to 1, where its backend heeds it; default 0"
+        text = f"effort of XLA for {aim}, from -1 (compile soonest) to 1, on backends that support it; default 0"
         flags.DEFINE_float(name, None, text, lower_bound=-1.0, upper_bound=1.0, module_name=sys.argv[0])
 
 
 def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> None:
-    """Defines and parses the flags, runs `main` and exits with what it returns.
+    """Defines and parses the flags, runs `main` and exits with the code that it returns.
 
-    What a user can put right (a `UserError`, a wrong flag, a config field or file that does not exist) ends the command
+    An error that the user can correct (a `UserError`, a wrong flag, a missing config field or file) ends the command
     with exit code 1 and one line, "COMMAND: message". `--help` exits with 0.
     """
     command = Path(sys.argv[0]).stem
@@ -47,7 +48,7 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
         try:
             define_flags()
             left = flags.FLAGS(argv)[1:]
-            for name in flags.FLAGS:  # a config file that cannot be read is noticed when it is asked for
+            for name in flags.FLAGS:  # a config file is read, or found unreadable, at the first access to its flag
                 getattr(flags.FLAGS[name].value, "to_dict", None)
         except AttributeError as error:  # ml_collections, wrapping its KeyError
             while error.args and isinstance(error.args[0], Exception):
@@ -55,7 +56,7 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
             sys.exit(f"{command}: no such config field: " + " ".join(str(error.args[0]).split()))
         except flags.Error as error:
             lines = [line.strip() for line in str(error).splitlines()]
-            if "Traceback (most recent call last):" in lines:  # of a config file: its last line says what is wrong
+            if "Traceback (most recent call last):" in lines:  # of a config file; the last line contains the message
                 lines = [lines[0], lines[-1].removeprefix("sfv_jax.errors.UserError: ")]
             sys.exit(f"{command}: {' '.join(filter(None, lines))}; see --help")
         except OSError as error:
@@ -71,16 +72,23 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
     app.run(guarded, argv=sys.argv, flags_parser=parse)
 
 
-def values(*names: str) -> dict:
-    """`{name: value}` of flags."""
+def values(*names: str) -> dict[str, Any]:
+    """Returns `{name: value}` of the named flags."""
     return {name: flags.FLAGS[name].value for name in names}
 
 
 def numbers(name: str, given: list[str] | None) -> tuple | None:
-    """The value of the list flag `name`, one of `NUMBERS`; None if it was not given.
+    """Parses the list flag `name`, a key of `NUMBERS`.
+
+    Args:
+      name: the flag.
+      given: the words on the command line; None or empty if the flag was not given.
+
+    Returns:
+      The numbers, or None if the flag was not given.
 
     Raises:
-      UserError: if it has too few or many numbers, or something else.
+      UserError: if a word is not a number, or their count is wrong.
     """
     if not given:
         return None

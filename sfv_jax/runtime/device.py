@@ -1,4 +1,4 @@
-"""Facts about devices: peak FLOP/s by kind, memory in use, and the FLOPs of a function counted on its jaxpr."""
+"""Facts about devices: peak FLOP/s by kind, memory in use; and FLOPs of a function, counted on its jaxpr."""
 
 import math
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 from jax.extend import core
 
-# Dense bf16 (V100: fp16) FLOP/s of one device, from the makers' data sheets, by a part of jax's `device_kind`.
-# The first that fits counts.
+# Dense bf16 (V100: fp16) FLOP/s of one device from the vendors' data sheets, by a substring of JAX's `device_kind`; the
+# first match applies.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -24,18 +24,20 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak FLOP/s of a device; None if it is not known."""
+    """Returns the peak FLOP/s of a device; None if it is not in `PEAK_FLOPS`."""
     return next((flops for name, flops in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), None)
 
 
 def count_flops(function: Callable, *args) -> float:
-    """FLOPs of the matrix products and convolutions of one call, from its jaxpr: nothing is compiled or run.
+    """Counts the FLOPs of the matrix products and convolutions of one call, on its jaxpr: nothing is compiled or run.
 
-    A multiply-add is two. Scans count with their length, branches with the largest. Everything elementwise is left out,
-    and so is what custom calls (fused attention) do inside: count a function without them.
+    A multiply-add counts as two. The body of a scan counts once per iteration; of the branches of a condition the
+    largest counts. Elementwise operations and the inside of custom calls (fused attention) are left out, so pass a
+    function without such calls.
 
     Args:
-      args: arrays or `jax.ShapeDtypeStruct`.
+      function: the function.
+      *args: its arguments, arrays or `jax.ShapeDtypeStruct`.
     """
     return _flops(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -43,12 +45,11 @@ def count_flops(function: Callable, *args) -> float:
 def _flops(jaxpr) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
-        out = eqn.outvars[0].aval if eqn.outvars else None
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += 2 * out.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+            total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
         elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
+            out, kernel = eqn.outvars[0].aval, eqn.invars[1].aval
             total += 2 * out.size * kernel.size / kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
         elif eqn.primitive.name == "cond":
             total += max(_flops(branch.jaxpr) for branch in eqn.params["branches"])
@@ -67,7 +68,7 @@ def _inner(params: dict) -> list:
 
 
 def peak_memory() -> dict[str, float]:
-    """`memory/peak_gib`: the most memory that any local device has used so far; empty where devices do not tell."""
+    """Returns `memory/peak_gib`, the largest peak of all local devices; empty if they do not report it, as on CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return {"memory/peak_gib": max(peaks) / 2**30} if peaks else {}

@@ -4,13 +4,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it to `path` on success, delete it on failure."""
+def replacing(path: Path) -> Generator[Path, None, None]:
+    """Yields a temporary path next to `path`; renames it to `path` on success, deletes it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -21,13 +21,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON, complete or not at all."""
+    """Writes `content` to `path` as JSON, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process of this machine with this number exists."""
+    """Returns whether a process with this number exists on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -38,7 +38,7 @@ def is_alive(process: int) -> bool:
 
 
 def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:
-    """Hexadecimal SHA-256 of a file's bytes; calls `done(bytes)` now and then."""
+    """Returns the hexadecimal SHA-256 of a file; calls `done` with the number of bytes of each block read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**24):

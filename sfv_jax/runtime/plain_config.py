@@ -1,11 +1,15 @@
-"""As much of ml_collections.ConfigDict as the defaults need, for accelerator images that have only jax and its kin.
+"""Substitute for ml_collections.ConfigDict with only the features that the defaults need.
 
-Only the benchmark runs there. Fields are attributes and items; `update` goes into nested fields.
+It serves accelerator images that have only JAX and its dependencies, where nothing but the benchmark runs.
 """
 
 
 class ConfigDict(dict):
-    """A dict of fields. Raises AttributeError for a field that does not exist."""
+    """Dict of fields that are both attributes and items.
+
+    Raises:
+      AttributeError: if a field that does not exist is read.
+    """
 
     def __init__(self, fields=()):
         super().__init__()
@@ -24,6 +28,7 @@ class ConfigDict(dict):
     __setattr__ = __setitem__
 
     def update(self, changes=(), **more) -> None:
+        """Sets fields; a dict for a nested field changes only the fields that it names."""
         for name, value in (dict(changes) | more).items():
             if isinstance(value, dict) and isinstance(self.get(name), ConfigDict):
                 self[name].update(value)
@@ -31,7 +36,9 @@ class ConfigDict(dict):
                 self[name] = value
 
     def to_dict(self) -> dict:
+        """Returns the fields as plain dicts."""
         return {name: value.to_dict() if isinstance(value, ConfigDict) else value for name, value in self.items()}
 
     def copy_and_resolve_references(self) -> "ConfigDict":
+        """Returns a deep copy; there are no references."""
         return ConfigDict(self.to_dict())

@@ -1,9 +1,9 @@
-"""Telling how far a long job is."""
+"""Progress of long jobs on the terminal."""
 
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from rich.progress import (
     BarColumn,
@@ -17,8 +17,11 @@ from rich.progress import (
 
 
 @contextlib.contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts `what` (a plural) done: a bar on a terminal, elsewhere a line every half minute."""
+def progress(total: int, what: str) -> Generator[Callable[[int], None], None, None]:
+    """Yields a function that adds to the count of finished `what` (a plural noun).
+
+    The count is a bar on a terminal, and a line every half minute elsewhere; both go to stderr.
+    """
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -41,7 +44,14 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
 
 class ProgressReport:
-    """A progress bar with step time and ETA on a terminal, plain lines elsewhere; silent when not `active`."""
+    """Progress in steps: a bar with step time and ETA on a terminal, plain lines elsewhere; silent unless `active`.
+
+    Args:
+      total: steps of the job.
+      start: steps finished before.
+      active: whether to show anything.
+      label: name of the job.
+    """
 
     def __init__(self, total: int, start: int = 0, active: bool = True, label: str = "train"):
         self.total, self.active, self.label = total, active, label
@@ -54,10 +64,10 @@ class ProgressReport:
             self.bar.start()
 
     def advance(self, step: int) -> None:
-        """Moves the bar to `step`; plain output waits for `note`."""
+        """Moves the bar to `step`; without a bar, `note` prints the step."""
         if self.bar:
             self.bar.update(self.task, completed=step)
-        if step == self.first + 1:  # the first step compiles: it says nothing about the others
+        if step == self.first + 1:  # the first step compiles, so the ETA leaves it out
             self.began = time.monotonic()
 
     def note(self, step: int, text: str) -> None:
@@ -70,17 +80,24 @@ class ProgressReport:
             print(f"{self.label} {step}/{self.total}  eta {int(left) // 60}m{int(left) % 60:02d}s  {text}", flush=True)
 
     def print(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line above the bar."""
         if self.active:
             (self.bar.console.print if self.bar else print)(text)
 
     def close(self) -> None:
+        """Ends the bar."""
         if self.bar:
             self.bar.stop()
 
 
 class ByteReport:
-    """Progress in bytes: a bar on a terminal, a line every ten seconds elsewhere; silent when not `active`."""
+    """Progress in bytes: a bar on a terminal, a line every ten seconds elsewhere; silent unless `active`.
+
+    Args:
+      total: bytes of the job.
+      active: whether to show anything.
+      label: name of the job.
+    """
 
     PAUSE = 10.0  # seconds between lines
 
@@ -95,7 +112,7 @@ class ByteReport:
             self.bar.start()
 
     def advance(self, count: int) -> None:
-        """`count` more bytes are done."""
+        """Adds `count` bytes to those done."""
         self.done += count
         now = time.monotonic()
         if self.bar:
@@ -109,5 +126,6 @@ class ByteReport:
             )
 
     def close(self) -> None:
+        """Ends the bar."""
         if self.bar:
             self.bar.stop()

@@ -1,8 +1,8 @@
-"""Where arrays live: one mesh, one table of rules for stored arrays, one rule for batches.
+"""Placement of arrays on devices: one mesh, one table of rules for stored arrays, one rule for batches.
 
-Axes: `data` and `fsdp` share the batch, `fsdp` also stores the parts of parameters, EMA and optimiser state, `spatial`
-shares the rows of every frame. Weights are gathered where they are used, activations stay in place
-(sfv_jax/models/placing.py). All axes are Auto, so a step computes the same function on every mesh.
+Mesh axes: `data` and `fsdp` share the batch, `fsdp` also the storage of parameters, EMA and optimizer state, `spatial`
+the rows of every frame. Weights are gathered where they are used, activations stay in place
+(sfv_jax/models/partitioning.py). All axes are Auto, so a step computes the same function on every mesh.
 """
 
 import math
@@ -18,31 +18,38 @@ from sfv_jax.errors import UserError
 
 AXES = ("data", "fsdp", "spatial")
 BATCH = P(("data", "fsdp"))
-SMALL = 2**14  # elements below which a tensor is replicated: gathering it costs more than keeping it
+SMALL = 2**14  # a tensor of fewer elements is replicated: gathering it would cost more than the copies
 
 
 def replicated(shape: Sequence[int], n: int) -> None:
-    """Whole on every device."""
+    """Returns None: the array is whole on every device."""
     del shape, n
 
 
 def split(shape: Sequence[int], n: int) -> int | None:
-    """The largest axis of `shape` that divides by `n` devices, the last of equals; None if it is not worth it."""
+    """Returns the axis of `shape` to split over `n` devices: the largest divisible one, the last if several are equal.
+
+    Returns None, for replication, if no axis is divisible or the array has fewer than `SMALL` elements.
+    """
     axes = [axis for axis, size in enumerate(shape) if size % n == 0]
     return max(axes, key=lambda axis: (shape[axis], axis)) if axes and np.prod(shape) >= SMALL else None
 
 
-# The first match on a path decides. Moments, momentum, EMA and SM3's accumulators end in the path of their parameter.
+# The first match on a path applies. Moments, momentum, EMA and SM3's accumulators end in the path of their parameter.
 RULES: tuple[tuple[str, Callable], ...] = (
     (r"(^|\.)(bias|scale|mix_factor|class_embedding)$", replicated),  # vectors and scalars
     (r"(^|\.)(kernel|embedding)$", split),  # linear maps, convolutions, position tables
     (r"(^|\.)(step|count)$", replicated),
 )
-ACCUMULATOR = re.compile(r"((?:^|.*\.)accumulators\..*)\.(\d+)$")  # of an axis of a parameter
+ACCUMULATOR = re.compile(r"((?:^|.*\.)accumulators\..*)\.(\d+)$")  # path of a parameter, number of its axis
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, spatial: int = 1, devices=None) -> jax.sharding.Mesh:
-    """Mesh over `devices` (all by default) with the axes of `AXES`; `data=-1` takes what the others leave.
+    """Returns a mesh with the axes `AXES`.
+
+    Args:
+      data, fsdp, spatial: sizes of the axes; `data=-1` takes all devices that the other two leave.
+      devices: the devices; default: all.
 
     Raises:
       UserError: if the sizes do not multiply to the number of devices.
@@ -57,28 +64,28 @@ def make_mesh(data: int = -1, fsdp: int = 1, spatial: int = 1, devices=None) -> 
 
 
 def first_devices(sizes: tuple[int, ...] | None) -> jax.sharding.Mesh | None:
-    """Mesh of these `sizes` (data, fsdp[, spatial]) over as many devices, the first there are; None for None."""
-    return sizes and make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    """Returns a mesh of `sizes` (data, fsdp[, spatial]) over the first devices, as many as it needs; None for None."""
+    return None if sizes is None else make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
 
 
 def param_shardings(mesh: jax.sharding.Mesh, abstract):
-    """Tree of shardings for parameters, optimiser state and EMA (arrays or shapes), by `RULES`.
+    """Returns shardings by `RULES` for a tree of parameters, optimizer state and EMA (arrays or shapes).
 
     Accumulator r of SM3, `[n_r]`, is placed like axis r of its parameter.
 
     Raises:
-      ValueError: naming the paths that no rule covers.
+      ValueError: if no rule covers some path; lists all such paths.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    whole: dict[str, dict[int, int]] = {}  # sizes of the axes of the parameter behind a path
-    parts = []  # (parameter's path, its axes that an array has)
+    whole: dict[str, dict[int, int]] = {}  # {parameter's path: {axis: size}}
+    parts = []  # of each array: its parameter's path, and which of the parameter's axes it has
     for path, (_, leaf) in zip(paths, leaves, strict=True):
         found = ACCUMULATOR.match(path)
         parts.append((found[1], (int(found[2]),)[: leaf.ndim]) if found else (path, range(leaf.ndim)))
         whole.setdefault(parts[-1][0], {}).update(zip(parts[-1][1], leaf.shape, strict=True))
-    rules = {path: _rule(path) for path in whole}
-    if uncovered := sorted(path for path, rule in rules.items() if rule is None):
+    rules = {path: rule for path in whole if (rule := _rule(path))}
+    if uncovered := sorted(whole.keys() - rules.keys()):
         raise ValueError("no rule of sharding.RULES covers " + ", ".join(uncovered))
     n, shared = mesh.shape["fsdp"], {}
     for path, sizes in whole.items():
@@ -93,12 +100,12 @@ def _rule(path: str) -> Callable | None:
 
 
 def with_shardings(abstract, shardings):
-    """`abstract` shapes that say where they are wanted, as restoring takes them."""
+    """Attaches shardings to abstract arrays, as restoring expects."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
 def on_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
-    """`function`, called with `mesh` as the mesh in use: networks place their weights and activations on it."""
+    """Returns `function` with `mesh` as the current mesh of its calls, where networks place weights and activations."""
 
     def call(*args, **kw):
         with jax.set_mesh(mesh):
@@ -108,22 +115,22 @@ def on_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Samples over `data` and `fsdp`."""
+    """Returns the sharding of a batch: samples over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
 
 
 def replicated_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """Returns the sharding of an array that is whole on every device."""
     return NamedSharding(mesh, P())
 
 
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int, accumulation_steps: int = 1) -> np.ndarray:
-    """The rows of a global batch that the devices of this process need, ascending.
+    """Returns the ascending rows of a global batch that the devices of this process need.
 
-    Processes whose devices share samples along `spatial` get the same rows.
+    Processes whose devices share samples along `spatial` have the same rows.
 
     Raises:
-      UserError: if a micro-batch cannot be shared evenly.
+      UserError: if the micro-batches do not divide evenly over `data` and `fsdp`.
     """
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (accumulation_steps * shares):
@@ -136,7 +143,7 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int, accumulation_steps: int
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: dict) -> dict:
-    """The global batch of which this process holds the `local_rows` (numpy, `[rows, ...]`)."""
+    """Returns the global batch on `mesh`; `batch` has numpy arrays `[rows, ...]`, the `local_rows` of this process."""
     sharding = batch_sharding(mesh)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     held = len(local_rows(mesh, parts))

@@ -1,4 +1,4 @@
-"""Being asked to stop: by a scheduler (SIGTERM) or a person (Ctrl-C)."""
+"""Requests to stop, by a scheduler (SIGTERM) or a person (Ctrl-C)."""
 
 import signal
 import threading
@@ -8,11 +8,11 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Context in which SIGTERM and the first Ctrl-C are noted instead of obeyed; the second one is obeyed.
+    """Context in which the first SIGTERM or Ctrl-C is only recorded, for `asked`; the second takes effect at once.
 
-    With several processes SIGTERM is left to JAX's preemption service: it lets all of them stop after the same step,
-    whichever got the signal, and Ctrl-C keeps its usual meaning. Outside the main thread, where Python allows no
-    handlers, nothing is noted.
+    With several processes, JAX's preemption service handles SIGTERM: all of them stop after the same step, whichever
+    received the signal, and Ctrl-C has its usual effect. Outside the main thread Python allows no signal handlers, so
+    nothing is recorded.
     """
 
     def __init__(self):
@@ -33,7 +33,7 @@ class StopRequest:
         self.__exit__()
 
     def asked(self, step: int) -> bool:
-        """Whether to save and stop now. To be called once after every step, by every process."""
+        """Returns whether to save and stop now; every process must call it once after every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.noted

@@ -1,4 +1,4 @@
-"""Versions of this package and of those that results depend on."""
+"""Versions of this package and of the packages on which results depend."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -6,7 +6,7 @@ from sfv_jax import __version__
 
 
 def package_versions(*names: str) -> dict[str, str]:
-    """`{package: version}` of sfv_jax and of the distributions `names`; "not installed" for one that is absent.
+    """Returns `{package: version}` of sfv_jax and of the distributions `names`; "not installed" for absent ones.
 
     The version of sfv_jax comes from its source, so a checkout that was never installed has one too.
     """
