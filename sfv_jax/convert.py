@@ -35,21 +35,12 @@ def define_flags() -> None:
     flags.DEFINE_string("base", None, "model folder with the VAE, CLIP tower and config, where --src is a UNet alone")
     flags.DEFINE_bool("allow_pickle", False, "read .bin and .ckpt files too, by torch, tensors only")
     flags.DEFINE_bool("export", False, "convert a model folder or a training run to other formats")
-    flags.DEFINE_enum(
-        "what",
-        "pipeline",
-        choices.EXPORTS,
-        "what --export writes: pipeline or UNet folder of diffusers, or one file for ComfyUI",
-    )
-    flags.DEFINE_string(
-        "max_shard_size", "10GB", "largest weight file that --export writes; larger ones are split into shards"
-    )
+    flags.DEFINE_enum("what", "pipeline", choices.EXPORTS, "output of --export: pipeline or UNet folder, or one file")
+    flags.DEFINE_string("max_shard_size", "10GB", "size above which --export splits a folder's weight files")
     flags.DEFINE_bool("fp16", False, "read the fp16 variant of diffusers files, or write it with --export")
     flags.DEFINE_bool("raw", False, "export the trained weights of a run instead of their moving average")
     flags.DEFINE_enum("dtype", "source", choices.STORED_DTYPES, "dtype of the model folder's weights")
-    flags.DEFINE_integer(
-        "num_frames", None, "frames per clip of a single file's UNet; default: from its header or name"
-    )
+    flags.DEFINE_integer("num_frames", None, "frames per clip of a single file's UNet; default: from header or name")
     flags.DEFINE_bool("overwrite", False, "replace an existing --dst")
 
 
@@ -58,9 +49,8 @@ def main() -> None:
     from sfv_jax.checkpoints.importer import import_model
 
     args = flags.FLAGS
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit("convert: stopped by SIGTERM")
-    )  # so that partial folders are removed
+    # An exception, so that partial folders are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("convert: stopped by SIGTERM"))
     variant = "fp16" if args.fp16 else None
     try:
         if args.export:
