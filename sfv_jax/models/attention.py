@@ -19,29 +19,28 @@ from sfv_jax.models.partitioning import flat, per_row, platform, promote, rows, 
 
 Array = jax.Array
 QUERY_BLOCK = 1024  # queries per step of the blocked kernel: 9 steps at 9216 tokens, scores of 5x1024x9216 per frame
-SPLASH_BLOCK = (
-    1024  # most queries and keys of one step of the TPU kernel: 1024 of 9216, 896 of 5376, 768 of 2304 tokens
-)
-FEW_TOKENS = 256  # up to them on CPU all heads at once: their scores lie in its caches anyway
-LANES = 128  # of a TPU: its kernel's blocks are multiples
-CUDNN_BATCH = 2**16 - 1  # above it cuDNN and other flash kernels fail or return wrong numbers
+# Largest block of queries and keys in the TPU kernel: it takes 1024 of 9216 tokens, 896 of 5376, 768 of 2304.
+SPLASH_BLOCK = 1024
+FEW_TOKENS = 256  # on CPU, up to this many tokens attend with all heads at once: the scores fit in cache
+LANES = 128  # of a TPU; the blocks of its kernel are multiples of this
+CUDNN_BATCH = 2**16 - 1  # largest safe batch: above it, cuDNN and other flash kernels fail or return wrong numbers
 
 
 def einsum_attention(q: Array, k: Array, v: Array) -> Array:
-    """softmax(q k^T / sqrt(d)) v with an fp32 softmax, the reference. All `[..., s, heads, d]`."""
+    """Computes softmax(q k^T / sqrt(d)) v with an fp32 softmax: the reference. All arrays `[..., s, heads, d]`."""
     scores = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
     weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1).astype(v.dtype)
     return jnp.einsum("...hqk,...khd->...qhd", weights, v)
 
 
 def even_blocks(queries: int, block: int) -> tuple[int, int]:
-    """(size, padding) of the fewest blocks of at most `block`: the last is not filled up with work for nothing."""
+    """Returns (size, padding) of the fewest equal blocks of at most `block` queries: equal ones waste least padding."""
     size = math.ceil(queries / math.ceil(queries / block))
     return size, -queries % size
 
 
 def blocked_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) -> Array:
-    """`einsum_attention` over blocks of queries, so that the full score matrix never exists. `[n, s, heads, d]`."""
+    """Computes `einsum_attention` by blocks of queries, so the full score matrix never exists. `[n, s, heads, d]`."""
     n, s, heads, d = q.shape
     size, pad = even_blocks(s, block)
     blocks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(n, -1, size, heads, d).swapaxes(0, 1)
@@ -50,10 +49,10 @@ def blocked_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) ->
 
 
 def looped_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) -> Array:
-    """`blocked_attention` of one frame and head at a time. `[n, s, heads, d]`.
+    """Computes `blocked_attention` for one frame and head at a time. `[n, s, heads, d]`.
 
-    Products of plain matrices, whose scores stay in the caches: on CPU XLA's batched products take twice the time, and
-    so do those of `blocked_attention` on one head, whose axes of one element are still a batch.
+    Its products are of plain matrices, and the scores stay in cache. On CPU, XLA's batched products take twice the
+    time, even with one head: axes of size 1 still make a batch.
     """
     frames, s, heads, d = q.shape
     size, pad = even_blocks(s, block)
@@ -73,10 +72,11 @@ def looped_attention(q: Array, k: Array, v: Array, block: int = QUERY_BLOCK) -> 
 
 
 def reduce_attention(q: Array, k: Array, v: Array) -> Array:
-    """Attention for few keys (frames) by multiply-and-reduce: no limit on the batch. `[..., t, heads, d]`.
+    """Computes attention over few keys (frames) by multiply-and-reduce, with no limit on the batch.
 
-    Flash kernels refuse or corrupt batches above `CUDNN_BATCH`, which pixels x videos reach; matrix units waste most
-    of a 14 x 14 product. In fp32 the products fuse into the reductions; on CPU they do not in the gradient.
+    Flash kernels reject or corrupt batches above `CUDNN_BATCH`, which pixels x videos exceed, and matrix units waste
+    most of a 14 x 14 product. In fp32 the products fuse into the reductions, except in the gradient on CPU.
+    All arrays are `[..., t, heads, d]`.
     """
     q, k, values = (jnp.expand_dims(fp32(x), axis) for x, axis in ((q, -3), (k, -4), (v, -4)))
     weights = jax.nn.softmax(jnp.sum(q * k, axis=-1) / math.sqrt(q.shape[-1]), axis=-2)
@@ -84,13 +84,13 @@ def reduce_attention(q: Array, k: Array, v: Array) -> Array:
 
 
 def splash_attention(q: Array, k: Array, v: Array, block: int = SPLASH_BLOCK) -> Array:
-    """Flash attention by jax's Pallas kernel for TPU ("splash"); interpreted, slowly, on CPU. `[n, s, heads, d]`.
+    """Computes flash attention with JAX's Pallas kernel for TPU ("splash"); on CPU, slowly, by interpreting it.
 
-    Blocks are the largest multiples of 128 up to `block` that divide the tokens. Keys come in multiples of 128;
-    queries, of which a device may hold few, are padded.
+    Blocks are the largest multiples of 128 up to `block` that divide the number of tokens. The number of keys must be a
+    multiple of 128; queries, of which a device may hold few, are padded. All arrays are `[n, s, heads, d]`.
 
     Raises:
-      UserError: for a number of keys that 128 does not divide.
+      UserError: if the number of keys is not a multiple of 128.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -113,17 +113,19 @@ def splash_attention(q: Array, k: Array, v: Array, block: int = SPLASH_BLOCK) ->
         mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=platform() == "cpu"
     )
     out = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)))
+    # pyrefly: ignore[missing-attribute]  # a tuple only with save_residuals=True
     return out.swapaxes(1, 2)[:, :s].astype(v.dtype)
 
 
 def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
-    """Self-attention over `[n, s, heads, d]`, or over the frames of `[b, s, t, heads, d]` ("einsum" and "reduce").
+    """Computes self-attention over tokens `[n, s, heads, d]`, or over the frames t of `[b, s, t, heads, d]`.
 
     Args:
       kernel: "einsum", "blocked", "looped" (CPU), "reduce", "cudnn" (GPU, fp16/bf16), "splash" (TPU) or "auto", see
-        `choose_kernel`.
+        `choose_kernel`. Frames need "einsum", "reduce" or "auto".
+
     Raises:
-      UserError: for an unknown kernel name, or where the kernel named is known to fail.
+      UserError: if the kernel is unknown, or known to fail on these arrays.
     """
     kernel = choose_kernel(q) if kernel == "auto" else kernel
     if kernel == "reduce":
@@ -134,7 +136,7 @@ def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
         if q.shape[0] > CUDNN_BATCH:
             raise UserError(f"attention kernel 'cudnn': a batch of {q.shape[0]} exceeds {CUDNN_BATCH}; choose auto")
         return per_row(partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v)
-    alone = {"splash": splash_attention, "looped": looped_attention}  # XLA cannot share them out
+    alone = {"splash": splash_attention, "looped": looped_attention}  # XLA cannot partition these
     kernels = {"einsum": einsum_attention, "blocked": blocked_attention} | alone
     if kernel not in kernels:
         raise UserError(f"attention kernel {kernel!r}: choose auto, cudnn, reduce or one of {sorted(kernels)}")
@@ -142,11 +144,12 @@ def attention(q: Array, k: Array, v: Array, kernel: str = "auto") -> Array:
 
 
 def choose_kernel(q: Array) -> str:
-    """The kernel for spatial attention of `q [n, s, heads, d]`: a flash kernel where one is legal, never all scores.
+    """Returns the name of the attention kernel for queries `q`: a flash kernel where one is legal.
 
-    fp16 and bf16 heads of 64 or so: cuDNN on GPU, on TPU splash if the tokens are a multiple of 128. On CPU a loop over
-    frames and heads above `FEW_TOKENS`. Else plain einsum up to `QUERY_BLOCK` tokens and blocked above. Over the few
-    frames of `[b, s, t, heads, d]`: einsum on CPU, else reduce.
+    Spatial attention, `q [n, s, heads, d]`: for fp16 and bf16 heads of about 64 channels, "cudnn" on GPU, and "splash"
+    on TPU if the number of tokens is a multiple of 128; on CPU above `FEW_TOKENS`, "looped"; otherwise "einsum" up to
+    `QUERY_BLOCK` tokens and "blocked" above, so that large score matrices never exist. Attention over frames,
+    `q [b, s, t, heads, d]`: "einsum" on CPU, elsewhere "reduce".
     """
     if q.ndim == 5:
         return "einsum" if platform() == "cpu" else "reduce"
@@ -162,17 +165,17 @@ def choose_kernel(q: Array) -> str:
 
 
 class Identity(nnx.Module):
-    """Holds the place of diffusers' Dropout in `net`, so that indices match."""
+    """Placeholder for diffusers' Dropout in `net`, so that indices match."""
 
     def __call__(self, x: Array) -> Array:
         return x
 
 
 class Attention(nnx.Module):
-    """Multi-head attention (diffusers Attention). Self-attention, or one-key cross-attention through `context`.
+    """Multi-head attention (diffusers Attention): self-attention, or cross-attention to a single key by `cross`.
 
-    SVD's context is a single CLIP token, so softmax over it is one and the layer is `to_out(to_v(context))`;
-    `to_q` and `to_k` are kept for the round trip and receive no gradient.
+    SVD's context is a single CLIP token, so the softmax over it is 1 and the layer equals `to_out(to_v(context))`;
+    `to_q` and `to_k` are kept so that conversion loses nothing, and receive no gradient.
     """
 
     def __init__(self, channels: int, heads: int, *, context_dim=None, qkv_bias=False, kernel="auto", **kw):
@@ -183,7 +186,7 @@ class Attention(nnx.Module):
         self.heads, self.kernel = heads, kernel
 
     def __call__(self, x: Array) -> Array:
-        """`x [n, s, c] -> [n, s, c]`, or over frames `[b, s, t, c] -> [b, s, t, c]`."""
+        """Returns self-attention over the tokens of `x [n, s, c]` or the frames of `x [b, s, t, c]`, in its shape."""
         q, k, v = (
             rearrange(project(x), "... s (heads d) -> ... s heads d", heads=self.heads)
             for project in (self.to_q, self.to_k, self.to_v)
@@ -191,12 +194,12 @@ class Attention(nnx.Module):
         return self.to_out[0](rearrange(attention(q, k, v, self.kernel), "... s heads d -> ... s (heads d)"))
 
     def cross(self, context: Array) -> Array:
-        """`context [b, d] -> [b, c]`: cross-attention of any query to that single token."""
+        """Returns `[b, c]`: cross-attention of any query to the single token `context [b, d]`."""
         return self.to_out[0](self.to_v(context))
 
 
 class GEGLU(nnx.Module):
-    """value * gelu(gate), value first, exact (erf) GELU (diffusers GEGLU)."""
+    """Linear layer to (value, gate), then value * gelu(gate) with the exact (erf) GELU (diffusers GEGLU)."""
 
     def __init__(self, i: int, o: int, **kw):
         self.proj = Linear(i, 2 * o, **kw)
@@ -204,15 +207,16 @@ class GEGLU(nnx.Module):
     def __call__(self, x: Array) -> Array:
         if platform() != "cpu":  # split before `gated` casts: on TPU the product would be fp32 too
             return gated(*jnp.split(self.proj(x), 2, axis=-1))
-        # On CPU the kernel is split, so that the gradient need not join two arrays of this width; and XLA keeps four
-        # more of them for it. On TPU a second product and recomputing them cost copies.
+        # On CPU the kernel is split instead, so that the gradient does not join two arrays of this width, and the gate
+        # is recomputed, or XLA keeps four more such arrays for it. On TPU both would cost copies.
+        # pyrefly: ignore[unsupported-operation]  # the projection has a bias
         x, kernel, bias = promote((x, self.proj.kernel[...], self.proj.bias[...]), dtype=self.proj.dtype)
         halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)
         return jax.checkpoint(gated)(*(matmul(x, part) + shift for part, shift in halves))
 
 
 def gated(value: Array, gate: Array) -> Array:
-    """`value * gelu(gate)`, inside in fp32 as torch computes it."""
+    """Returns `value * gelu(gate)` in the dtype of `value`, computed in fp32 as torch does."""
     dtype = value.dtype
     value, gate = fp32(value), fp32(gate)
     return (value * (0.5 * gate * (1 + lax.erf(gate / math.sqrt(2))))).astype(dtype)
@@ -229,10 +233,10 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention, one-key cross-attention and feed-forward, pre-norm (diffusers BasicTransformerBlock).
+    """Self-attention, cross-attention to one key and feed-forward, pre-norm (diffusers BasicTransformerBlock).
 
-    `temporal=True` puts a residual feed-forward in front (TemporalBasicTransformerBlock). `norm2` belongs to the
-    queries that one key makes irrelevant; it is kept for the round trip.
+    `temporal=True` puts a residual feed-forward in front (TemporalBasicTransformerBlock). `norm2` normalizes the
+    queries of the cross-attention, which a single key makes irrelevant; it is kept so that conversion loses nothing.
     """
 
     def __init__(self, channels: int, heads: int, context_dim: int, *, temporal: bool, kernel: str, **kw):
@@ -248,7 +252,7 @@ class TransformerBlock(nnx.Module):
         self.temporal = temporal
 
     def __call__(self, x: Array, context: Array) -> Array:
-        """`x [b, t, s, c]`, `context [b, d]`; attends over s, or over t when temporal. Returns `[b, t, s, c]`."""
+        """Returns `[b, t, s, c]` from `x [b, t, s, c]` and `context [b, d]`; attends over s, or over t if temporal."""
         b = x.shape[0]
         if self.temporal:
             x = self.ff_in(self.norm_in(x)) + x
@@ -262,7 +266,7 @@ class TransformerBlock(nnx.Module):
 
 
 class TransformerSpatioTemporal(nnx.Module):
-    """Spatial block, frame embedding, temporal block, mixed (diffusers TransformerSpatioTemporalModel)."""
+    """Spatial block, then frame embedding and temporal block, mixed (diffusers TransformerSpatioTemporalModel)."""
 
     def __init__(self, channels: int, heads: int, context_dim: int, *, groups: int, kernel: str, remat: bool, **kw):
         block = partial(TransformerBlock, channels, heads, context_dim, **kw)
@@ -276,7 +280,7 @@ class TransformerSpatioTemporal(nnx.Module):
         self.remat = remat
 
     def __call__(self, x: Array, context: Array) -> Array:
-        """`x [b, t, h, w, c]`, `context [b, d]` -> `[b, t, h, w, c]`."""
+        """Returns `[b, t, h, w, c]` from `x [b, t, h, w, c]` and `context [b, d]`."""
         _, t, height, width, c = x.shape
 
         def spatial(x: Array) -> Array:

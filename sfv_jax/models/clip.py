@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from sfv_jax.models.attention import einsum_attention
 from sfv_jax.models.layers import Conv2d, LayerNorm, Linear
 
 Array = jax.Array
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's preprocessor_config.json
+# From CLIP's preprocessor_config.json.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -31,13 +33,13 @@ class CLIPConfig:
 
     @classmethod
     def svd(cls, **changes) -> "CLIPConfig":
-        """ViT-H/14 as in SVD and SVD-XT: 632,076,800 parameters."""
+        """Returns ViT-H/14 as in SVD and SVD-XT: 632,076,800 parameters."""
         return cls(**changes)
 
     @classmethod
     def tiny(cls, **changes) -> "CLIPConfig":
-        """Two narrow layers on 28-pixel patches, for tests on CPU."""
-        sizes = dict(
+        """Returns two narrow layers on 28-pixel patches, for tests on CPU."""
+        sizes: dict[str, Any] = dict(
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
@@ -49,6 +51,8 @@ class CLIPConfig:
 
 
 class SelfAttention(nnx.Module):
+    """Multi-head self-attention over tokens `[n, s, c]` (transformers CLIPAttention)."""
+
     def __init__(self, config: CLIPConfig, **kw):
         d = config.hidden_size
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(d, d, **kw) for _ in range(4))
@@ -63,6 +67,8 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """Linear, exact GELU, Linear (transformers CLIPMLP)."""
+
     def __init__(self, config: CLIPConfig, **kw):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, **kw)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, **kw)
@@ -72,6 +78,8 @@ class MLP(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
+    """Pre-norm self-attention and MLP, each with a residual (transformers CLIPEncoderLayer)."""
+
     def __init__(self, config: CLIPConfig, **kw):
         self.layer_norm1 = LayerNorm(config.hidden_size, **kw)
         self.self_attn = SelfAttention(config, **kw)
@@ -84,6 +92,8 @@ class EncoderLayer(nnx.Module):
 
 
 class Embeddings(nnx.Module):
+    """Tokens `[b, 1 + patches, c]` of images `[b, h, w, 3]`, class token first (transformers CLIPVisionEmbeddings)."""
+
     def __init__(self, config: CLIPConfig, *, dtype, param_dtype, rngs):
         d, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
         kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -99,6 +109,8 @@ class Embeddings(nnx.Module):
 
 
 class Layers(nnx.Module):
+    """Stack of encoder layers (transformers CLIPEncoder)."""
+
     def __init__(self, config: CLIPConfig, **kw):
         self.layers = nnx.List(EncoderLayer(config, **kw) for _ in range(config.num_hidden_layers))
 
@@ -122,7 +134,7 @@ class VisionTransformer(nnx.Module):
 
 
 class CLIPVision(nnx.Module):
-    """Image embedding `[b, projection_dim]`, not L2-normalised, of preprocessed images `[b, 224, 224, 3]`."""
+    """Image embedding `[b, projection_dim]`, not L2-normalized, of preprocessed images `[b, 224, 224, 3]`."""
 
     def __init__(self, config: CLIPConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -136,10 +148,10 @@ class CLIPVision(nnx.Module):
 
 @lru_cache(maxsize=16)
 def resize_matrix(n: int, m: int = 224) -> np.ndarray:
-    """`[m, n]` float32: one axis of diffusers' `_resize_with_antialiasing`, from n to m pixels.
+    """Returns the matrix `[m, n]`, float32, that resizes one axis from n to m pixels as diffusers does.
 
-    A Gaussian blur with reflected borders whose width follows the scale, then bicubic interpolation (a = -0.75) with
-    align_corners. `jax.image.resize` has no mode that agrees with it.
+    It equals `_resize_with_antialiasing`: a Gaussian blur with reflected borders whose width follows the scale, then
+    bicubic interpolation (a = -0.75) with align_corners. No mode of `jax.image.resize` agrees with it.
     """
     sigma = max((n / m - 1.0) / 2.0, 0.001)
     taps = int(max(4.0 * sigma, 3.0))
@@ -148,7 +160,7 @@ def resize_matrix(n: int, m: int = 224) -> np.ndarray:
     weights = np.exp(-(offsets**2) / (2.0 * sigma**2))
     blur = np.zeros((n, n))
     for offset, weight in zip(offsets, weights / weights.sum(), strict=True):
-        source = np.abs(np.arange(n) + offset)  # reflection that does not repeat the border pixel
+        source = np.abs(np.arange(n) + offset)  # reflection without repeating the border pixel
         source = (n - 1) - np.abs((n - 1) - source)
         np.add.at(blur, (np.arange(n), source), weight)
 
@@ -164,10 +176,10 @@ def resize_matrix(n: int, m: int = 224) -> np.ndarray:
 
 
 def preprocess(images: Array, size: int = 224) -> Array:
-    """CLIP input `[b, size, size, 3]` of `images [b, h, w, 3]` in [0, 1], as StableVideoDiffusionPipeline does it.
+    """Returns CLIP's input `[b, size, size, 3]` from `images [b, h, w, 3]` in [0, 1] (StableVideoDiffusionPipeline).
 
     The aspect ratio is not kept, nothing is cropped, and overshoots of the resize are not clipped. The resize is linear
-    and keeps constants, so doing it on [0, 1] equals the reference's detour over [-1, 1].
+    and preserves constants, so resizing in [0, 1] equals the reference's detour through [-1, 1].
     """
     rows, cols = resize_matrix(images.shape[1], size), resize_matrix(images.shape[2], size)
     resized = jnp.einsum("mh,bhwc,nw->bmnc", rows, images.astype(jnp.float32), cols, precision="highest")

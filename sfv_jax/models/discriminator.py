@@ -1,11 +1,12 @@
 """SF-V's discriminator heads (paper Fig. 3; head design after StyleGAN-T / Projected GAN).
 
-The discriminator is `UNet(..., encoder_only=True)`, frozen, followed by `DiscriminatorHeads` on its features: per level
-one spatial head (every frame by itself) and one temporal head (every position along time). Only heads are trained.
+The discriminator is `UNet(..., encoder_only=True)`, frozen, followed by `DiscriminatorHeads` on its features: at each
+level one spatial head (each frame separately) and one temporal head (each position along time). Only heads are trained.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,14 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Sizes of the heads. Kernels, width of the projection and norm are not printed in the paper.
+    """Sizes of the heads. The paper does not state the kernels, the width of the projection and the norm.
 
-    With spatial kernel 3 and temporal kernel 9 the eight heads of SVD hold about 77 M parameters. The norm is GroupNorm
+    With spatial kernel 3 and temporal kernel 9 the eight heads of SVD have about 77 M parameters. The norm is GroupNorm
     within the sample, so that logits depend neither on the batch nor on the device mesh (StyleGAN-T uses statistics of
-    virtual batches). `spatial` / `temporal` switch the two kinds off for the ablation of Table 2.
+    virtual batches). `spatial` and `temporal` switch the two kinds of heads on; Table 2 is the ablation.
+
+    Raises:
+      UserError: if both kinds are off, or a kernel is even.
     """
 
     feature_channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -49,8 +53,8 @@ class DiscriminatorConfig:
 
     @classmethod
     def for_unet(cls, unet: UNetConfig, **changes) -> "DiscriminatorConfig":
-        """Heads that fit the encoder of `unet`."""
-        sizes = dict(
+        """Returns heads that fit the encoder of `unet`."""
+        sizes: dict[str, Any] = dict(
             feature_channels=unet.block_out_channels,
             embed_dim=unet.cross_attention_dim,
             norm_groups=unet.norm_groups,
@@ -60,19 +64,19 @@ class DiscriminatorConfig:
 
     @classmethod
     def svd(cls, **changes) -> "DiscriminatorConfig":
-        """Heads on SVD's (and SVD-XT's) encoder."""
+        """Returns heads for SVD's (and SVD-XT's) encoder."""
         return cls.for_unet(UNetConfig.svd(), **changes)
 
     svd_xt = svd
 
     @classmethod
     def tiny(cls, **changes) -> "DiscriminatorConfig":
-        """Heads on the tiny encoder."""
+        """Returns heads for the tiny encoder."""
         return cls.for_unet(UNetConfig.tiny(), **dict(projection_dim=16, sinusoid_dim=32, temporal_kernel=5) | changes)
 
 
 class Projection(nnx.Module):
-    """Affine map of the condition C: image embedding, noise level and frame index, to one vector per frame."""
+    """Affine map from the condition C (image embedding, noise level, frame index) to one vector per frame."""
 
     def __init__(self, config: DiscriminatorConfig, **kw):
         self.image = Linear(config.embed_dim, config.projection_dim, **kw)
@@ -81,7 +85,7 @@ class Projection(nnx.Module):
         self.dim = config.sinusoid_dim
 
     def __call__(self, image_embed: Array, c_noise: Array, num_frames: int) -> Array:
-        """`image_embed [b, d]`, `c_noise [b]` -> `[b, t, projection_dim]`."""
+        """Returns `[b, t, projection_dim]` from `image_embed [b, d]` and `c_noise [b]`."""
         sample = self.image(image_embed) + self.noise(sinusoidal_embedding(c_noise, self.dim))
         frame = self.frame(sinusoidal_embedding(jnp.arange(num_frames), self.dim))
         return sample[:, None] + frame
@@ -90,7 +94,7 @@ class Projection(nnx.Module):
 class Head(nnx.Module):
     """Conv, residual block, conv, inner product with the projected condition: `[b, t, h, w, c] -> [b, t, h, w]`.
 
-    `temporal` heads convolve along time and normalise jointly over it; spatial heads see one frame at a time.
+    `temporal` heads convolve along time and normalize over all frames; spatial heads process one frame at a time.
     """
 
     def __init__(self, config: DiscriminatorConfig, channels: int, *, temporal: bool, **kw):
@@ -117,7 +121,7 @@ class Head(nnx.Module):
 
 
 class DiscriminatorHeads(nnx.Module):
-    """All heads. Logit maps are fp32, one per head, named as `head_names`."""
+    """All heads; each returns one fp32 logit map, in the order of `head_names`."""
 
     def __init__(self, config: DiscriminatorConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -128,23 +132,23 @@ class DiscriminatorHeads(nnx.Module):
         self.config, self.kinds = config, kinds
 
     def __call__(self, features: list[Array], image_embed: Array, c_noise: Array) -> list[Array]:
-        """Logit maps `[b, t, h_n, w_n]`, spatial heads first.
+        """Returns logit maps `[b, t, h_n, w_n]`, spatial heads first.
 
         Args:
-          features: `[b, t, h_n, w_n, c_n]` per head: `UNet.encode` gives them per level, `per_head` repeats them.
+          features: `[b, t, h_n, w_n, c_n]` per head: the levels that `UNet.encode` returns, repeated by `per_head`.
           image_embed: `[b, d]`, the CLIP embedding of the condition image.
-          c_noise: `[b]`, 0.25 ln sigma' of the re-noised latents the features were computed from.
+          c_noise: `[b]`, 0.25 ln sigma' of the re-noised latents from which the features were computed.
         """
         heads = [head for kind in self.kinds for head in getattr(self, kind)]
         return [head(x, image_embed, c_noise) for head, x in zip(heads, features, strict=True)]
 
 
 def per_head(config: DiscriminatorConfig, features: list[Array]) -> list[Array]:
-    """The features of each level, once for every kind of head on it."""
+    """Returns the features of all levels, repeated for each kind of head: one entry per head."""
     return features * (config.spatial + config.temporal)
 
 
 def head_names(config: DiscriminatorConfig) -> list[str]:
-    """`["spatial_0", ..., "temporal_3"]` in the order of the logits."""
+    """Returns `["spatial_0", ..., "temporal_3"]`, in the order of the logit maps."""
     kinds = [kind for kind in ("spatial", "temporal") if getattr(config, kind)]
     return [f"{kind}_{n}" for kind in kinds for n in range(len(config.feature_channels))]

@@ -1,7 +1,7 @@
 """I3D, the inflated Inception network trained on Kinetics-400 (arXiv 1705.07750), whose logits are FVD's features.
 
 Module names are those of the common PyTorch port (`InceptionI3d`): `Mixed_3b.b1a.conv3d`, `logits.conv3d`. Convolutions
-and pools pad as TensorFlow's SAME does. Batch statistics are the stored ones.
+and pools pad like TensorFlow's SAME. Batch norm uses the stored statistics.
 """
 
 from dataclasses import dataclass
@@ -34,19 +34,19 @@ _POOLS = {
     "Mixed_4b": ((3, 3, 3), (2, 2, 2)),
     "Mixed_5b": ((2, 2, 2), (2, 2, 2)),
 }
-MIN_FRAMES = 9  # fewer leave less than the two time steps the last pool takes
+MIN_FRAMES = 9  # with fewer, less than the two time steps of the last pool are left
 
 
 @dataclass(frozen=True)
 class I3DConfig:
-    """`batch_norm_eps` tells the ports apart: 1e-3 as in TensorFlow, 1e-5 where a port kept PyTorch's default."""
+    """Sizes of I3D. `batch_norm_eps` is 1e-3 in TensorFlow, and 1e-5 in ports that kept PyTorch's default."""
 
     num_classes: int = 400
     batch_norm_eps: float = 1e-3
 
 
 class Conv3d(nnx.Module):
-    """Kernel `[t, h, w, i, o]`, SAME padding; a bias only without batch norm."""
+    """Convolution with a kernel `[t, h, w, i, o]` and SAME padding; it has a bias only without batch norm."""
 
     def __init__(self, i: int, o: int, kernel: tuple[int, int, int], *, stride=1, use_bias=False, rngs):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (*kernel, i, o)))
@@ -55,7 +55,7 @@ class Conv3d(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         layout = ("NDHWC", "DHWIO", "NDHWC")
-        # TPUs would multiply in bfloat16 and GPUs in TF32 by default.
+        # By default TPUs would multiply in bfloat16 and GPUs in TF32.
         y = lax.conv_general_dilated(
             x, self.kernel[...], self.stride, "SAME", dimension_numbers=layout, precision="highest"
         )
@@ -63,6 +63,8 @@ class Conv3d(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
+    """Batch norm over `[b, t, h, w, c]` with stored statistics."""
+
     def __init__(self, channels: int, eps: float):
         self.scale, self.bias = nnx.Param(jnp.ones((channels,))), nnx.Param(jnp.zeros((channels,)))
         self.mean, self.var = nnx.Param(jnp.zeros((channels,))), nnx.Param(jnp.ones((channels,)))
@@ -85,7 +87,7 @@ class Unit(nnx.Module):
 
 
 class Mixed(nnx.Module):
-    """Four parallel branches, concatenated on channels."""
+    """Four parallel branches, concatenated along channels."""
 
     def __init__(self, i: int, widths: tuple[int, ...], **kw):
         b0, b1a, b1b, b2a, b2b, b3b = widths
@@ -105,6 +107,8 @@ class Mixed(nnx.Module):
 
 
 class Logits(nnx.Module):
+    """1x1x1 convolution to class logits."""
+
     def __init__(self, i: int, classes: int, *, rngs):
         self.conv3d = Conv3d(i, classes, (1, 1, 1), use_bias=True, rngs=rngs)
 
@@ -113,10 +117,10 @@ class Logits(nnx.Module):
 
 
 class I3D(nnx.Module):
-    """`frames [b, t, 224, 224, 3]` in [-1, 1] to logits `[b, num_classes]`, averaged over time; t >= 9."""
+    """Network from `frames [b, t, 224, 224, 3]` in [-1, 1] to logits `[b, num_classes]`, averaged over time; t >= 9."""
 
     def __init__(self, config: I3DConfig, *, rngs, dtype=None, param_dtype=None):
-        del dtype, param_dtype  # fp32 always, in products too: a metric has one precision
+        del dtype, param_dtype  # always fp32, products included: a metric has one precision
         kw = dict(eps=config.batch_norm_eps, rngs=rngs)
         self.Conv3d_1a_7x7 = Unit(3, 64, 7, stride=2, **kw)
         self.Conv3d_2b_1x1 = Unit(64, 64, 1, **kw)
@@ -145,10 +149,11 @@ def _max_pool(x: Array, window: tuple[int, int, int], stride: tuple[int, int, in
 
 
 def preprocess(frames: Array, size: int = 224, antialias: bool = False) -> Array:
-    """uint8 `[b, t, h, w, 3]` to fp32 `[b, t, size, size, 3]` in [-1, 1].
+    """Returns fp32 `[b, t, size, size, 3]` in [-1, 1] from uint8 `frames [b, t, h, w, 3]`.
 
-    Bilinear, half-pixel centres, aspect ratio not kept. Without `antialias` it equals torch's `interpolate(...,
-    align_corners=False)`, which the common FVD code uses; the choice moves scores, so it belongs to the metric.
+    The resize is bilinear with half-pixel centers and does not keep the aspect ratio. Without `antialias` it equals
+    torch's `interpolate(..., align_corners=False)`, which the common FVD code uses; the choice changes scores, so it
+    is part of the metric.
     """
     b, t, _, _, c = frames.shape
     x = jnp.asarray(frames).astype(jnp.float32)

@@ -1,8 +1,8 @@
 """Building blocks shared by the UNet, the VAE and the discriminator.
 
-Shapes are channels last, `[b, t, h, w, c]`. Attribute names are those of diffusers, so that a parameter path *is* a
-diffusers key up to the leaf (`kernel`/`scale`/`embedding` against `weight`). Every layer takes `dtype` (compute) and
-`param_dtype` (storage); normalisation statistics, sinusoids and mixing factors are fp32 whatever `dtype` is.
+Shapes are channels last, `[b, t, h, w, c]`. Attribute names are those of diffusers, so that a parameter path equals a
+diffusers key up to the leaf (`kernel`/`scale`/`embedding` instead of `weight`). Every layer takes `dtype` (compute) and
+`param_dtype` (storage); normalization statistics, sinusoids and mixing factors are fp32 whatever `dtype` is.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ kernel_init = nnx.initializers.lecun_normal()
 
 
 def matmul(x: Array, kernel: Array, *_, **settings) -> Array:
-    """`x [..., i] @ kernel [i, o]`, with the `settings` of lax.dot_general; Linear takes it for its `dot_general`.
+    """Computes `x [..., i] @ kernel [i, o]`; Linear calls it in place of lax.dot_general, with its `settings`.
 
-    On CPU without a mesh of several devices a product of two matrices: where rows have more axes than one, XLA makes
-    transposed copies of the activations for the gradient of the kernel. On a mesh those axes may be in parts.
+    On CPU, unless several devices share the axes of `x`, these axes are merged into one: with more than one, XLA makes
+    transposed copies of the activations for the gradient of the kernel.
     """
     matrix = platform() == "cpu" and axis_size(*BATCH, "spatial") == 1
     lhs = x.reshape(-1, x.shape[-1]) if matrix else x
@@ -36,23 +36,23 @@ def matmul(x: Array, kernel: Array, *_, **settings) -> Array:
 
 
 Linear = partial(nnx.Linear, promote_dtype=promote, dot_general=matmul)
-# Flax defaults (fast variance, eps 1e-6) match neither diffusers nor fp32 accuracy: two passes, and eps always named.
+# Flax's defaults (fast variance, eps 1e-6) match neither diffusers nor fp32 accuracy, so both are always given.
 LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
 def fp32(x: Array) -> Array:
-    """`x` in fp32 at least."""
+    """Returns `x` in fp32, or unchanged if its dtype is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class GroupNorm(nnx.Module):
-    """GroupNorm over all axes but the first and the channel, fp32 two-pass statistics (torch.nn.GroupNorm).
+    """GroupNorm with two-pass statistics in fp32 (torch.nn.GroupNorm).
 
-    `x [b, t, h, w, c]` is normalised per sample, jointly over t, h, w; with `per_frame=True` per frame.
+    `x [b, t, h, w, c]` is normalized per sample, jointly over t, h and w; with `per_frame=True`, per frame.
     """
 
     def __init__(self, channels: int, *, groups: int, eps: float, per_frame: bool, dtype, param_dtype, rngs):
-        del rngs  # deterministic initialisation; kept so that every layer is built alike
+        del rngs  # initialization is deterministic; accepted so that all layers are built in the same way
         if channels % groups:
             raise UserError(f"GroupNorm: {channels} channels do not divide into {groups} groups")
         self.scale = nnx.Param(jnp.ones((channels,), param_dtype))
@@ -63,9 +63,9 @@ class GroupNorm(nnx.Module):
         return self.normalise(x, *self.statistics(x))
 
     def statistics(self, x: Array) -> tuple[Array, Array]:
-        """Mean and variance of every channel's group, fp32 `[b, t, 1, 1, c]`; `[b, 1, 1, 1, c]` over all frames.
+        """Returns mean and variance of each channel's group, fp32 `[b, t, 1, 1, c]`, or `[b, 1, 1, 1, c]` over frames.
 
-        Channels are reduced by themselves and their results by groups: splitting the channel axis of `x` would move it
+        Each channel is reduced first, then the results within a group: splitting the channel axis of `x` would move it
         through memory on TPU.
         """
         axes = (2, 3) if self.per_frame else (1, 2, 3)
@@ -74,14 +74,14 @@ class GroupNorm(nnx.Module):
         return mean, self._over_groups(jnp.mean(jnp.square(y - mean), axes, keepdims=True))
 
     def normalise(self, x: Array, mean: Array, var: Array) -> Array:
-        """`x [b, t, h, w, c]` with these statistics, scaled and shifted, in the compute dtype."""
+        """Returns `x [b, t, h, w, c]` normalized with these statistics, scaled and shifted, in the compute dtype."""
         y = (fp32(x) - mean) * (lax.rsqrt(var + self.eps) * self.scale[...]) + self.bias[...]
         return y.astype(self.dtype)
 
     def _over_groups(self, x: Array) -> Array:
-        """The mean over its group for every channel of `x [b, t, 1, 1, c]`."""
+        """Returns `x [b, t, 1, 1, c]` with each channel replaced by the mean over its group."""
         n = x.shape[-1] // self.groups
-        if platform() == "tpu":  # two small products; splitting the channel axis and joining it again are four copies
+        if platform() == "tpu":  # two small products; splitting and joining the channel axis would be four copies
             member = (jnp.arange(x.shape[-1])[:, None] // n == jnp.arange(self.groups)).astype(x.dtype)
             product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
             return product("...g,cg->...c", product("...c,cg->...g", x, member) / n, member)
@@ -90,10 +90,10 @@ class GroupNorm(nnx.Module):
 
 
 class Conv2d(nnx.Module):
-    """2-D convolution of every frame: `[..., h, w, i] -> [..., h', w', o]` (torch.nn.Conv2d).
+    """2-D convolution of each frame: `[..., h, w, i] -> [..., h', w', o]` (torch.nn.Conv2d).
 
-    `padding` is symmetric, as in torch; `((top, bottom), (left, right))` for anything else. JAX's "SAME" differs from
-    it at stride 2 and is never used.
+    An integer `padding` is symmetric, as in torch; any other padding is `((top, bottom), (left, right))`. JAX's "SAME"
+    differs at stride 2 and is never used.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Conv2d(nnx.Module):
         return y.reshape(*x.shape[:-3], *y.shape[1:])
 
     def _form(self, shape: tuple[int, ...]) -> Callable[[Array, Array], Array]:
-        """How to convolve frames of this shape `[n, h, w, i]`: on CPU, where it is faster, by matrix products."""
+        """Returns the convolution for frames of `shape [n, h, w, i]`: a matrix product on CPU where that is faster."""
         _, h, w, i = shape
         sizes = self.kernel.shape[:2], self.padding, self.stride
         if platform() == "cpu" and sizes == ((1, 1), ((0, 0), (0, 0)), (1, 1)):
@@ -121,21 +121,21 @@ class Conv2d(nnx.Module):
         return partial(conv2d, padding=self.padding, strides=self.stride)
 
     def biased(self, y: Array) -> Array:
-        """`y [..., o]` with the bias, if there is one."""
+        """Returns `y [..., o]` plus the bias, if there is one."""
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 def conv2d(x: Array, kernel: Array, padding, *, strides=(1, 1), lhs_dilation=(1, 1)) -> Array:
-    """`x [n, h, w, i]`, `kernel [k, l, i, o]` -> `[n, h', w', o]`."""
+    """Returns the convolution `[n, h', w', o]` of `x [n, h, w, i]` with `kernel [k, l, i, o]`."""
     return lax.conv_general_dilated(
         x, kernel, strides, padding, lhs_dilation=lhs_dilation, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
 def conv3x3_by_matmul(x: Array, kernel: Array) -> Array:
-    """`conv2d` of `x [n, h, w, i]` with one row and column of zeros around it, as one matrix product.
+    """Computes `conv2d` of `x [n, h, w, i]`, padded by one zero on each side, as one matrix product.
 
-    For few pixels and many channels, where XLA's convolution on CPU takes tens of times as long.
+    It serves few pixels with many channels on CPU, where XLA's convolution takes tens of times as long.
     """
     h, w = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -146,9 +146,12 @@ def conv3x3_by_matmul(x: Array, kernel: Array) -> Array:
 class TemporalConv(nnx.Module):
     """Convolution of odd length k along time, zero padded: `[b, t, h, w, i] -> [b, t, h, w, o]` (torch Conv3d, kx1x1).
 
-    `form="conv"` is one convolution, the right choice on accelerators: 3-D on TPU, on GPU 2-D over time and all pixels,
-    because XLA moves the channels first for a 3-D one there. `form="matmul"`, for CPU, adds up the shifted products of
-    every tap: about twice as fast as XLA's 3-D convolution, and nothing but `x` is held for the gradient.
+    `form="conv"` is one convolution, the right choice on accelerators: 3-D on TPU; on GPU 2-D over (time, pixels),
+    because there XLA moves the channels to the front for a 3-D one. `form="matmul"`, for CPU, sums the shifted products
+    of all taps: about twice as fast as XLA's 3-D convolution, and only `x` is kept for the gradient.
+
+    Raises:
+      UserError: if `form` is neither "conv" nor "matmul".
     """
 
     def __init__(self, i: int, o: int, kernel_size: int = 3, *, form: str = "conv", dtype, param_dtype, rngs):
@@ -176,14 +179,14 @@ class TemporalConv(nnx.Module):
 
 
 def sinusoidal_embedding(x: Array, dim: int) -> Array:
-    """Sinusoids `[..., dim]` of `x [...]`, fp32, cosines first (diffusers Timesteps, flip_sin_to_cos, shift 0)."""
+    """Returns fp32 sinusoids `[..., dim]` of `x [...]`, cosines first (diffusers Timesteps without frequency shift)."""
     frequencies = np.exp(-np.log(10000.0) * np.arange(dim // 2, dtype=np.float32) / (dim // 2)).astype(np.float32)
     angles = jnp.asarray(x, jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class TimestepEmbedding(nnx.Module):
-    """Linear, SiLU, Linear on a sinusoid (diffusers TimestepEmbedding)."""
+    """Linear, SiLU, Linear on sinusoids (diffusers TimestepEmbedding)."""
 
     def __init__(self, i: int, hidden: int, o: int | None = None, **kw):
         self.linear_1 = Linear(i, hidden, **kw)
@@ -194,10 +197,10 @@ class TimestepEmbedding(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Two normalised convolutions and a shortcut; `temporal` swaps 3x3 for 3x1x1 and per-frame norms for joint ones.
+    """Two normalized convolutions and a shortcut (diffusers ResnetBlock2D and TemporalResnetBlock).
 
-    References: diffusers ResnetBlock2D and TemporalResnetBlock. `emb [b, d]` is added between the convolutions when
-    `temb_channels` is given.
+    `temporal` replaces 3x3 convolutions by 3x1x1, and norms per frame by norms over all frames. `emb [b, d]` is added
+    between the convolutions if `temb_channels` is given.
     """
 
     def __init__(
@@ -215,6 +218,7 @@ class ResnetBlock(nnx.Module):
     def __call__(self, x: Array, emb: Array | None = None) -> Array:
         h = self.conv1(nnx.silu(self.norm1(x)))
         if self.time_emb_proj is not None:
+            # pyrefly: ignore[bad-argument-type]  # given wherever temb_channels is
             h = h + rearrange(self.time_emb_proj(nnx.silu(emb)), "b c -> b 1 1 1 c")
         h = self.conv2(nnx.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -223,7 +227,7 @@ class ResnetBlock(nnx.Module):
 class AlphaBlender(nnx.Module):
     """Learned mix of the spatial and the temporal branch (diffusers AlphaBlender).
 
-    a = sigmoid(mix_factor) weights the spatial branch in the UNet; `switch=True` (VAE decoder) gives it 1 - a.
+    The weight of the spatial branch is a = sigmoid(mix_factor) in the UNet, and 1 - a with `switch=True` (VAE decoder).
     """
 
     def __init__(self, alpha: float, *, switch: bool = False, dtype, param_dtype, rngs):
@@ -264,7 +268,7 @@ class SpatioTemporalResBlock(nnx.Module):
         return self.mix(self.spatial_res_block(x, emb), emb)
 
     def mix(self, spatial: Array, emb: Array | None = None) -> Array:
-        """The temporal resnet on the output of the spatial one, and their mixture."""
+        """Returns the mix of `spatial`, the spatial resnet's output, with the temporal resnet's output from it."""
         return rows(self.time_mixer(spatial, self.temporal_res_block(spatial, emb)))
 
 
@@ -283,13 +287,13 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest resize to twice the size, or to `size (h, w)`, then a 3x3 convolution (diffusers Upsample2D).
 
-    Twice the size is computed from the small frame with 4/9 of the products, see `doubled`.
+    Twice the size is computed on the small frame with 4/9 of the products, see `doubled`.
     """
 
     def __init__(self, channels: int, **kw):
         self.conv = Conv2d(channels, channels, 3, padding=1, **kw)
 
-    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
+    def __call__(self, x: Array, size: tuple[int, ...] | None = None) -> Array:
         h, w = x.shape[-3:-1]
         size = size or (2 * h, 2 * w)
         x = rows(x, size)
@@ -305,10 +309,16 @@ class Upsample(nnx.Module):
 
 
 def merged_taps(kernel: Array) -> Array:
-    """The kernel `[4, 4, i, o]` that does to spread pixels what `kernel [3, 3, i, o]` does to doubled ones.
+    """Returns the 4x4 kernel that on zero-interleaved input equals the 3x3 kernel on nearest-upsampled input.
 
-    Along an axis the three taps (a, b, c) become (a, a + b, b + c, c): two neighbours of a doubled axis are equal.
-    Summed in fp32 at least, so that rounding to the compute dtype comes once, after it.
+    Along an axis the taps (a, b, c) become (a, a + b, b + c, c), since pairs of neighbors in upsampled input are equal.
+    Taps are added in fp32, so that they are rounded to the compute dtype only once.
+
+    Args:
+      kernel: `[3, 3, i, o]`.
+
+    Returns:
+      `[4, 4, i, o]`, at least fp32.
     """
     kernel = fp32(kernel)
     for axis in (0, 1):
@@ -318,10 +328,11 @@ def merged_taps(kernel: Array) -> Array:
 
 
 def doubled(x: Array, kernel: Array) -> Array:
-    """Nearest resize of `x [n, h, w, i]` to `[n, 2h, 2w, i]` and a padded 3x3 convolution, by its `merged_taps`.
+    """Returns the padded 3x3 convolution of `x [n, h, w, i]` upsampled to `[n, 2h, 2w, i]` by nearest neighbor.
 
-    On TPU a transposed convolution, elsewhere one 2x2 convolution for each parity of row and column: GPUs run
-    dilated inputs at their full cost, and CPUs the gradient of them many times over.
+    `kernel [4, 4, i, o]` holds the `merged_taps`. The form is a transposed convolution on TPU, and elsewhere one 2x2
+    convolution for each parity of row and column: GPUs compute dilated inputs at full cost, and on CPU their gradient
+    takes many times as long.
     """
     if platform() == "tpu":
         return conv2d(x, kernel, ((2, 2), (2, 2)), lhs_dilation=(2, 2))
@@ -333,5 +344,5 @@ def doubled(x: Array, kernel: Array) -> Array:
 
 
 def remat(fn: Callable, enabled: bool) -> Callable:
-    """`fn`, recomputed in the backward pass when `enabled` (jax.checkpoint)."""
+    """Returns `fn`, recomputed in the backward pass if `enabled` (jax.checkpoint)."""
     return jax.checkpoint(fn) if enabled else fn

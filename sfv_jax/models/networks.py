@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,6 @@ from sfv_jax.models.discriminator import DiscriminatorConfig, DiscriminatorHeads
 from sfv_jax.models.unet import UNet, UNetConfig
 
 Params = tree.Params
-
-
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -22,21 +21,24 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 class Networks:
     """Generator, frozen backbone and heads as functions of their parameters, with abstract parameter trees.
 
-    `dtype` is the compute dtype of all three; parameters are cast where they are used, except those of the backbone,
-    which are kept in `dtype` (they are never updated).
+    `dtype` is the compute dtype of all three. Parameters are cast to it where they are used; those of the backbone,
+    which are never updated, are stored in it.
+
+    Raises:
+      UserError: if `dtype` is not one of `DTYPES`.
     """
 
     unet: UNetConfig
     discriminator: DiscriminatorConfig | None = None
     dtype: str = "float32"
     abstract: dict[str, Params] = field(init=False, compare=False)
-    graphs: dict[str, nnx.GraphDef] = field(init=False, compare=False)
+    graphs: dict[str, nnx.GraphDef[Any]] = field(init=False, compare=False)
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise UserError(f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         dtype = DTYPES[self.dtype]
-        built = {"generator": tree.abstract(UNet, self.unet, dtype=dtype)}
+        built: dict[str, tuple[nnx.GraphDef[Any], Params]] = {"generator": tree.abstract(UNet, self.unet, dtype=dtype)}
         if self.discriminator is not None:
             built["backbone"] = tree.abstract(UNet, self.unet, dtype=dtype, param_dtype=dtype, encoder_only=True)
             built["heads"] = tree.abstract(DiscriminatorHeads, self.discriminator, dtype=dtype)
@@ -44,26 +46,29 @@ class Networks:
         object.__setattr__(self, "abstract", {k: params for k, (_, params) in built.items()})
 
     def generator(self, params: Params) -> Callable:
-        """`(input, c_noise, context, ids) -> raw [b, t, h, w, c]`."""
+        """Returns the UNet as `(input, c_noise, context, ids) -> raw [b, t, h, w, c]`."""
         return tree.build(self.graphs["generator"], params)
 
     def encode(self, params: Params) -> Callable:
-        """`(input, c_noise, context, ids) -> features`, by the discriminator's backbone."""
+        """Returns the discriminator's backbone as `(input, c_noise, context, ids) -> features`."""
         return tree.build(self.graphs["backbone"], params).encode
 
     def heads(self, params: Params) -> Callable:
-        """`(features, image_embed, c_noise) -> logits`."""
+        """Returns the heads as `(features, image_embed, c_noise) -> logits`."""
         return tree.build(self.graphs["heads"], params)
 
     def backbone_params(self, unet_params: Params) -> Params:
-        """A copy of the encoder half of UNet parameters, in the backbone's dtype: training donates the generator's."""
+        """Returns the encoder half of UNet parameters in the backbone's dtype.
+
+        It is a copy, because training donates the generator's parameters.
+        """
         half = tree.subtree(unet_params, self.abstract["backbone"])
         return jax.tree.map(lambda x, like: jnp.array(x, like.dtype), half, self.abstract["backbone"])
 
     def init_generator(self, seed: int) -> Params:
-        """Fresh UNet parameters, fp32."""
+        """Returns fresh UNet parameters, fp32."""
         return tree.init(UNet, self.unet, seed, dtype=DTYPES[self.dtype])
 
     def init_heads(self, seed: int) -> Params:
-        """Fresh head parameters, fp32."""
+        """Returns fresh head parameters, fp32."""
         return tree.init(DiscriminatorHeads, self.discriminator, seed, dtype=DTYPES[self.dtype])

@@ -1,11 +1,12 @@
-"""Where weights and activations of a network live on the mesh in use (`jax.set_mesh`); without one, nothing happens.
+"""Placement of a network's weights and activations on the current mesh (`jax.set_mesh`); without a mesh, no effect.
 
-Mesh axes: `data` and `fsdp` share the batch, `fsdp` the stored weights, `spatial` the rows of every frame.
+Mesh axes: `data` and `fsdp` share the batch, `fsdp` the stored weights, `spatial` the rows (or columns) of each frame.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,39 +22,39 @@ BATCH = ("data", "fsdp")
 
 
 def axis_size(*names: str) -> int:
-    """Devices along mesh axes together; 1 without a mesh."""
+    """Returns the number of devices along the named mesh axes together; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape.get(name, 1) for name in names)
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh in use, which may belong to another machine; else of the default backend."""
+    """Returns "cpu", "gpu" or "tpu" of the current mesh (possibly another machine's), else of the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = device.platform if device else jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
 
 
 def gathered(weight: Array, dtype) -> Array:
-    """`weight` in the compute dtype, whole on every device, right before it is used.
+    """Returns `weight` in the compute dtype, whole on every device; called right before the weight is used.
 
-    Without this XLA may leave the weight in its parts and exchange activations instead, which is far more. Under remat
-    the backward pass gathers again.
+    Without this, XLA may keep the weight sharded and exchange activations instead, which is far more. Under remat the
+    backward pass gathers again.
     """
     devices = axis_size("fsdp")
     if devices == 1:
         return weight.astype(dtype)
-    if weight.dtype != dtype:  # say that the copy is in parts, or XLA may gather what it is made from and then convert
+    if weight.dtype != dtype:  # shard the copy explicitly, or XLA may gather `weight` itself and convert afterwards
         axis = split(weight.shape, devices)
         parts = P(*("fsdp" if n == axis else None for n in range(weight.ndim)))
         weight = lax.with_sharding_constraint(weight.astype(dtype), parts)
     return lax.with_sharding_constraint(weight, P())
 
 
-def rows(x: Array, *sizes: tuple[int, int]) -> Array:
-    """`x [b, t, h, w, c]` by samples, and by rows or columns as `shared_axis` says.
+def rows(x: Array, *sizes: tuple[int, ...]) -> Array:
+    """Returns `x [b, t, h, w, c]` sharded over samples, and over the rows or columns that `shared_axis` chooses.
 
-    What changes the size is to be computed where both sizes divide: `sizes (h, w)` are others that must, too. jaxlib
-    0.10.2 gets kernels' gradients wrong, by whole factors, where a convolution's devices hold padding only.
+    For layers that change resolution, the shared axis must also divide `sizes`, further pairs (h, w). jaxlib 0.10.2
+    computes wrong kernel gradients, by whole factors, if some devices of a convolution hold nothing but padding.
     """
     if axis_size(*BATCH, "spatial") == 1:
         return x
@@ -64,10 +65,10 @@ def rows(x: Array, *sizes: tuple[int, int]) -> Array:
 
 
 def shared_axis(height: int, width: int) -> int | None:
-    """The axis of `[b, t, h, w, c]` that devices along `spatial` share: 2 (rows), 3 (columns) or none.
+    """Returns the axis of `[b, t, h, w, c]` that devices along `spatial` share: 2 (rows), 3 (columns) or None.
 
-    The longer side that divides: its borders are shorter, and its halves divide more often, so levels change axes
-    less. On GPU rows, where both divide: convolutions along time take pixels row by row there.
+    Of the sides that divide it is the longer: its borders are shorter, and its halves divide more often, so that fewer
+    levels change the axis. On GPU rows come first if both divide: convolutions along time take pixels row by row there.
     """
     n = axis_size("spatial")
     axes = ((2, height), (3, width))
@@ -76,23 +77,23 @@ def shared_axis(height: int, width: int) -> int | None:
 
 
 def flat(x: Array) -> Array:
-    """Tokens `[b, t, s, c]` of `x [b, t, h, w, c]`, row by row; where columns are shared, column by column."""
+    """Returns tokens `[b, t, s, c]` of `x [b, t, h, w, c]` row by row, or column by column if devices share columns."""
     return rearrange(x, "b t h w c -> b t (w h) c" if shared_axis(*x.shape[2:4]) == 3 else "b t h w c -> b t (h w) c")
 
 
 def unflat(tokens: Array, height: int, width: int) -> Array:
-    """What `flat` was given, `[b, t, h, w, c]`."""
+    """Returns `[b, t, h, w, c]` from tokens `[b, t, s, c]`: the inverse of `flat`."""
     order = "b t (w h) c -> b t h w c" if shared_axis(height, width) == 3 else "b t (h w) c -> b t h w c"
     return rearrange(tokens, order, h=height, w=width)
 
 
 def per_row(attend: Callable, q: Array, k: Array, v: Array, *, partitioned: bool = True) -> Array:
-    """`attend(q, k, v)` where devices hold some rows of each frame. All `[n, s, heads, d]`.
+    """Computes `attend(q, k, v)` when each device holds some rows (or columns) of each frame. All `[n, s, heads, d]`.
 
-    Explicit, since flash kernels are opaque to XLA. Devices exchange their tokens for whole frames of some heads, if
-    that many share out among them; else they attend from their queries to gathered keys. Where samples or tokens do
-    not divide it is left to XLA; if XLA cannot partition `attend` over samples either (`partitioned=False`), devices
-    repeat each other's work there.
+    The partitioning is explicit because flash kernels are opaque to XLA. Devices exchange their tokens for whole frames
+    of some heads if frames x heads divide among them with at most a quarter of padding; otherwise they attend from
+    their own queries to gathered keys. If samples or tokens do not divide, XLA partitions `attend`; if it cannot do
+    that either (`partitioned=False`), devices repeat each other's work along the axis that does not divide.
     """
     shared = axis_size("spatial") if partitioned else axis_size(*BATCH, "spatial")
     if shared == 1:
@@ -103,7 +104,7 @@ def per_row(attend: Callable, q: Array, k: Array, v: Array, *, partitioned: bool
         return attend(q, k, v)
     whole = P(BATCH if samples else None)
     mine = P(*whole, "spatial" if tokens else None)
-    # Devices along `spatial` that hold the same keys add their gradients up; a single one would copy them.
+    # Gradients of keys that are replicated along `spatial` are summed over it; with one device that sum is a copy.
     keys = whole if axis_size("spatial") > 1 else mine
     units = q.shape[0] // (axis_size(*BATCH) if samples else 1) * q.shape[2]
     if tokens and axis_size("spatial") > 1 and -units % axis_size("spatial") <= units / 4:
@@ -112,9 +113,9 @@ def per_row(attend: Callable, q: Array, k: Array, v: Array, *, partitioned: bool
 
 
 def _exchanged(attend: Callable, q: Array, k: Array, v: Array) -> Array:
-    """`attend` of a device's tokens `[n, s, heads, d]`, each device taking all tokens of its share of the n x heads.
+    """Computes `attend` on a device's tokens `[n, s, heads, d]` by exchange: each device takes some of the n x heads.
 
-    Four exchanges of 1 / devices of an array move less than gathering two whole ones. The share is filled up.
+    Four exchanges of 1 / devices of an array move less than gathering two whole arrays. Shares are padded to one size.
     """
     n, _, heads, _ = q.shape
     pad = -(n * heads) % lax.axis_size("spatial")
@@ -128,7 +129,7 @@ def _exchanged(attend: Callable, q: Array, k: Array, v: Array) -> Array:
     return rearrange(out, "(n h) s d -> n s h d", h=heads)
 
 
-def promote(arrays: tuple, *, dtype=None, inexact: bool = True) -> tuple:
-    """Flax's promotion of (input, kernel, bias) to the compute dtype, with the kernel gathered."""
+def promote(arrays: tuple, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+    """Promotes (input, kernel, bias) to the compute dtype as Flax does, and gathers the kernel."""
     x, _, bias = dtypes.promote_dtype(arrays, dtype=dtype, inexact=inexact)
     return x, gathered(arrays[1], x.dtype), bias

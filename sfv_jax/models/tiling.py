@@ -1,8 +1,8 @@
-"""Large activations in pieces, exactly: a few frames at a time what mixes no frames, strips of all frames what does.
+"""Exact tiling: per-frame layers run a few frames at a time; frame-mixing layers run on spatial strips.
 
-A spatial residual block sees each frame by itself, norms included. A temporal one sees each pixel by itself, but for
-its two norms, whose statistics over the whole clip are taken before. So nothing overlaps, and only the temporal block's
-first convolution is computed twice.
+A spatial residual block treats each frame separately, norms included. A temporal one treats each pixel separately,
+except for its two norms, whose statistics over the whole clip are computed first. So tiles never overlap, and only the
+temporal block's first convolution is computed twice.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from sfv_jax.models.layers import SpatioTemporalResBlock
 from sfv_jax.models.partitioning import BATCH, axis_size, rows, shared_axis
 
 Array = jax.Array
-FEW = 4  # times the size of a piece: what is not larger stays whole
+FEW = 4  # arrays of up to this many pieces are computed whole
 
 
 def in_pieces(fn: Callable, x: Array, axis: int, count: int) -> Array:
-    """`fn(x)` from `count` equal pieces of `axis` of `x [b, t, h, w, c]`, one after another.
+    """Computes `fn(x)` from `count` equal pieces of `x [b, t, h, w, c]` along `axis`, one after another.
 
-    `fn` must treat positions along `axis` alike and by themselves. Where it keeps shape and dtype the result takes the
-    place of `x`.
+    `fn` must treat all positions along `axis` alike and separately. If it keeps shape and dtype, the result takes the
+    memory of `x`.
     """
     if count == 1:
         return fn(x)
@@ -37,7 +37,7 @@ def in_pieces(fn: Callable, x: Array, axis: int, count: int) -> Array:
     in_place = (shape, out.dtype) == (x.shape, x.dtype)
     if in_place:
         start = x
-    else:  # room for the result, filled with a number of `x`: else XLA may make it long before `x` is there
+    else:  # memory for the result; the value taken from `x` stops XLA from allocating it long before `x` exists
         start = rows(jnp.full(shape, x[(0,) * x.ndim], out.dtype))
 
     def step(n, made: Array) -> Array:
@@ -47,15 +47,15 @@ def in_pieces(fn: Callable, x: Array, axis: int, count: int) -> Array:
     return lax.fori_loop(0, count, step, start)
 
 
-def frame_pieces(x: Array, size: tuple[int, int], pixels: int) -> int:
-    """Into how many pieces to divide the frames of `x [b, t, ...]`, at `size (h, w)`, for at most `pixels` a device."""
+def frame_pieces(x: Array, size: tuple[int, ...], pixels: int) -> int:
+    """Returns how many pieces of at most `pixels` per device the frames of `x [b, t, ...]` make at `size` (h, w)."""
     return _count(x.shape[1], x.shape[0] * size[0] * size[1], pixels)
 
 
 def mix(block: SpatioTemporalResBlock, spatial: Array, pixels: int) -> Array:
-    """The temporal half of `block` on the output `[b, t, h, w, c]` of the spatial one, in strips of `pixels` at most.
+    """Computes `block.mix(spatial)` for `spatial [b, t, h, w, c]` in strips of at most `pixels` per device.
 
-    Strips are of columns, or of rows where devices share the columns.
+    Strips consist of columns, or of rows if devices share the columns.
     """
     axis = 2 if shared_axis(*spatial.shape[2:4]) == 3 else 3
     count = _count(spatial.shape[axis], spatial.size // spatial.shape[axis] // spatial.shape[-1], pixels)
@@ -72,7 +72,7 @@ def mix(block: SpatioTemporalResBlock, spatial: Array, pixels: int) -> Array:
         return temporal.norm2.statistics(first(lax.dynamic_slice_in_dim(spatial, n * size, size, axis)))
 
     means, variances = lax.map(statistics, jnp.arange(count))
-    between = means.mean(0), variances.mean(0) + means.var(0)  # of strips of one size
+    between = means.mean(0), variances.mean(0) + means.var(0)  # exact, as all strips have one size
 
     def rest(x: Array) -> Array:
         h = temporal.conv2(nnx.silu(temporal.norm2.normalise(first(x), *between)))
@@ -82,7 +82,10 @@ def mix(block: SpatioTemporalResBlock, spatial: Array, pixels: int) -> Array:
 
 
 def _count(length: int, pixels_each: int, pixels: int) -> int:
-    """How many equal pieces of `length` hold `pixels` per device at most, or `length`; 1 if four times as many do."""
+    """Returns the least number of equal pieces of `length` with at most `pixels` per device, or `length` if none has.
+
+    It is 1 if the whole has no more than `FEW` times as many.
+    """
     each = pixels_each / axis_size(*BATCH, "spatial")
     if not pixels or length * each <= FEW * pixels:
         return 1

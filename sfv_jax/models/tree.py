@@ -1,17 +1,23 @@
-"""Between NNX modules and plain trees: state is nested dicts of arrays with string keys, modules are its structure."""
+"""Conversions between NNX modules and plain trees: nested dicts of arrays with string keys.
+
+The trees hold all state; a module is the structure around it.
+"""
 
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from flax import nnx
 
 Params = dict  # nested dict[str, Params | jax.Array]
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class _Keys:
-    """The `rngs` of our modules: one key per parameter, counted in Python.
+    """Stand-in for `nnx.Rngs` in our modules: one key per parameter, counted in Python.
 
-    nnx.Rngs counts in a traced variable, which makes abstract initialisation of the full UNet take half a minute.
+    nnx.Rngs counts in a traced variable, with which abstract initialization of the full UNet takes half a minute.
     """
 
     def __init__(self, seed: int):
@@ -26,22 +32,22 @@ def _plain(tree) -> Params:
     return {str(k): _plain(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
-def abstract(module: type[nnx.Module], config, **kw) -> tuple[nnx.GraphDef, Params]:
-    """Graph definition and shapes of `module(config, **kw)`; allocates nothing.
+def abstract(module: Callable[..., Module], config, **kw) -> tuple[nnx.GraphDef[Module], Params]:
+    """Returns the graph definition and the parameter shapes of `module(config, **kw)`; allocates nothing.
 
     Returns:
-      graphdef: what `build(graphdef, params)` needs to make the module from a tree of arrays.
+      graphdef: the structure from which `build(graphdef, params)` makes the module.
       params: nested dict of `jax.ShapeDtypeStruct`.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, **kw, rngs=_Keys(0))))
     return graphdef, _plain(nnx.to_pure_dict(state))
 
 
-def build(graphdef: nnx.GraphDef, params: Params) -> nnx.Module:
-    """The module of `graphdef` with the arrays `params`.
+def build(graphdef: nnx.GraphDef[Module], params: Params) -> Module:
+    """Returns the module of `graphdef` with the arrays `params`.
 
-    nnx.merge takes the leaves in the order of their sorted keys. As strings "10" comes before "2": without numbers for
-    keys the layers of a list of more than ten would change places.
+    nnx.merge takes the leaves in the order of their sorted keys. As strings, "10" sorts before "2"; so list indices
+    become integers again, or the layers of a list of more than ten would change places.
     """
     return nnx.merge(graphdef, _numbered(params))
 
@@ -50,13 +56,13 @@ def _numbered(tree: Params) -> dict:
     return {int(k) if k.isdigit() else k: _numbered(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
-def init(module: type[nnx.Module], config, seed: int = 0, **kw) -> Params:
-    """Freshly initialised parameters of `module(config, **kw)` as a nested dict (jit this to initialise sharded)."""
+def init(module: Callable[..., nnx.Module], config, seed: int = 0, **kw) -> Params:
+    """Returns fresh parameters of `module(config, **kw)` as a nested dict; run it under `jit` to initialize sharded."""
     return _plain(nnx.to_pure_dict(nnx.state(module(config, **kw, rngs=_Keys(seed)))))
 
 
 def flatten(params: Params, prefix: str = "") -> dict[str, jax.Array]:
-    """`{"down_blocks.0.resnets.0.conv1.kernel": array}`, in tree order."""
+    """Returns `{"down_blocks.0.resnets.0.conv1.kernel": array, ...}`, in tree order."""
     flat = {}
     for k, v in params.items():
         flat.update(flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v})
@@ -76,24 +82,24 @@ def unflatten(flat: dict[str, jax.Array]) -> Params:
 
 
 def subtree(params: Params, like: Params) -> Params:
-    """The part of `params` whose paths are in `like` (a backbone out of a whole network).
+    """Returns the part of `params` whose paths are in `like`, such as the backbone out of a whole network.
 
     Raises:
-      KeyError: naming the first path of `like` that `params` lacks.
+      KeyError: if `params` lacks a path of `like`; names the first missing key.
     """
     return {k: subtree(params[k], v) if isinstance(v, dict) else params[k] for k, v in like.items()}
 
 
 def merge(params: Params, part: Params) -> Params:
-    """`params` with the leaves of `part` (a tree of some of its paths) in place of its own."""
+    """Returns `params` with the leaves of `part`, a tree of some of its paths, in place of its own."""
     return {k: v if k not in part else merge(v, part[k]) if isinstance(v, dict) else part[k] for k, v in params.items()}
 
 
 def select(params: Params, pattern: str) -> Params:
-    """The part of `params` whose dotted paths match the regular expression `pattern` anywhere."""
+    """Returns the part of `params` whose dotted paths contain a match of the regular expression `pattern`."""
     return unflatten({k: v for k, v in flatten(params).items() if re.search(pattern, k)})
 
 
 def count(params: Params) -> int:
-    """Number of parameters of a tree of arrays or shapes."""
+    """Returns the number of parameters in a tree of arrays or shapes."""
     return sum(x.size for x in jax.tree.leaves(params))

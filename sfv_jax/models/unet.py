@@ -1,6 +1,7 @@
-"""The UNet of Stable Video Diffusion (diffusers UNetSpatioTemporalConditionModel), exact to fp32 noise."""
+"""The UNet of Stable Video Diffusion (diffusers UNetSpatioTemporalConditionModel), exact up to fp32 rounding."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,13 @@ Array = jax.Array
 class UNetConfig:
     """Sizes of the UNet; field names follow diffusers' `unet/config.json` where it has them.
 
-    The last level has no attention, the others have one transformer per resnet. `num_frames` does not enter the graph:
-    it is the training clip length (14 for SVD, 25 for SVD-XT) and the default of the sampler.
-    `resnet_eps` holds for resnets of attention levels and of every up block, `mid_eps` for the last down block and the
-    middle: the diffusers values; the training code of SVD used 1e-5 throughout.
+    The last level has no attention; the others have one transformer per resnet. `num_frames` does not change the
+    network: it is the clip length in training (14 for SVD, 25 for SVD-XT) and the sampler's default.
+    `resnet_eps` applies to the resnets of attention levels and of all up blocks, `mid_eps` to those of the last down
+    block and the middle. Both are diffusers' values; SVD's training code used 1e-5 throughout.
+
+    Raises:
+      UserError: if the sizes contradict each other.
     """
 
     in_channels: int = 8
@@ -62,18 +66,19 @@ class UNetConfig:
 
     @classmethod
     def svd(cls, **changes) -> "UNetConfig":
-        """stable-video-diffusion-img2vid: 14 frames, 1,524,623,082 parameters."""
+        """Returns stable-video-diffusion-img2vid: 14 frames, 1,524,623,082 parameters."""
         return cls(**changes)
 
     @classmethod
     def svd_xt(cls, **changes) -> "UNetConfig":
-        """stable-video-diffusion-img2vid-xt: the same tensors, 25 frames."""
-        return cls(**{"num_frames": 25} | changes)
+        """Returns stable-video-diffusion-img2vid-xt: the same tensors, 25 frames."""
+        sizes: dict[str, Any] = {"num_frames": 25}
+        return cls(**sizes | changes)
 
     @classmethod
     def tiny(cls, **changes) -> "UNetConfig":
-        """Two levels of the same classes, for tests on CPU."""
-        sizes = dict(
+        """Returns two levels of the same classes, for tests on CPU."""
+        sizes: dict[str, Any] = dict(
             block_out_channels=(32, 64),
             num_attention_heads=(2, 4),
             layers_per_block=1,
@@ -87,15 +92,15 @@ class UNetConfig:
 
     @property
     def emb_channels(self) -> int:
-        """Width of the noise-level and id embedding."""
+        """Width of the embedding of noise level and ids."""
         return 4 * self.block_out_channels[0]
 
 
 class DownBlock(nnx.Module):
-    """Resnets (each followed by a transformer when `heads`), then the downsampler."""
+    """Resnets, each followed by a transformer if `heads` is given, then the downsampler."""
 
     def __init__(self, config: UNetConfig, i: int, o: int, *, heads: int | None, eps: float, downsample: bool, **kw):
-        common = dict(groups=config.norm_groups, **kw)
+        common: dict[str, Any] = dict(groups=config.norm_groups, **kw)
         self.resnets = nnx.List(
             SpatioTemporalResBlock(
                 i if n == 0 else o, o, temb_channels=config.emb_channels, eps=eps, form=config.temporal_conv, **common
@@ -123,30 +128,33 @@ class MidBlock(nnx.Module):
     """Resnet, transformer, resnet."""
 
     def __init__(self, config: UNetConfig, channels: int, *, heads: int, **kw):
-        common = dict(groups=config.norm_groups, **kw)
-        resnet = dict(temb_channels=config.emb_channels, eps=config.mid_eps, form=config.temporal_conv)
+        common: dict[str, Any] = dict(groups=config.norm_groups, **kw)
+        resnet: dict[str, Any] = dict(temb_channels=config.emb_channels, eps=config.mid_eps, form=config.temporal_conv)
         self.resnets = nnx.List(SpatioTemporalResBlock(channels, channels, **resnet, **common) for _ in range(2))
         self.attentions = transformers(config, channels, heads, 1, **common)
         self.remat = config.remat
 
     def __call__(self, x: Array, emb: Array, context: Array) -> Array:
         x = remat(self.resnets[0], self.remat)(x, emb)
+        # pyrefly: ignore[unsupported-operation]  # the middle always has heads
         return remat(self.resnets[1], self.remat)(self.attentions[0](x, context), emb)
 
 
 class UpBlock(nnx.Module):
-    """Resnets on [hidden, skip] (each followed by a transformer when `heads`), then the upsampler."""
+    """Resnets on [hidden, skip], each followed by a transformer if `heads` is given, then the upsampler."""
 
     def __init__(self, config: UNetConfig, inputs: list[int], o: int, *, heads: int | None, upsample: bool, **kw):
-        common = dict(groups=config.norm_groups, **kw)
-        resnet = dict(temb_channels=config.emb_channels, eps=config.resnet_eps, form=config.temporal_conv)
+        common: dict[str, Any] = dict(groups=config.norm_groups, **kw)
+        resnet: dict[str, Any] = dict(
+            temb_channels=config.emb_channels, eps=config.resnet_eps, form=config.temporal_conv
+        )
         self.resnets = nnx.List(SpatioTemporalResBlock(i, o, **resnet, **common) for i in inputs)
         self.attentions = transformers(config, o, heads, len(inputs), **common)
         self.upsamplers = nnx.List([Upsample(o, **kw)]) if upsample else None
         self.remat = config.remat
 
     def __call__(self, x: Array, skips: list[Array], emb: Array, context: Array) -> Array:
-        """Consumes one skip per resnet from the end of `skips`; upsamples to the size of the next one left."""
+        """Pops one skip per resnet from the end of `skips`; upsamples to the size of the last one that remains."""
         for n, resnet in enumerate(self.resnets):
             x = remat(resnet, self.remat)(jnp.concatenate([x, skips.pop()], axis=-1), emb)
             if self.attentions is not None:
@@ -157,6 +165,7 @@ class UpBlock(nnx.Module):
 
 
 def transformers(config: UNetConfig, channels: int, heads: int | None, count: int, **kw) -> nnx.List | None:
+    """Returns `count` transformers of `channels`, or None without `heads`."""
     if heads is None:
         return None
     return nnx.List(
@@ -168,10 +177,10 @@ def transformers(config: UNetConfig, channels: int, heads: int | None, count: in
 
 
 class UNet(nnx.Module):
-    """F_theta of Eq. 2: the raw v-type output of SVD's denoiser.
+    """F_theta of Eq. 2: the raw v-prediction of SVD's denoiser.
 
-    `encoder_only=True` builds the half that serves as discriminator backbone: `conv_in`, the two embeddings and the
-    down blocks. Such a tree is a subtree of the full one, so the same converted weights fill both.
+    `encoder_only=True` builds the half that is the discriminator's backbone: `conv_in`, the two embeddings and the down
+    blocks. Its parameter tree is a subtree of the full one, so the same converted weights fill both.
     """
 
     def __init__(
@@ -216,14 +225,14 @@ class UNet(nnx.Module):
         self.conv_out = Conv2d(channels[0], config.out_channels, 3, padding=1, **kw)
 
     def embed(self, c_noise: Array, ids: Array) -> Array:
-        """Embedding `[b, 4 * channels[0]]` of `c_noise [b]` (0.25 ln sigma) and `ids [b, 3]` (fps - 1, motion, aug)."""
+        """Returns the embedding `[b, 4 * channels[0]]` of `c_noise [b]` and `ids [b, 3]`, as in `__call__`."""
         time = sinusoidal_embedding(c_noise, self.config.block_out_channels[0]).astype(self.dtype)
         added = sinusoidal_embedding(ids, self.config.addition_time_embed_dim).astype(self.dtype)
         return self.time_embedding(time) + self.add_embedding(rearrange(added, "b n d -> b (n d)"))
 
     def _down(self, x: Array, c_noise: Array, context: Array, ids: Array):
         if x.shape[-1] != self.config.in_channels:
-            raise ValueError(f"UNet input has {x.shape[-1]} channels, the config says {self.config.in_channels}")
+            raise ValueError(f"UNet input has {x.shape[-1]} channels, but its config has {self.config.in_channels}")
         emb, context = self.embed(c_noise, ids), context.astype(self.dtype)
         x = rows(self.conv_in(rows(x)))
         outputs, skips = [], [x]
@@ -234,16 +243,16 @@ class UNet(nnx.Module):
         return x, outputs, skips, emb, context
 
     def encode(self, x: Array, c_noise: Array, context: Array, ids: Array) -> list[Array]:
-        """The outputs of the down blocks, after their downsamplers, `[b, t, h_n, w_n, c_n]` each (SF-V's features)."""
+        """Returns SF-V's features: the outputs `[b, t, h_n, w_n, c_n]` of all down blocks, after their downsamplers."""
         return self._down(x, c_noise, context, ids)[1]
 
     def __call__(self, x: Array, c_noise: Array, context: Array, ids: Array) -> Array:
-        """Raw output `[b, t, h, w, out_channels]`.
+        """Returns the raw output `[b, t, h, w, out_channels]`.
 
         Args:
           x: `[b, t, h, w, in_channels]`, the scaled noisy latents and the conditioning latent on the channel axis.
           c_noise: `[b]`, 0.25 ln sigma.
-          context: `[b, d]`, the CLIP image embedding (the one cross-attention token).
+          context: `[b, d]`, the CLIP image embedding, which is the only cross-attention token.
           ids: `[b, 3]`, fps - 1, motion bucket id, noise augmentation strength.
         """
         x, _, skips, emb, context = self._down(x, c_noise, context, ids)
@@ -254,7 +263,7 @@ class UNet(nnx.Module):
 
 
 def skip_channels(config: UNetConfig) -> list[int]:
-    """Channels of the skip tensors in the order they are pushed."""
+    """Returns the channels of the skip tensors, in the order in which they are pushed."""
     channels = config.block_out_channels
     skips = [channels[0]]
     for n, c in enumerate(channels):

@@ -1,6 +1,7 @@
 """The temporal VAE of Stable Video Diffusion (diffusers AutoencoderKLTemporalDecoder)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,8 @@ Array = jax.Array
 class VAEConfig:
     """Sizes of the VAE; field names follow diffusers' `vae/config.json` where it has them.
 
-    `decode_pixels` bounds the memory of decoding: levels of more than four times as many pixels per device, over all
-    frames, are computed in pieces of at most so many (or of one frame), with the same result; 0: all at once.
+    `decode_pixels` bounds the memory of decoding, with the same result. Levels that have more than four times as many
+    pixels per device, over all frames, are computed in pieces of at most this many (or of one frame); 0 turns it off.
     """
 
     in_channels: int = 3
@@ -46,13 +47,13 @@ class VAEConfig:
 
     @classmethod
     def svd(cls, **changes) -> "VAEConfig":
-        """The VAE of SVD and SVD-XT: 97,742,847 parameters, 8x in each direction."""
+        """Returns the VAE of SVD and SVD-XT: 97,742,847 parameters, a downscale of 8."""
         return cls(**changes)
 
     @classmethod
     def tiny(cls, **changes) -> "VAEConfig":
-        """Four narrow levels (a latent is an eighth of the image, as in SVD), for tests on CPU."""
-        sizes = dict(block_out_channels=(32, 32, 64, 64), sample_size=64, temporal_conv="matmul")
+        """Returns four narrow levels for tests on CPU; the downscale is 8, as in SVD."""
+        sizes: dict[str, Any] = dict(block_out_channels=(32, 32, 64, 64), sample_size=64, temporal_conv="matmul")
         return cls(**sizes | changes)
 
     @property
@@ -62,7 +63,7 @@ class VAEConfig:
 
 
 class MidAttention(nnx.Module):
-    """Single-head attention over the pixels of each frame, with norm and residual (diffusers Attention, all biases)."""
+    """Single-head attention over the pixels of each frame, with norm and residual (diffusers Attention with biases)."""
 
     def __init__(self, channels: int, *, groups: int, **kw):
         self.group_norm = GroupNorm(channels, groups=groups, eps=1e-6, per_frame=True, **kw)
@@ -77,9 +78,9 @@ class MidAttention(nnx.Module):
 
 
 class Blocks(nnx.Module):
-    """A level or the middle of the VAE: resnets, and at most one of attention, downsampler, upsampler.
+    """One level or the middle of the VAE: resnets, and at most one of attention, downsampler, upsampler.
 
-    The attention comes before the second resnet, so a middle with one resnet never runs it (as in diffusers).
+    The attention precedes the second resnet, so a middle with one resnet never runs it (as in diffusers).
     """
 
     def __init__(self, resnets, *, attention=None, downsampler=None, upsampler=None):
@@ -99,11 +100,11 @@ class Blocks(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Image encoder, each frame by itself: `[b, t, h, w, 3] -> [b, t, h/8, w/8, 2 * latent_channels]`."""
+    """Image encoder, applied to each frame: `[b, t, h, w, 3] -> [b, t, h/8, w/8, 2 * latent_channels]`."""
 
     def __init__(self, config: VAEConfig, **kw):
         channels, groups = config.block_out_channels, config.norm_groups
-        resnet = dict(temb_channels=None, groups=groups, eps=1e-6, **kw)
+        resnet: dict[str, Any] = dict(temb_channels=None, groups=groups, eps=1e-6, **kw)
         self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1, **kw)
         self.down_blocks = nnx.List(
             Blocks(
@@ -170,6 +171,7 @@ class TemporalDecoder(nnx.Module):
         x = self.mid_block(rows(self.conv_in(rows(x))))
         for n, block in enumerate(self.up_blocks):
             for m, resnet in enumerate(block.resnets):
+                # pyrefly: ignore[unsupported-operation]  # all levels but the last have an upsampler
                 grow = self.up_blocks[n - 1].upsamplers[0] if n > 0 and m == 0 else None
                 x = self._resnet(resnet, x, grow)
         frames = tiling.frame_pieces(x, x.shape[2:4], self.pixels)
@@ -177,7 +179,7 @@ class TemporalDecoder(nnx.Module):
         return self.time_conv_out(x)
 
     def _resnet(self, resnet: SpatioTemporalResBlock, x: Array, grow: Upsample | None) -> Array:
-        """`resnet` on `x`, which `grow` has made larger before; in pieces where frames are large."""
+        """Returns `resnet(grow(x))`, or `resnet(x)` without `grow`; in pieces if frames are large."""
         factor = 1 if grow is None else 2
         frames = tiling.frame_pieces(x, (factor * x.shape[2], factor * x.shape[3]), self.pixels)
 
@@ -188,7 +190,10 @@ class TemporalDecoder(nnx.Module):
 
 
 class TemporalVAE(nnx.Module):
-    """Frames in [-1, 1] to latents and back. Scaling by `scaling_factor` is the caller's: the two uses differ."""
+    """Encoder and decoder between frames in [-1, 1] and unscaled latents.
+
+    Callers apply `scaling_factor`, because only video latents are scaled and not the conditioning latent.
+    """
 
     def __init__(self, config: VAEConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -198,10 +203,10 @@ class TemporalVAE(nnx.Module):
         self.config = config
 
     def encode(self, frames: Array) -> Array:
-        """Posterior mean `[b, t, h/8, w/8, 4]`, unscaled, of `frames [b, t, h, w, 3]` in [-1, 1].
+        """Returns the unscaled posterior mean `[b, t, h/8, w/8, 4]` of `frames [b, t, h, w, 3]` in [-1, 1].
 
         Raises:
-          UserError: if height or width does not divide by the downscale factor.
+          UserError: if height or width is not a multiple of the downscale.
         """
         h, w = frames.shape[2:4]
         step = self.config.downscale
@@ -210,5 +215,8 @@ class TemporalVAE(nnx.Module):
         return jnp.split(self.quant_conv(self.encoder(frames)), 2, axis=-1)[0]
 
     def decode(self, latents: Array) -> Array:
-        """Frames `[b, t, 8h, 8w, 3]`, nominally in [-1, 1], of unscaled `latents [b, t, h, w, 4]`, all at once."""
+        """Returns frames `[b, t, 8h, 8w, 3]`, nominally in [-1, 1], from unscaled `latents [b, t, h, w, 4]`.
+
+        All frames of a clip are decoded together.
+        """
         return self.decoder(latents)
