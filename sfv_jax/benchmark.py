@@ -1,14 +1,14 @@
-"""Times the networks, warm and apart from compilation, beside the matmul limit of the same device in the same run.
+"""Times the networks, warm and without compilation, and the matrix-product speed of the same device in the same run.
 
     python -m sfv_jax.benchmark                                              # SVD, 14 x 576 x 1024, bf16
     python -m sfv_jax.benchmark --train --height 448 --width 768             # the SF-V step and its parts
     python -m sfv_jax.benchmark --networks mid --num_frames 8 --height 256 --width 384 --dtype float32 \
         --compare diffusers                                                  # against torch, on the same weights
 
-`--compare` times the UNet, the VAE decoder and the whole way from images to frames in turns with diffusers'; with
-`--train` the UNet's forward pass, and its forward and backward pass. Weights are random: time does not depend on them.
-The programs are those that `sample` and `train` run. Needs jax, flax, optax, orbax, einops and numpy; `--compare` also
-torch and diffusers.
+`--compare diffusers` times the UNet, the VAE decoder and the whole pipeline from images to frames in turns with those
+of diffusers; with `--train`, the UNet's forward pass, and its forward and backward pass. Weights are random: time does
+not depend on them. The programs are those of `sample` and `train`. Needs jax, flax, optax, orbax, einops and numpy;
+`--compare` also torch and diffusers.
 """
 
 import os
@@ -39,22 +39,22 @@ def main() -> None:
 
 def define_flags() -> None:
     flags.DEFINE_enum("networks", "svd", choices.NETWORKS, "sizes of the networks")
-    flags.DEFINE_integer("height", 576, "of the video, pixels")
-    flags.DEFINE_integer("width", 1024, "of the video, pixels")
-    flags.DEFINE_integer("num_frames", None, "frames; those of the networks by default", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 1, "videos at a time", lower_bound=1)
-    flags.DEFINE_enum("dtype", "bfloat16", choices.DTYPES, "compute dtype, also of the VAE decoder")
-    flags.DEFINE_integer("repeats", 10, "warm calls that are timed", lower_bound=1)
-    flags.DEFINE_boolean("train", False, "the SF-V step instead of sampling")
+    flags.DEFINE_integer("height", 576, "height of the video in pixels")
+    flags.DEFINE_integer("width", 1024, "width of the video in pixels")
+    flags.DEFINE_integer("num_frames", None, "frames of the video; default that of the networks", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 1, "videos per call", lower_bound=1)
+    flags.DEFINE_enum("dtype", "bfloat16", choices.DTYPES, "compute dtype, also of the VAE's decoder")
+    flags.DEFINE_integer("repeats", 10, "timed warm calls", lower_bound=1)
+    flags.DEFINE_boolean("train", False, "time the SF-V step instead of sampling")
     flags.DEFINE_boolean("remat", False, "recompute activations in the backward pass")
     flags.DEFINE_enum(
         "compare",
         None,
         ["diffusers"],
-        "time that package's UNet, decoder and pipeline instead, in turns with ours, on the same weights; with --train"
-        " the UNet forward, and forward and backward",
+        "time UNet, decoder and pipeline of diffusers in turns with ours, on the same weights; with --train, the UNet"
+        " forward, and forward and backward",
     )
-    flags.DEFINE_string("json", None, "write what was measured to this file")
+    flags.DEFINE_string("json", None, "file for the figures as JSON")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a job would cost, before anything is rented.
+"""Plans a job: its memory, FLOPs and time on accelerators that need not be there.
 
     python -m sfv_jax.plan --config configs/sfv.py --target v5e:4x8 --config.mesh.fsdp=32
     python -m sfv_jax.plan --config configs/sfv.py --target h200:8 --what sample --json plan.json --picture plan.png
 
-Compiles the real programs (the train step of a config; the stages of sampling or of preparing a cache) for accelerators
-that need not be there, and prints memory, FLOPs, collectives and a lower bound of the time. `--fit` looks for settings
-that make a job fit. Needs `pip install 'sfv_jax[plan-tpu]'` or `[plan-gpu]`; `--target cpu:N` needs nothing.
+Compiles the real programs (the train step of a config; the stages of sampling or of preparing a cache) for the target
+and prints memory, FLOPs, collectives and a lower bound of the time. `--fit` searches for settings with which the job
+fits. Needs `pip install 'sfv_jax[plan-tpu]'` or `[plan-gpu]`; `--target cpu:N` needs neither.
 """
 
 import sys
@@ -22,7 +22,7 @@ FLAGS = flags.FLAGS
 
 
 def write(result: dict) -> None:
-    """Writes the files that were asked for."""
+    """Writes the files of `--json` and `--picture`."""
     from sfv_jax.performance import plan_report
     from sfv_jax.runtime.files import write_json
 
@@ -39,7 +39,7 @@ def main() -> int:
     from sfv_jax.runtime import compilation
 
     if not 0 < FLAGS.efficiency <= 1:
-        raise UserError(f"--efficiency={FLAGS.efficiency}: a share above 0, at most 1")
+        raise UserError(f"--efficiency={FLAGS.efficiency}: give a fraction above 0 and at most 1")
     target = targets.parse(FLAGS.target)
     targets.prepare(target)
     effort = FLAGS.compile_effort
@@ -68,25 +68,25 @@ def main() -> int:
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "configs/X.py or configs/X.py:tiny", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "config file, configs/X.py or configs/X.py:tiny", lock_config=True)
     flags.DEFINE_string(
-        "target", None, "chips to compile for, such as v5e:4x8, h200:8, cpu:2; a wrong name lists them all"
+        "target", None, "chips to compile for, such as v5e:4x8, h200:8, cpu:2; an unknown name lists them all"
     )
-    flags.DEFINE_enum("what", "train", choices.JOBS, "which programs")
-    flags.DEFINE_bool("fit", False, "when it does not fit, try settings that may make it fit")
+    flags.DEFINE_enum("what", "train", choices.JOBS, "job whose programs are compiled")
+    flags.DEFINE_bool("fit", False, "if the job does not fit, try settings with which it may fit")
     flags.DEFINE_string("json", None, "file for the plan as JSON")
     flags.DEFINE_string("picture", None, "file for a picture of the memory (.png)")
     flags.DEFINE_string("hlo", None, "folder for the text of the compiled programs")
-    flags.DEFINE_integer("height", None, "pixels; default 448 (train, prepare), 576 (sample)", lower_bound=1)
-    flags.DEFINE_integer("width", None, "pixels; default 768 (train, prepare), 1024 (sample)", lower_bound=1)
-    flags.DEFINE_integer("batch_size", None, "sample, prepare: videos at a time; default one per chip", lower_bound=1)
+    flags.DEFINE_integer("height", None, "height in pixels; default 448 (train, prepare), 576 (sample)", lower_bound=1)
+    flags.DEFINE_integer("width", None, "width in pixels; default 768 (train, prepare), 1024 (sample)", lower_bound=1)
+    flags.DEFINE_integer("batch_size", None, "sample, prepare: videos per batch; default one per chip", lower_bound=1)
     flags.DEFINE_integer("steps", 1, "sample: calls of the UNet", lower_bound=1)
     flags.DEFINE_enum("dtype", "bfloat16", choices.DTYPES, "sample: dtype of the UNet")
     flags.DEFINE_enum("vae_dtype", "bfloat16", choices.DTYPES, "sample: compute dtype of the VAE's decoder")
     flags.DEFINE_integer("decode_chunk_size", None, "sample: frames decoded at a time", lower_bound=1)
     flags.DEFINE_integer("decode_pixels", None, "sample: pixels decoded at a time on a device; 0: all", lower_bound=0)
-    flags.DEFINE_float("memory_gib", None, "memory of a chip, instead of the target's", lower_bound=0)
-    flags.DEFINE_float("efficiency", 0.6, "share of the lower bound's speed that a run is assumed to reach")
+    flags.DEFINE_float("memory_gib", None, "memory of a chip in GiB; default the target's", lower_bound=0)
+    flags.DEFINE_float("efficiency", 0.6, "assumed speed of a run as a fraction of the lower bound's")
     flags.mark_flags_as_required(["config", "target"])
     commands.define_compiler_flags()
 

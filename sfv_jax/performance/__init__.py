@@ -1,1 +1,1 @@
-"""What programs cost: planned by the compiler for machines that are not there, measured on the one at hand."""
+"""Costs of programs: plans compiled for absent accelerators, measurements on the present device."""

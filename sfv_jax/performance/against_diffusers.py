@@ -1,4 +1,4 @@
-"""The same networks in torch, by diffusers: the peer that the benchmark measures against, in turns, in one process."""
+"""Comparison with diffusers: the same networks in torch and in JAX, timed in turns in one process."""
 
 import importlib
 import tempfile
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,33 @@ from sfv_jax.models.networks import DTYPES
 from sfv_jax.models.unet import UNet
 from sfv_jax.models.vae import TemporalVAE
 from sfv_jax.performance import random_arrays, timing
+from sfv_jax.performance.programs import Sizes
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.components import COMPONENTS
 from sfv_jax.weights.diffusers import save_component
 from sfv_jax.weights.pipeline import FEATURE_EXTRACTOR, SCHEDULER
 
 
-def against_diffusers(sizes, size: tuple[int, int], batch: int, dtype: str, repeats: int, backward: bool) -> dict:
-    """Times diffusers' UNet, VAE decoder and whole pipeline and ours on the same random weights and inputs.
+def against_diffusers(
+    sizes: Sizes, size: tuple[int, int], batch: int, dtype: str, repeats: int, backward: bool
+) -> dict:
+    """Times UNet, VAE decoder and whole pipeline of diffusers and of this package, on the same weights and inputs.
 
-    Prints the ratios. On a GPU diffusers is timed as it is and through `torch.compile`; on CPU as it is.
+    Weights and inputs are random. Prints the ratios. On a GPU diffusers is timed both as it is and through
+    `torch.compile`; on CPU only as it is.
 
     Args:
-      sizes, size: networks (`programs.Sizes`) and (height, width) of the video in pixels.
-      backward: the UNet's forward pass, and its forward and backward pass, instead.
+      sizes: configs of the networks; the VAE and the CLIP tower must be there.
+      size: (height, width) of the video in pixels.
+      batch: videos per call.
+      dtype: compute dtype, a name of `networks.DTYPES`.
+      repeats: timed calls.
+      backward: times the UNet alone instead: its forward pass, and its forward and backward pass.
+
     Returns:
-      `{stage: {"sfv_jax": seconds, "diffusers": seconds, ..., "difference": largest, relative to the deviation}}`.
+      `{stage: {"sfv_jax": seconds per call, "diffusers": seconds per call, ..., "difference": d}}`; d is the largest
+      absolute difference of the two results over the standard deviation of diffusers' result.
+
     Raises:
       ConfigError: if torch or diffusers is not installed.
     """
@@ -43,7 +55,9 @@ def against_diffusers(sizes, size: tuple[int, int], batch: int, dtype: str, repe
     except ImportError as error:
         raise ConfigError("--compare diffusers needs torch and diffusers: pip install torch diffusers") from error
     gpu = torch.cuda.is_available()
-    configs = {"unet": sizes.unet} if backward else {"unet": sizes.unet, "vae": sizes.vae, "image_encoder": sizes.clip}
+    configs: dict[str, Any] = {"unet": sizes.unet}
+    if not backward:
+        configs["vae"], configs["image_encoder"] = sizes.encoders
     params, theirs, result = {}, {}, {}
 
     def compare(stage: str, calls: dict[str, Callable], plain, compiled: Callable = torch.compile) -> None:
@@ -67,7 +81,7 @@ def against_diffusers(sizes, size: tuple[int, int], batch: int, dtype: str, repe
 
 
 def _both(component: str, config, dtype: str, device: str) -> tuple:
-    """(our fp32 parameters, their network in `dtype` on `device`) of a component, random and the same."""
+    """Returns (our fp32 parameters, diffusers' network in `dtype` on `device`) with the same random weights."""
     import torch
 
     kind = COMPONENTS[component]
@@ -100,10 +114,10 @@ def _placed(abstract):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding), abstract)
 
 
-def _unet(sizes, size, batch, dtype, params, theirs, *, backward: bool) -> dict[str, Callable]:
-    """Calls that return the output, or the gradient of conv_in of the mean square of the output, channels last.
+def _unet(sizes: Sizes, size, batch, dtype, params, theirs, *, backward: bool) -> dict[str, Callable]:
+    """Returns calls that compute the UNet's output, channels last, or the gradient of its mean square in conv_in.
 
-    The peer's takes the network to call: `theirs`, or a compiled form of it.
+    The call of diffusers takes the network to run: that of `theirs`, or a compiled form of it.
     """
     import torch
 
@@ -116,7 +130,7 @@ def _unet(sizes, size, batch, dtype, params, theirs, *, backward: bool) -> dict[
         np.full(batch, 0.3, np.float32),
         rng.standard_normal((batch, config.cross_attention_dim), np.float32),
     )
-    ids = np.tile(np.float32([6, 127, 0.02]), (batch, 1))
+    ids = np.tile(np.array([6, 127, 0.02], np.float32), (batch, 1))
     forward = lambda params, *inputs: tree.build(graph, params)(*inputs)  # noqa: E731
     loss = lambda params, *inputs: jnp.mean(jnp.square(forward(params, *inputs).astype(jnp.float32)))  # noqa: E731
     ours = jax.jit(jax.grad(loss) if backward else forward)
@@ -144,11 +158,11 @@ def _unet(sizes, size, batch, dtype, params, theirs, *, backward: bool) -> dict[
     return {"sfv_jax": mine, "diffusers": peer}
 
 
-def _decoder(sizes, size, batch, dtype, params, theirs) -> dict[str, Callable]:
-    """Calls that return decoded frames `[b * t, h, w, 3]`; the peer's takes the decoder to call."""
+def _decoder(sizes: Sizes, size, batch, dtype, params, theirs) -> dict[str, Callable]:
+    """Returns calls that compute frames `[b * t, h, w, 3]`; the call of diffusers takes the decoder to run."""
     import torch
 
-    config, frames = sizes.vae, sizes.unet.num_frames
+    (config, _), frames = sizes.encoders, sizes.unet.num_frames
     shape = (batch, frames, *(side // config.downscale for side in size), config.latent_channels)
     pixels = decode_pixels(config, shape, dtype, device_memory())  # as the sampler decodes
     graph, _ = tree.abstract(TemporalVAE, replace(config, decode_pixels=pixels), dtype=DTYPES[dtype])
@@ -170,20 +184,20 @@ def _decoder(sizes, size, batch, dtype, params, theirs) -> dict[str, Callable]:
     return {"sfv_jax": mine, "diffusers": peer}
 
 
-def _whole(sizes, size, batch, dtype, params, theirs) -> dict[str, Callable]:
-    """Calls from images in host memory to frames there, `[b, t, h, w, 3]`, in one step with the same noise."""
+def _whole(sizes: Sizes, size, batch, dtype, params, theirs) -> dict[str, Callable]:
+    """Returns calls from images to frames `[b, t, h, w, 3]`, both in host memory, in one step from the same noise."""
     import torch
     from PIL import Image
 
-    codec = SVDCodec(sizes.vae, sizes.clip, params, decode_dtype=DTYPES[dtype])
+    codec = SVDCodec(*sizes.encoders, params, decode_dtype=DTYPES[dtype])
     sampler = Sampler(sizes.unet, _cast(params["unet"], dtype), codec, dtype)
     rng = np.random.default_rng(0)
     images = list(rng.integers(0, 256, (batch, *size, 3), np.uint8))
     noise = rng.standard_normal((batch, *sampler.latent_shape(size)), np.float32)
     half = next(theirs["unet"].parameters())
     start = torch.from_numpy(np.moveaxis(noise, -1, 2).copy()).to(half.device, half.dtype)
-    options = dict(height=size[0], width=size[1], num_frames=sizes.unet.num_frames, fps=7, motion_bucket_id=127)
-    options |= dict(noise_aug_strength=0.0, decode_chunk_size=sizes.unet.num_frames)
+    options: dict[str, Any] = dict(height=size[0], width=size[1], num_frames=sizes.unet.num_frames, fps=7)
+    options |= dict(motion_bucket_id=127, noise_aug_strength=0.0, decode_chunk_size=sizes.unet.num_frames)
     guidance = dict(min_guidance_scale=1.0, max_guidance_scale=1.0)
     pictures = [Image.fromarray(image) for image in images]
 
@@ -197,22 +211,20 @@ def _whole(sizes, size, batch, dtype, params, theirs) -> dict[str, Callable]:
 
 
 def _pipeline(components: dict):
-    """A StableVideoDiffusionPipeline of these networks, with SVD's scheduler."""
+    """Builds a StableVideoDiffusionPipeline of these networks, with SVD's scheduler."""
     from diffusers import EulerDiscreteScheduler, StableVideoDiffusionPipeline
     from transformers import CLIPImageProcessor
 
-    settings = {k: v for k, v in FEATURE_EXTRACTOR.items() if not k.endswith("_type")}
-    pipe = StableVideoDiffusionPipeline(
-        scheduler=EulerDiscreteScheduler.from_config(SCHEDULER),
-        feature_extractor=CLIPImageProcessor(**settings),
-        **components,
-    )
+    settings: dict[str, Any] = {k: v for k, v in FEATURE_EXTRACTOR.items() if not k.endswith("_type")}
+    scheduler: Any = EulerDiscreteScheduler.from_config(SCHEDULER)
+    extractor = CLIPImageProcessor(**settings)
+    pipe: Any = StableVideoDiffusionPipeline(scheduler=scheduler, feature_extractor=extractor, **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def _compiled_pipeline(plain):
-    """`plain` with UNet and decoder through `torch.compile`, as diffusers' documentation does it."""
+    """Returns `plain` with UNet and decoder passed through `torch.compile`, as in diffusers' documentation."""
     import torch
 
     vae = copy(plain.vae)
@@ -225,7 +237,7 @@ def _cast(params, dtype: str):
 
 
 def _finished(out):
-    """`out` in float32 on the host's side of things, once the device is done."""
+    """Waits for the device and returns `out` as float32 for numpy."""
     import torch
 
     if out.is_cuda:
@@ -235,7 +247,7 @@ def _finished(out):
 
 
 class _Lazy:
-    """A result on a GPU that numpy may fetch later, outside of the time that is taken."""
+    """Tensor on a GPU that numpy copies to the host later, outside the timed call."""
 
     def __init__(self, tensor):
         self.tensor = tensor

@@ -1,6 +1,6 @@
-"""What one compiled program costs on a target: memory by what it holds, FLOPs, collectives, a lower bound of time.
+"""Cost of one compiled program on a target: memory by content, FLOPs, collectives, a lower bound of the time.
 
-All numbers are of one chip.
+All numbers are per chip.
 """
 
 import math
@@ -30,18 +30,26 @@ _TOO_LARGE = (
 
 @dataclass
 class Cost:
-    """Of one program on one chip; bytes, seconds.
+    """Cost of one program on one chip, in bytes and seconds.
 
     Attributes:
-      memory: bytes by what they hold: parts of the arguments, "outputs" (what does not replace an argument),
-        "temporaries", "code", "padding" (arguments as the chip lays them out, less their plain size).
-      needed: their sum; where the compiler refused, what it says it needs. `limit`: what the chip has.
-      peak: the compiler's own peak, None where it tells none.
-      model_flops: matrix products and convolutions of the model, recomputation and padding left out.
-      flops, bytes: of the compiled kernels. `compiler_flops`, `compiler_bytes`: XLA's own count, loops counted once.
-      kernels: how often each custom kernel runs; `flash` of them are fused attention.
-      roofline: seconds, every kernel at the peak of what limits it. `exchange`: seconds of collectives at link speed.
-      compiler_seconds: the compiler's own estimate (TPU), loops counted once.
+      memory: bytes by content: parts of the arguments, "outputs" (those that replace no argument), "temporaries",
+        "code", "padding" (the arguments in the chip's layout, less their plain size).
+      needed: sum of `memory`; if the compiler refused, the bytes that it reported instead.
+      limit: bytes of the chip.
+      alias: bytes of the outputs that replace donated arguments.
+      peak: the compiler's own peak; None if not reported.
+      model_flops: matrix products and convolutions of the model, without recomputation and padding.
+      flops, bytes: FLOPs and memory traffic of the compiled kernels.
+      compiler_flops, compiler_bytes: XLA's own counts, with every loop counted once.
+      collectives: as `hlo.collectives` returns them.
+      kernels: number of calls of each custom kernel; `flash` of these calls are fused attention, and `uncounted` of
+        those have unknown FLOPs.
+      roofline: seconds of all kernels, each at the peak FLOP/s or bandwidth, whichever is slower.
+      exchange: seconds of the collectives at link speed.
+      compiler_seconds: the compiler's own estimate (TPU only), with every loop counted once.
+      unknown_loops: loops of unknown length, counted once.
+      refused: reason why the program was not compiled; empty if it was.
     """
 
     name: str
@@ -74,15 +82,15 @@ class Cost:
 
 
 def shard_bytes(abstract) -> float:
-    """Bytes of one device's parts of abstract arrays with shardings."""
+    """Returns the bytes that abstract arrays with shardings have on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
 
 
 def measure(program: Program, target: Target, mesh: jax.sharding.Mesh, limit: float, keep: Path | None = None) -> Cost:
-    """Compiles `program` for `target` on `mesh` and reads what it costs.
+    """Compiles `program` for `target` on `mesh` and returns its cost.
 
-    A program whose arguments alone exceed `limit` bytes is not compiled. The text of a compiled one is written into the
-    folder `keep`.
+    A program whose arguments alone exceed `limit` bytes is not compiled. The text of a compiled program is written to
+    the folder `keep`.
     """
     memory = argument_memory(program)
     if (state := sum(memory.values())) > limit:
@@ -90,7 +98,7 @@ def measure(program: Program, target: Target, mesh: jax.sharding.Mesh, limit: fl
     began = time.monotonic()
     lowered = on_mesh(mesh, lambda: program.function.lower(*program.args))()
     try:
-        with ThreadPoolExecutor(1) as beside:  # tracing once more takes half a minute, compiling keeps one core busy
+        with ThreadPoolExecutor(1) as beside:  # tracing again takes half a minute; compiling uses one core
             model_flops = beside.submit(count_flops, program.plain, *program.args)
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -111,20 +119,23 @@ def measure(program: Program, target: Target, mesh: jax.sharding.Mesh, limit: fl
 
 
 def argument_memory(program: Program) -> dict[str, float]:
-    """Bytes on one chip of what a program is given, by what it is, and of what lies beside it."""
+    """Returns the bytes per chip of a program's arguments and resident arrays, by content."""
     memory = {name: shard_bytes(tree) for name, tree in (program.parts | program.resident).items()}
     return {name: size for name, size in memory.items() if size}
 
 
 def read(program: Program, compiled, target: Target, devices: int, limit: float) -> Cost:
-    """What a compiled `program` costs on one of `devices` chips that offer `limit` bytes each."""
+    """Returns the cost of a compiled `program` on each of `devices` chips with `limit` bytes."""
     cost = _account(program, compiled, argument_memory(program), limit)
     _read_kernels(cost, compiled, target, devices)
     return cost
 
 
 def _needed(message: str) -> float | None:
-    """Bytes that a compiler which ran out of memory says it needs; None if it failed for another reason."""
+    """Returns the bytes that an out-of-memory message of the compiler names; None for any other message.
+
+    The result is infinity if the message names no number.
+    """
     for pattern in _TOO_LARGE:
         if found := pattern.search(message):
             return float(found[1]) * 1024 ** (" KMGT".index(found[2].upper()))
@@ -135,7 +146,7 @@ def _account(program: Program, compiled, memory: dict, limit: float) -> Cost:
     stats = compiled.memory_analysis()
     plain = sum(shard_bytes(tree) for tree in program.parts.values())
     memory = memory | {
-        # Arguments that the program does not use are dropped by the compiler; they lie in memory all the same.
+        # The compiler drops unused arguments, but they still occupy memory.
         "padding": max(stats.argument_size_in_bytes - plain, 0.0),
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
@@ -166,11 +177,11 @@ def _read_kernels(cost: Cost, compiled, target: Target, devices: int) -> None:
     analysis = compiled.cost_analysis() or {}
     cost.compiler_flops, cost.compiler_bytes = analysis.get("flops"), analysis.get("bytes accessed")
     estimate = analysis.get("optimal_seconds")
-    if estimate is not None:  # an operation of unknown cost subtracts a second
+    if estimate is not None:  # each operation of unknown cost subtracts a second
         cost.compiler_seconds = estimate + max(math.ceil(-estimate), 0)
 
 
 def planner_rss() -> float:
-    """The most memory this process has used, bytes."""
+    """Returns the peak memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)

@@ -1,22 +1,21 @@
-"""What a compiled program does, read from its text (`compiled.as_text()`): kernels, FLOPs, bytes, collectives.
+"""Kernels, FLOPs, bytes and collectives of a compiled program, read from its text (`compiled.as_text()`).
 
-Bodies of loops count as often as they run. Shapes in the text are those of one device, so are all numbers here.
+Bodies of loops count as often as they run. All numbers are per device, like the shapes in the text.
 """
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
-# They move nothing: names for parts of other values, or what is counted where it is called.
+# Opcodes that move nothing: they name parts of other values, or call computations whose instructions are counted.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("while", "conditional", "call", "async-start", "async-update", "async-done", "copy-done", "opt-barrier"),
     *("add-dependency", "domain", "get-dimension-size", "iota"),
 }
-SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products per score in jax's flash attention for TPU
+SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products in the kernels of jax's flash attention for TPU
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
@@ -27,8 +26,14 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclass
 class Op:
-    """One instruction: `type` is its result's, `operands` are names in its computation, `literal` is what else stands
-    between the brackets (the value of a constant, the number of a parameter), `attributes` what follows them."""
+    """One instruction of a computation.
+
+    Attributes:
+      type: type of the result, as text.
+      operands: names of instructions of the same computation.
+      literal: text between the parentheses: the operands, the value of a constant or the number of a parameter.
+      attributes: text after the parentheses.
+    """
 
     name: str
     type: str
@@ -40,7 +45,13 @@ class Op:
 
 @dataclass
 class Kernel:
-    """One executed instruction of a device: what it computes, what it moves, how often."""
+    """One executed instruction of a device.
+
+    Attributes:
+      flops, bytes: FLOPs and memory traffic of one execution.
+      times: number of executions.
+      target: target of a custom call, "" for any other instruction.
+    """
 
     op: Op
     flops: float
@@ -51,7 +62,14 @@ class Kernel:
 
 @dataclass
 class Program:
-    """Computations by name, each a dict of instructions by name, and how often each computation runs."""
+    """Compiled program.
+
+    Attributes:
+      computations: `{computation: {instruction: Op}}`.
+      times: number of runs of each computation.
+      fused: computations whose instructions belong to the kernel that calls them.
+      unknown_loops: loops of unknown length, counted once.
+    """
 
     computations: dict[str, dict[str, Op]]
     times: dict[str, float] = field(default_factory=dict)
@@ -60,10 +78,10 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """The program behind the text of an XLA module.
+    """Parses the text of an XLA module.
 
     Raises:
-      ValueError: if there is no entry computation.
+      ValueError: if it has no entry computation.
     """
     program, current, entry = Program({}), None, None
     for line in text.splitlines():
@@ -75,7 +93,7 @@ def parse(text: str) -> Program:
         if op := _instruction(line):
             current[op.name] = op
     if entry is None:
-        raise ValueError("this text holds no ENTRY computation: give the text of a compiled XLA module")
+        raise ValueError("this text has no ENTRY computation: give the text of a compiled XLA module")
     _count_runs(program, entry)
     return program
 
@@ -94,7 +112,7 @@ def _instruction(line: str) -> Op | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index behind the bracket that closes the one at `start`."""
+    """Returns the index after the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found[0] == "(" else -1
@@ -104,7 +122,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _count_runs(program: Program, entry: str) -> None:
-    """Fills `times`: callers come after what they call in the text, so it is walked backwards from the entry."""
+    """Fills `times` and `fused`, callers before callees, so that the count of a caller is complete when it is used."""
     program.times = dict.fromkeys(program.computations, 0.0)
     program.times[entry] = 1.0
     for name in reversed(_called_first(program, entry)):
@@ -141,11 +159,10 @@ def _called_first(program: Program, entry: str) -> list[str]:
 
 
 def _trips(program: Program, op: Op) -> float:
-    """How often a loop runs: as XLA noted it, else the largest number its condition compares with, else 1."""
+    """Returns a loop's trip count: XLA's own, else the largest constant in the loop's condition, else 1."""
     if found := re.search(r'known_trip_count":\{"n":"(\d+)"', op.attributes):
         return float(found[1])
-    condition = re.search(r"condition=%([\w.\-]+)", op.attributes)
-    pending, bounds = [condition[1]], []
+    pending, bounds = [_found(r"condition=%([\w.\-]+)", op.attributes)[1]], []
     while pending:
         for inner in program.computations.get(pending.pop(), {}).values():
             pending += _CALLED.findall(inner.attributes)
@@ -157,7 +174,7 @@ def _trips(program: Program, op: Op) -> float:
 
 
 def arrays(type_: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """(element type, shape, layout) of every array in a type, tuples flattened."""
+    """Returns (element type, shape, layout) of every array in a type, with tuples flattened."""
     return [
         (kind, tuple(map(int, dims.split(","))) if dims else (), layout or "")
         for kind, dims, layout in _ARRAY.findall(type_)
@@ -166,36 +183,38 @@ def arrays(type_: str) -> list[tuple[str, tuple[int, ...], str]]:
 
 
 def size(type_: str, everywhere: bool = True) -> float:
-    """Bytes of a type; `everywhere=False` leaves out what lies in a TPU's on-chip memory (`S(1)` and up)."""
+    """Returns the bytes of a type; `everywhere=False` excludes arrays in a TPU's on-chip memory (`S(1)` and up)."""
     total = 0.0
     for kind, shape, layout in arrays(type_):
-        bits = BITS.get(kind) if kind in BITS else int(re.search(r"\d+", kind)[0])
+        bits = BITS[kind] if kind in BITS else int(_found(r"\d+", kind)[0])
         if everywhere or not re.search(r"S\([1-9]", layout):
             total += math.prod(shape) * bits / 8
     return total
 
 
 def collectives(program: Program, devices: int) -> dict[str, dict[str, float]]:
-    """Per kind: `count` of executed collectives and `bytes` that one device receives in them.
+    """Returns, by kind, the `count` of executed collectives and the `bytes` that one device receives in them.
 
-    Asynchronous ones count once, at their start. Of n devices, each receives (n - 1) / n of what is gathered,
-    exchanged or, with the sizes before it, scattered; twice that of what is reduced for all; all of what is permuted.
+    An asynchronous collective counts once, at its start. Of n devices each receives (n - 1) / n of the whole array that
+    is gathered, exchanged or scattered, twice that in an all-reduce, and all of its array in a permutation.
 
     Args:
-      devices: of the whole program, where an instruction names no groups.
+      program: from `parse`.
+      devices: number of devices of the program, for instructions without groups.
     """
-    found: dict[str, Counter] = {}
+    found: dict[str, dict[str, float]] = {}
     for name, ops in program.computations.items():
         for op in ops.values():
             kind = op.opcode.removesuffix("-start")
             if kind not in COLLECTIVES or not program.times[name]:
                 continue
-            if kind == "all-reduce" and "all-reduce-scatter" in name:  # how TPUs spell it
+            if kind == "all-reduce" and "all-reduce-scatter" in name:  # the form of a reduce-scatter on TPUs
                 kind = "reduce-scatter"
             n = _group(op.attributes, devices)
-            moved = _moved(kind, op, ops, n)
-            found.setdefault(kind, Counter()).update(count=program.times[name], bytes=moved * program.times[name])
-    return {kind: dict(found[kind]) for kind in COLLECTIVES if kind in found}
+            sums = found.setdefault(kind, {"count": 0.0, "bytes": 0.0})
+            sums["count"] += program.times[name]
+            sums["bytes"] += _moved(kind, op, ops, n) * program.times[name]
+    return {kind: found[kind] for kind in COLLECTIVES if kind in found}
 
 
 def _group(attributes: str, devices: int) -> int:
@@ -216,7 +235,7 @@ def _moved(kind: str, op: Op, ops: dict[str, Op], n: int) -> float:
 
 
 def kernels(program: Program) -> list[Kernel]:
-    """What a device executes, collectives and free instructions left out; a fusion is one kernel."""
+    """Returns the kernels that a device executes, without collectives and `FREE` instructions; a fusion is one."""
     found = []
     for name, ops in program.computations.items():
         times = program.times[name]
@@ -232,9 +251,12 @@ def kernels(program: Program) -> list[Kernel]:
 
 
 def _traffic(program: Program, op: Op, ops: dict[str, Op]) -> float:
-    """Bytes an instruction reads and writes in device memory; of what it only slices or updates in place, the part."""
+    """Returns the bytes that an instruction reads and writes in device memory.
+
+    Of an array that is only sliced or updated in place, only the slice or the update counts.
+    """
     written, read = size(op.type, everywhere=False), 0.0
-    inner = program.computations[_CALLED.search(op.attributes)[1]] if op.opcode == "fusion" else {}
+    inner = program.computations[_found(_CALLED, op.attributes)[1]] if op.opcode == "fusion" else {}
     parameters = {int(o.literal): o for o in inner.values() if o.opcode == "parameter"}
     for n, name in enumerate(op.operands):
         if name not in ops:
@@ -259,9 +281,9 @@ def _updates(op: Op, name: str) -> bool:
 
 
 def _flops(program: Program, op: Op, ops: dict[str, Op]) -> float:
-    """FLOPs of matrix products, convolutions and fused attention in an instruction, a multiply-add being two."""
+    """Returns the FLOPs of matrix products, convolutions and fused attention; a multiply-add counts as two."""
     if op.opcode == "fusion":
-        inner = program.computations[_CALLED.search(op.attributes)[1]]
+        inner = program.computations[_found(_CALLED, op.attributes)[1]]
         return sum(_flops(program, o, inner) for o in inner.values())
     shapes = [arrays(ops[name].type)[0][1] if name in ops and arrays(ops[name].type) else () for name in op.operands]
     result = arrays(op.type)[0][1] if arrays(op.type) else ()
@@ -269,20 +291,20 @@ def _flops(program: Program, op: Op, ops: dict[str, Op]) -> float:
         contracted = _dims(op.attributes, r"lhs_contracting_dims=\{([\d,]*)\}")
         return 2.0 * math.prod(result) * math.prod(shapes[0][d] for d in contracted)
     if op.opcode == "convolution":
-        return _convolution(op.attributes, *shapes[:2], result)
+        return _convolution(op.attributes, shapes[0], shapes[1], result)
     if op.opcode != "custom-call":
         return 0.0
     if "__cublas" in op.attributes:
-        contracted = re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', op.attributes)
-        return 2.0 * math.prod(result) * math.prod(shapes[0][int(d)] for d in re.findall(r"\d+", contracted[1]))
+        contracted = _found(r'lhs_contracting_dimensions":\[([^\]]*)\]', op.attributes)[1]
+        return 2.0 * math.prod(result) * math.prod(shapes[0][int(d)] for d in re.findall(r"\d+", contracted))
     if "__cudnn$conv" in op.attributes:
-        roles = (*shapes[:2], result)
+        roles = (shapes[0], shapes[1], result)
         if "BackwardInput" in op.attributes:
             roles = (result, shapes[1], shapes[0])
         elif "BackwardFilter" in op.attributes:
             roles = (shapes[0], result, shapes[1])
         return _convolution(op.attributes, *roles)
-    if "fmha" in op.attributes:  # q, k as [n, s, heads, d]; forward two products, backward five
+    if "fmha" in op.attributes:  # q, k: [n, s, heads, d]; forward has two products, backward five
         (n, s, heads, d), keys = shapes[0], shapes[1][1]
         return (10.0 if "Backward" in op.attributes else 4.0) * n * s * keys * heads * d
     if "tpu_custom_call" in op.attributes and (found := _SPLASH.search(op.name)):
@@ -291,14 +313,21 @@ def _flops(program: Program, op: Op, ops: dict[str, Op]) -> float:
     return 0.0
 
 
+def _found(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:
+    """Returns the first match of a pattern that XLA's format guarantees."""
+    found = re.search(pattern, text)
+    assert found is not None, f"unknown HLO format: no {pattern!r} in {text[:200]!r}"
+    return found
+
+
 def _dims(text: str, pattern: str) -> list[int]:
     found = re.search(pattern, text)
     return [int(d) for d in found[1].split(",") if d] if found else []
 
 
 def _convolution(attributes: str, x: tuple, kernel: tuple, out: tuple) -> float:
-    """2 x output x inputs per output; positions that fall into padding or between dilated samples do not count."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    """Returns 2 x outputs x inputs per output, without positions in the padding or between dilated samples."""
+    labels = _found(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     window = re.search(r"window=\{([^}]*)\}", attributes)
     spatial = [c for c in labels[2] if c.isdigit()]
     setting = dict(part.split("=") for part in window[1].split()) if window else {}
@@ -320,11 +349,11 @@ def _convolution(attributes: str, x: tuple, kernel: tuple, out: tuple) -> float:
 
 
 def _positions(x: int, kernel: int, out: int, stride: int, pad: int, spread: int, dilation: int) -> int:
-    """Pairs of output and kernel positions along one axis that meet a sample of the input."""
+    """Returns the number of (output, kernel) positions along one axis that meet a sample of the input."""
     last = (x - 1) * spread
     total = 0
     for j in range(kernel):
-        first = j * dilation - pad  # the position met by output 0
+        first = j * dilation - pad  # input position of output 0
         hits = [i for i in range(out) if 0 <= first + i * stride <= last]
         total += sum((first + i * stride) % spread == 0 for i in hits) if spread > 1 else len(hits)
     return total

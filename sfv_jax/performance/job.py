@@ -1,4 +1,4 @@
-"""The plan of a job: its programs compiled for a target, what they cost, and settings that make it fit."""
+"""Plan of a job: its programs compiled for a target, their costs, and settings with which the job fits."""
 
 import os
 import time
@@ -24,21 +24,21 @@ WHAT = {"train": (448, 768), "sample": (576, 1024), "prepare": (448, 768)}  # an
 
 
 class PlanError(UserError):
-    """Something that cannot be planned; the message says what to change."""
+    """Job that cannot be planned; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan, beside the config and the target.
+    """Settings of a plan other than the config and the target.
 
     Attributes:
-      what: a name of `WHAT`.
+      what: kind of job, a key of `WHAT`.
       size: (height, width) of the videos in pixels.
-      batch_size: videos at a time when sampling or preparing; None for one per chip.
-      sampling: options of sampling; its `memory` is that of the target.
-      memory_gib: memory of a chip; None for the target's.
-      efficiency: fraction of the lower bound's speed that the run is assumed to reach.
-      hlo: folder for the text of the compiled programs.
+      batch_size: videos per batch in sampling and preparing; None for one per chip.
+      sampling: options of sampling; `memory` is replaced by the target's.
+      memory_gib: memory of a chip in GiB; None for the target's.
+      efficiency: assumed speed of the run as a fraction of the lower bound's.
+      hlo: folder for the text of the compiled programs; None to keep none.
     """
 
     what: str
@@ -54,7 +54,7 @@ def build(config: ConfigDict, target: Target, devices: list, request: Request) -
     """Returns the mesh and the programs of a job on `devices` of `target`.
 
     Raises:
-      ConfigError, WeightsError, PlanError: for what the job would refuse.
+      ConfigError, WeightsError, PlanError: if the job itself would reject these settings.
     """
     sizes, size = programs.sizes_of(config), request.size
     if size[0] % sizes.downscale or size[1] % sizes.downscale or min(size) < sizes.downscale:
@@ -73,17 +73,23 @@ def build(config: ConfigDict, target: Target, devices: list, request: Request) -
     if batch % shares:
         raise PlanError(f"batch_size {batch} does not divide over data x fsdp = {shares} chips of the mesh")
     options = request.sampling
-    if target.chip.platform != "cpu":  # a CPU reports no memory, so a run there does not use it either
+    if target.chip.platform != "cpu":  # a run on CPU does not use it either: CPUs report no memory
         options = replace(options, memory=limit_of(target, request))
     return mesh, programs.sample_programs(mesh, sizes, size, batch, options)
 
 
 def plan(config: ConfigDict, target: Target, request: Request, say=print, *, trial: bool = False) -> dict:
-    """Compiles all programs of a job and returns what they cost, for `plan_report.text`.
+    """Compiles all programs of a job and returns their costs, for `plan_report.text` and as JSON.
 
     Args:
+      config: training config; its networks and mesh also apply to the other jobs.
+      target: chips to compile for.
+      request: all other settings.
       say: called with a line before each compilation.
-      trial: stop at the first program that does not fit.
+      trial: stops after the first program that does not fit.
+
+    Raises:
+      ConfigError, WeightsError, PlanError: if the job itself would reject these settings.
     """
     began = time.monotonic()
     mesh, jobs = build(config, target, targets.devices(target), request)
@@ -117,7 +123,7 @@ def plan(config: ConfigDict, target: Target, request: Request, say=print, *, tri
 
 
 def limit_of(target: Target, request: Request) -> float:
-    """Bytes of one chip of `target`, or those asked for; fake CPU devices share the memory of this machine."""
+    """Returns the bytes of one chip: as requested, or the target's; fake CPU devices share this machine's memory."""
     if request.memory_gib:
         return request.memory_gib * GIB
     if target.chip.platform == "cpu":
@@ -126,7 +132,7 @@ def limit_of(target: Target, request: Request) -> float:
 
 
 def run_time(costs: list[Cost], config: ConfigDict, target: Target, request: Request, videos: int) -> dict:
-    """Lower bound of the seconds of a step or batch, and the length of the run at the efficiency of `request`."""
+    """Returns the lower bound of a step or batch in seconds, and speed and length of the run at the efficiency."""
     efficiency = request.efficiency
     bound = sum(cost.seconds for cost in costs)
     if not bound or not all(cost.fits for cost in costs):
@@ -140,11 +146,11 @@ def run_time(costs: list[Cost], config: ConfigDict, target: Target, request: Req
 
 
 def attempts(config: ConfigDict, target: Target, request: Request) -> Iterator[tuple[list[str], ConfigDict, Request]]:
-    """Yields settings for `--fit`, each on top of those before it, as (flags to copy, config, request).
+    """Yields settings for `--fit`, each on top of the previous ones, as (flags to copy, config, request).
 
-    Training: recompute in the backward pass; one sample per chip and micro-batch; shard the stored state over more and
-    more chips; share the rows of a video. Sampling: bf16; decoding in pieces where it was to be whole; one video on a
-    chip at a time; then shares of the weights and rows. Preparing: half as many clips at a time, and again.
+    Training: recomputation in the backward pass; one sample per chip and micro-batch; stored state sharded over more
+    and more chips; rows of a video shared between chips. Sampling: bf16; decoding in pieces instead of whole; one video
+    per chip; then sharded weights and shared rows. Preparing: half as many clips per batch, repeatedly.
     """
     what, given = request.what, []
     config = ConfigDict(config.to_dict())
@@ -188,8 +194,8 @@ def attempts(config: ConfigDict, target: Target, request: Request) -> Iterator[t
         if (request.batch_size or 1) > shares:
             yield batches_of(shares)
     if what == "prepare":
-        while (request.batch_size or 1) > 1:
-            yield batches_of(request.batch_size // 2)
+        while (clips := request.batch_size or 1) > 1:
+            yield batches_of(clips // 2)
         return
     n = 2 * config.mesh.fsdp
     while n * config.mesh.spatial <= target.count:
@@ -208,10 +214,13 @@ def attempts(config: ConfigDict, target: Target, request: Request) -> Iterator[t
 
 
 def fit(config: ConfigDict, target: Target, request: Request, say=print) -> dict | None:
-    """Returns the first plan of `attempts` that fits, with the flags that make it; None if none does.
+    """Returns the first plan of `attempts` that fits, with its flags as `"flags"`; None if none fits.
 
     Args:
-      say: called with a line on each attempt.
+      config: as in `plan`.
+      target: as in `plan`.
+      request: as in `plan`.
+      say: called with a line after each attempt.
     """
     for given, changed, asked in attempts(config, target, request):
         try:

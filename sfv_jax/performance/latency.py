@@ -1,4 +1,4 @@
-"""How long each stage of sampling takes, compilation apart, and how many FLOPs it does.
+"""Time and FLOPs of each stage of sampling, with compilation reported separately.
 
 stages = measure(sampler, image, Video(steps=1))
 columns, rows, notes = table(stages)  # for evaluation.report.Report.table
@@ -31,11 +31,13 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of sampling and its timing.
+    """Stage of sampling and its timing.
 
     Attributes:
-      flops: matrix products and convolutions of a call over all devices, a multiply-add as two; None if not counted.
-      peak: FLOP/s of the devices by their data sheet; None if not known.
+      name: a key of `STAGES`.
+      timing: of one call.
+      flops: matrix products and convolutions of a call on all devices, a multiply-add as two; None if not counted.
+      peak: FLOP/s of all devices by their data sheet; None if unknown.
     """
 
     name: str
@@ -45,18 +47,18 @@ class Stage:
 
     @property
     def tflops(self) -> float | None:
-        """TFLOP/s of a warm call."""
+        """TFLOP/s of a warm call; None if FLOPs were not counted."""
         return self.flops / self.timing.median / 1e12 if self.flops else None
 
     @property
     def mfu(self) -> float | None:
-        """Fraction of the peak."""
+        """Fraction of the peak FLOP/s in a warm call; None if either is unknown."""
         return self.flops / self.timing.median / self.peak if self.flops and self.peak else None
 
 
 @dataclass(frozen=True)
 class Video:
-    """The video whose stages are timed; fields as in `Sampler.__call__`, None for its defaults."""
+    """Video whose stages are timed. The fields are arguments of `Sampler.__call__`; None stands for their defaults."""
 
     steps: int = 1
     guidance: tuple[float, float] | None = None
@@ -70,13 +72,17 @@ class Video:
 def measure(
     sampler: "Sampler", image: np.ndarray, video: Video | None = None, *, repeats: int = 5, count: bool = True
 ) -> list[Stage]:
-    """Times the `STAGES` of one video from `image`, uint8 `[h, w, 3]`.
+    """Times the `STAGES` of one video.
 
-    Stages are timed alone, each waiting for the device. End to end does not wait between them and includes the copy of
-    the frames. To see the compilation, call this before anything else of the same shape.
+    Each stage is timed alone and waits for the device. "end to end" does not wait between stages and includes the copy
+    of the frames to the host. Compilation is only seen if no call of the same shape came before.
 
     Args:
-      count: count FLOPs, on the jaxpr; attention as plain products whatever kernel runs.
+      sampler: the loaded checkpoint.
+      image: first image, uint8 `[h, w, 3]`.
+      video: size and options; None for the defaults of `Video`.
+      repeats: warm calls per stage.
+      count: counts FLOPs, on the jaxpr, with attention as plain products whichever kernel runs.
     """
     video = video or Video()
     size = sampler.size(image, video.height, video.width)
@@ -113,7 +119,7 @@ def measure(
 
 
 def count_denoising(sampler: "Sampler", condition: dict, noise: jax.Array, keys: jax.Array, how: dict) -> float:
-    """Counts the FLOPs of `sampler.latents(condition, noise, **how)` on its jaxpr; attention as plain products."""
+    """Counts the FLOPs of `sampler.latents(condition, noise, **how)` on its jaxpr, with attention as plain products."""
     plain = Generator(dataclasses.replace(sampler.unet, attention_kernel="einsum"), sampler.dtype)
 
     def denoise(params, condition, noise, keys):
@@ -150,7 +156,7 @@ def table(stages: list[Stage]) -> tuple[list[str], list[list], list[str]]:
 
 
 def record(stages: list[Stage]) -> dict:
-    """Returns the same as `table` for JSON, in seconds, with the peak memory of the device."""
+    """Returns the figures of `table` for JSON, in seconds and FLOPs, with the peak memory of the device."""
     found = {}
     for x in stages:
         times = {"first": x.timing.first, "warm": x.timing.seconds, "seconds": x.timing.median}

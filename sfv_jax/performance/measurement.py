@@ -1,4 +1,4 @@
-"""Measurements of the programs of sampling and training on the device at hand."""
+"""Measurements of the programs of sampling and training on the present device."""
 
 import os
 import platform
@@ -6,15 +6,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxlib
+from jax.sharding import Mesh
 
 from sfv_jax import config as configs
 from sfv_jax.diffusion import edm
 from sfv_jax.errors import UserError
-from sfv_jax.methods import METHODS
+from sfv_jax.methods import sfv
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
@@ -26,11 +28,13 @@ from sfv_jax.runtime.sharding import make_mesh, on_mesh
 
 
 def scaled(*channels: int) -> Sizes:
-    """SVD's networks with a UNet of these widths, a VAE of half of them and a tiny CLIP tower."""
+    """Returns SVD's networks with a UNet of these `channels`, a VAE of half as many and a tiny CLIP tower."""
     heads = tuple(c // 64 for c in channels)
-    unet = dict(block_out_channels=channels, num_attention_heads=heads, cross_attention_dim=64)
+    unet = UNetConfig(
+        block_out_channels=channels, num_attention_heads=heads, cross_attention_dim=64, addition_time_embed_dim=64
+    )
     vae = VAEConfig(block_out_channels=tuple(c // 2 for c in channels))
-    return Sizes(UNetConfig(addition_time_embed_dim=64, **unet), vae, CLIPConfig.tiny(projection_dim=64))
+    return Sizes(unet, vae, CLIPConfig.tiny(projection_dim=64))
 
 
 NETWORKS = {
@@ -43,16 +47,18 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure.
+    """Settings of a measurement, the flags of the command `benchmark`.
 
     Attributes:
-      networks: a name of `NETWORKS`.
-      height, width: of the video, pixels.
-      num_frames: None for as many as the networks were trained with.
+      networks: a key of `NETWORKS`.
+      height, width: of the video in pixels.
+      num_frames: frames of the video; None for the number that the networks were trained with.
+      batch_size: videos per call.
       dtype: compute dtype, also of the VAE's decoder.
-      repeats: warm calls that are timed.
-      train: the SF-V step instead of sampling, with `remat` if activations are to be computed again.
-      compare: "diffusers" to measure that package in turns with ours, on the same weights.
+      repeats: timed warm calls.
+      train: measures the SF-V step instead of sampling.
+      remat: recomputes activations in the backward pass of `train`.
+      compare: "diffusers" to time that package in turns with this one, on the same weights; None to time only this one.
     """
 
     networks: str = "svd"
@@ -68,16 +74,17 @@ class Request:
 
     @property
     def size(self) -> tuple[int, int]:
+        """(height, width) of the video in pixels."""
         return self.height, self.width
 
     def sizes(self) -> Sizes:
-        """The networks.
+        """Returns the configs of the networks, adapted to the request.
 
         Raises:
-          UserError: for a size that they cannot make.
+          UserError: if height or width is no multiple of the downscaling.
         """
         sizes = NETWORKS[self.networks]
-        changes = {"num_frames": self.num_frames} if self.num_frames else {}
+        changes: dict[str, Any] = {"num_frames": self.num_frames} if self.num_frames else {}
         if jax.default_backend() == "cpu":
             changes["temporal_conv"] = "matmul"
         sizes = replace(sizes, unet=replace(sizes.unet, remat=self.remat and self.train, **changes))
@@ -88,11 +95,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one program.
+    """Measurement of one program.
 
     Attributes:
       timing: of its calls.
-      flops: matrix products and convolutions, counted on the jaxpr; attention as its two products.
+      flops: matrix products and convolutions of a call, counted on the jaxpr; attention as its two products.
+      compile_seconds: time of tracing and compilation.
       temporary_bytes: temporary memory of the compiled program per device, as XLA reports it.
     """
 
@@ -103,10 +111,13 @@ class Row:
     temporary_bytes: int | None = None
 
 
-def measure(program: Program, args: tuple, mesh, repeats: int) -> tuple[Row, Callable]:
-    """Compiles `program` for `args` (arrays) and times it; returns the compiled program as well.
+def measure(program: Program, args: tuple, mesh: Mesh, repeats: int) -> tuple[Row, Callable]:
+    """Compiles and times `program` on the arrays `args`.
 
-    A program that gives up its first argument gets its result in that place for the next call, as in training.
+    If the program donates its first argument, the next call gets the first result in its place, as in training.
+
+    Returns:
+      The measurement and the compiled program.
     """
     began = time.perf_counter()
     compiled = on_mesh(mesh, program.function.lower)(*args).compile()
@@ -124,9 +135,20 @@ def measure(program: Program, args: tuple, mesh, repeats: int) -> tuple[Row, Cal
     return Row(program.name, timed, flops, seconds, memory.temp_size_in_bytes), compiled
 
 
-def sampling(mesh, sizes: Sizes, size: tuple[int, int], batch: int, dtype: str, repeats: int) -> list[Row]:
-    """Rows of the stages of a one-step video, and of all of them one after the other."""
-    rows, compiled, weights = [], {}, {}
+def sampling(mesh: Mesh, sizes: Sizes, size: tuple[int, int], batch: int, dtype: str, repeats: int) -> list[Row]:
+    """Measures each stage of a one-step video, and all stages one after another.
+
+    Args:
+      mesh: one device.
+      sizes: configs of the networks.
+      size: (height, width) of the videos in pixels.
+      batch: videos per call.
+      dtype: compute dtype of all stages.
+      repeats: timed warm calls.
+    """
+    rows: list[Row] = []
+    compiled: dict[str, Callable] = {}
+    weights: dict[str, Any] = {}
     programs = sample_programs(mesh, sizes, size, batch, SampleOptions(dtype=dtype, vae_dtype=dtype))
     inputs = {}
     for program in programs:
@@ -151,16 +173,27 @@ def sampling(mesh, sizes: Sizes, size: tuple[int, int], batch: int, dtype: str, 
     return [*rows, Row("image to frames", total, sum(row.flops for row in rows))]
 
 
-def training(config, mesh, sizes: Sizes, size: tuple[int, int], repeats: int) -> list[Row]:
-    """Rows of the SF-V step and of its parts, each of which is compiled alone.
+def training(config: configs.ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int, int], repeats: int) -> list[Row]:
+    """Measures the SF-V step and programs of growing parts of it, each compiled alone.
 
-    Parts that are no programs of their own are differences of medians: the backward pass of the generator, what the
-    discriminator adds to it, R1, and the optimisers with EMA and norms. XLA may fuse them otherwise in the whole step.
+    `split` computes the parts that are no programs themselves as differences of medians. XLA may fuse these parts
+    differently in the whole step.
+
+    Args:
+      config: of SF-V.
+      mesh: one device.
+      sizes: configs of the networks.
+      size: (height, width) of the videos in pixels.
+      repeats: timed warm calls.
+
+    Returns:
+      Rows in the order that `split` takes: generator forward; forward and backward; gradients of both networks without
+      R1; with R1; the whole step.
     """
     program = train_program(config, mesh, sizes, size)
     state, frozen, batch = random_arrays.random_arrays(program.args)
     generator, heads = state["generator"], state["heads"]
-    networks = METHODS[config.method].make_networks(sizes.unet, config)
+    networks = sfv.make_networks(sizes.unet, config)
 
     def forward(generator, batch):
         sigma = jnp.full(len(batch["latents"]), edm.SIGMA_MAX)
@@ -172,8 +205,8 @@ def training(config, mesh, sizes: Sizes, size: tuple[int, int], repeats: int) ->
     def gradients(r1_weight: float) -> Callable:
         changed = config.copy_and_resolve_references()
         changed.sfv.r1_weight = r1_weight
-        made = METHODS[config.method].make_gradients(networks, changed)
-        return lambda *args: made(*args, jax.random.key(0), 0)
+        made = sfv.make_gradients(networks, changed)
+        return lambda generator, heads, frozen, batch: made(generator, heads, frozen, batch, jax.random.key(0), 0)
 
     everything = (generator, heads, frozen, batch)
     calls = {
@@ -191,19 +224,19 @@ def training(config, mesh, sizes: Sizes, size: tuple[int, int], repeats: int) ->
 
 
 def split(rows: list[Row]) -> dict[str, float]:
-    """Seconds of the parts of the SF-V step, from the medians of `training`."""
+    """Returns the seconds of each part of the SF-V step, from the medians of `training`."""
     forward, both, without, gradients, step = (row.timing.median for row in rows)
     return {
         "G forward": forward,
         "G backward": both - forward,
-        "D, and the way of its gradient to the fake": without - both,
+        "D, and its gradient with respect to the fake": without - both,
         "R1": gradients - without,
-        "optimisers, EMA, norms": step - gradients,
+        "optimizers, EMA, norms": step - gradients,
     }
 
 
 def table(rows: list[Row], limit: float) -> str:
-    """Markdown; `limit` in FLOP/s."""
+    """Returns a table in Markdown; `limit` is the device's speed in matrix products in FLOP/s."""
     lines = [
         "| | ms, median (least to most) | TFLOP | TFLOP/s | of the matmul limit | temporary GiB | compiled in s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -227,14 +260,14 @@ def table(rows: list[Row], limit: float) -> str:
 
 
 def record(row: Row) -> dict:
-    """Returns `row` for JSON: the seconds of its warm calls in place of its timing."""
+    """Returns `row` for JSON, with the seconds of the warm calls in place of the timing."""
     return {"name": row.name, "seconds": row.timing.seconds} | {
         name: value for name, value in asdict(row).items() if name not in ("name", "timing")
     }
 
 
 def surroundings() -> dict:
-    """What the figures depend on."""
+    """Returns date, device, processor, versions and command line of a measurement, for JSON."""
     device = jax.devices()[0]
     about = {"date": time.strftime("%Y-%m-%d"), "device": device.device_kind, "devices": jax.device_count()}
     about |= {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
@@ -245,16 +278,18 @@ def surroundings() -> dict:
 
 
 def run(request: Request) -> dict:
-    """Measures and prints what `request` names; returns the figures, JSON.
+    """Carries out a measurement, prints its tables and returns its figures for JSON.
 
     Raises:
-      UserError: see `Request.sizes`.
+      UserError: if height or width is no multiple of the downscaling.
+      ConfigError: if the comparison needs a package that is not installed.
     """
     sizes = request.sizes()
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     limit = timing.matmul_limit(request.dtype)
     about = surroundings()
-    result = {"surroundings": about, "matmul_flops": limit, "peak_flops": peak_flops(about["device"])}
+    result: dict[str, Any] = {"surroundings": about, "matmul_flops": limit}
+    result["peak_flops"] = peak_flops(about["device"])
     print(f"{about['device']}: {limit / 1e12:.3g} TFLOP/s in {request.dtype} matrix products", flush=True)
     if request.compare:
         from sfv_jax.performance.against_diffusers import against_diffusers
@@ -275,8 +310,8 @@ def run(request: Request) -> dict:
     return result
 
 
-def _rows(request: Request, mesh, sizes: Sizes) -> list[Row]:
-    """Rows of sampling, or of the SF-V step."""
+def _rows(request: Request, mesh: Mesh, sizes: Sizes) -> list[Row]:
+    """Measures sampling or the SF-V step."""
     if not request.train:
         return sampling(mesh, sizes, request.size, request.batch_size, request.dtype, request.repeats)
     config = configs.sfv()

@@ -1,4 +1,4 @@
-"""A plan in words and as a picture of the memory."""
+"""Reports of a plan: text for a terminal, and a picture of the memory."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from sfv_jax.runtime.files import replacing
 GIB = 2**30
 COLORS = {
     "parameters": "#4477aa",
-    "optimiser": "#66ccee",
+    "optimizer": "#66ccee",
     "EMA": "#228833",
     "frozen": "#ccbb44",
     "other weights": "#bbbb99",
@@ -22,7 +22,7 @@ COLORS = {
 
 
 def text(plan: dict) -> str:
-    """Lines for a terminal. `plan` as `plan.plan` returns it."""
+    """Returns the text of a plan for a terminal; `plan` is the result of `job.plan`."""
     mesh = " x ".join(f"{name} {n}" for name, n in plan["mesh"].items())
     height, width = plan["size"]
     lines = [f"{plan['what']} on {plan['target']}: mesh {mesh}, {plan['videos']} videos of {height}x{width}"]
@@ -89,7 +89,7 @@ def _run(plan: dict) -> list[str]:
 
 
 def picture(plan: dict, path: Path) -> None:
-    """Writes a PNG: one bar per program, its memory stacked by what it holds, the chip's memory as a line."""
+    """Writes a PNG: one bar per program with its memory stacked by content, and the chip's memory as a line."""
     costs = plan["programs"]
     top = 1.08 * max(max(cost["needed"] for cost in costs), costs[0]["limit"])
     width, height, left, bar = 190 * len(costs) + 250, 420, 60, 110
@@ -99,7 +99,7 @@ def picture(plan: dict, path: Path) -> None:
     for n, cost in enumerate(costs):
         x, y = left + 190 * n, 0.0
         parts = dict(cost["memory"])
-        if cost["needed"] > sum(parts.values()):  # refused by the compiler: what it wanted beside the arguments
+        if cost["needed"] > sum(parts.values()):  # the compiler refused: what it needs beyond the arguments
             parts["temporaries"] = cost["needed"] - sum(parts.values())
         for name, size in parts.items():
             draw.rectangle((x, y_of(y + size), x + bar, y_of(y)), fill=COLORS[name])

@@ -1,6 +1,6 @@
-"""The programs that training, sampling and preparing run, and the shapes of what they work on; nothing is loaded.
+"""Programs of training, sampling and preparing, with the shapes of their arguments; nothing is loaded.
 
-`train.py` takes its jitted step from here, so what `plan.py` compiles is what training runs.
+The train step is built by `training.step`, as in training itself, so a plan compiles the program that training runs.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 
 from sfv_jax import config as configs
 from sfv_jax.checkpoints.base import is_run, read_run
@@ -31,17 +32,17 @@ from sfv_jax.training.step import jit_train_step
 
 @dataclass(frozen=True)
 class Program:
-    """A jitted function and its abstract arguments with their shardings.
+    """Jitted function and its abstract arguments with their shardings.
 
     Attributes:
-      parts: the arguments by what they hold ("parameters", "optimiser", ...), for the account of memory.
-      plain: the same function for counting FLOPs on its jaxpr, without fused attention; called with `args`.
-      resident: arrays that stay in memory beside the arguments while it runs.
-      donates: whether it gives up its first argument for its first result, as a train step does.
+      parts: the arguments by content ("parameters", "optimizer", ...), for the account of memory.
+      plain: the same function without fused attention, for counting FLOPs on its jaxpr; called with `args`.
+      resident: arrays that stay in memory beside the arguments while the program runs.
+      donates: whether the first result replaces the first argument, as in a train step.
     """
 
     name: str
-    function: Callable
+    function: Wrapped
     args: tuple
     parts: dict[str, Any]
     plain: Callable
@@ -51,10 +52,10 @@ class Program:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Options of sampling that decide its programs; defaults and meanings as in `Sampler.load` and `Sampler.__call__`.
+    """Options of sampling that determine its programs, as in `Sampler.load` and `Sampler.__call__`.
 
     Attributes:
-      memory: bytes of the device, when that is not at hand.
+      memory: bytes of the device, for a device that is absent; None to ask the present one.
     """
 
     steps: int = 1
@@ -68,7 +69,7 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Configs of the networks of a base model; `vae` and `clip` are None where the patch codec takes their place."""
+    """Configs of the networks of a base model; `vae` and `clip` are None if `patch` replaces them."""
 
     unet: UNetConfig
     vae: VAEConfig | None
@@ -77,14 +78,21 @@ class Sizes:
 
     @property
     def downscale(self) -> int:
-        return (self.vae or self.patch).downscale
+        """Pixels per latent cell in each direction."""
+        return self.encoders[0].downscale if self.patch is None else self.patch.downscale
+
+    @property
+    def encoders(self) -> tuple[VAEConfig, CLIPConfig]:
+        """Configs of VAE and CLIP tower, which must be there."""
+        assert self.vae is not None and self.clip is not None, "a model with the patch codec has no VAE"
+        return self.vae, self.clip
 
 
 def sizes_of(config: ConfigDict) -> Sizes:
-    """The networks that `config` trains, without their weights: of `config.init`, or SVD's with `config.unet`.
+    """Returns the networks that `config` trains: those of `config.init`, or SVD's with `config.unet`.
 
     Raises:
-      ConfigError, WeightsError: as training would for such a base model.
+      ConfigError, WeightsError: if training would reject this base model.
     """
     if not config.init:
         world = config.data.source == "world"
@@ -98,7 +106,12 @@ def sizes_of(config: ConfigDict) -> Sizes:
 
 
 def shapes(mesh: Mesh, **arrays) -> dict:
-    """`{name: (shape, dtype)}` as abstract arrays of a batch on `mesh`; a batch that does not divide is everywhere."""
+    """Returns abstract arrays of a batch on `mesh` by name, replicated if the batch does not divide over the mesh.
+
+    Args:
+      mesh: devices of the program.
+      **arrays: (shape, dtype) of each array.
+    """
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     split, whole = batch_sharding(mesh), replicated_sharding(mesh)
     return {
@@ -108,10 +121,10 @@ def shapes(mesh: Mesh, **arrays) -> dict:
 
 
 def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int, int]) -> Program:
-    """The train step of `config` on videos of `size (height, width)` pixels.
+    """Returns the train step of `config` on videos of `size (height, width)` pixels.
 
     Raises:
-      ConfigError: for what training would refuse before it reads data.
+      ConfigError: if training would reject `config` before it reads data.
     """
     if config.method not in METHODS:
         raise ConfigError(f"config.method={config.method!r}: choose one of {', '.join(METHODS)}")
@@ -134,13 +147,14 @@ def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int,
         image_embed=((n, unet.cross_attention_dim), jnp.float32),
         ids=((n, 3), jnp.float32),
     )
-    optimiser = {name: state[name] for name in state if name.startswith("opt_")}
-    parts = {"parameters": {k: v for k, v in state.items() if k != "ema" and k not in optimiser}}
-    parts |= {"optimiser": optimiser, "EMA": state["ema"], "frozen": frozen, "batch": batch}
+    optimizer = {name: state[name] for name in state if name.startswith("opt_")}
+    parts = {"parameters": {k: v for k, v in state.items() if k != "ema" and k not in optimizer}}
+    parts |= {"optimizer": optimizer, "EMA": state["ema"], "frozen": frozen, "batch": batch}
     plain = configs.plain_unet(unet)
+    step: Any = jit_train_step(method, networks, config, mesh, shardings)
     return Program(
         "train step",
-        jit_train_step(method, networks, config, mesh, shardings),
+        step,
         (state, frozen, batch),
         parts,
         method.make_train_step(method.make_networks(plain, config), config),
@@ -151,30 +165,32 @@ def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int,
 def sample_programs(
     mesh: Mesh, sizes: Sizes, size: tuple[int, int], batch: int, options: SampleOptions | None = None
 ) -> list[Program]:
-    """Returns the programs that `Sampler.__call__` runs one after the other: clip, encode, denoise, decode.
+    """Returns the programs that `Sampler.__call__` runs one after another: clip, encode, denoise, decode.
 
     The weights of all three networks stay in memory.
 
     Args:
+      mesh: devices of the programs.
+      sizes: configs of the networks.
       size: (height, width) of the videos in pixels.
-      batch: videos at a time.
+      batch: videos per call.
+      options: options of sampling; None for the defaults.
     """
     options = options or SampleOptions()
     unet, frames, (height, width) = sizes.unet, sizes.unet.num_frames, size
     weights = _sampling_weights(mesh, sizes, options.dtype)
     codec = sizes.patch or SVDCodec(
-        sizes.vae,
-        sizes.clip,
+        *sizes.encoders,
         {},
         decode_dtype=DTYPES[options.vae_dtype],
         pixels=options.decode_pixels,
         memory=options.memory,
     )
-    # Made now, not while a program is traced: it takes seconds.
+    # Built here, not during tracing: it takes seconds.
     generators = {config: Generator(config, options.dtype) for config in (unet, configs.plain_unet(unet))}
 
     def with_weights(weights) -> SVDCodec | PatchCodec:
-        return codec if sizes.patch else codec.with_params(weights)
+        return codec.with_params(weights) if isinstance(codec, SVDCodec) else codec
 
     def embed(weights, images):
         return with_weights(weights).embed(images)
@@ -208,7 +224,10 @@ def sample_programs(
     ]
 
 
-def _stage(name, function, weights, used, inputs, plain=None) -> Program:
+def _stage(
+    name: str, function: Callable, weights: dict, used: tuple[str, ...], inputs: tuple, plain: Callable | None = None
+) -> Program:
+    """Returns the program of a stage that uses the weights named in `used`; the others are resident."""
     mine = {k: v for k, v in weights.items() if k in used}
     others = {"other weights": {k: v for k, v in weights.items() if k not in used}}
     args = (mine, *inputs)
@@ -216,7 +235,7 @@ def _stage(name, function, weights, used, inputs, plain=None) -> Program:
 
 
 def _sampling_weights(mesh: Mesh, sizes: Sizes, dtype: str) -> dict:
-    """Abstract weights as `Sampler.load` places them: the UNet in `dtype`, VAE and CLIP in fp32."""
+    """Returns abstract weights, sharded as by `Sampler.load`: the UNet in `dtype`, VAE and CLIP in fp32."""
     weights = {"unet": Networks(sizes.unet).abstract["generator"]}
     weights["unet"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), weights["unet"])
     if sizes.patch is None:
@@ -225,14 +244,18 @@ def _sampling_weights(mesh: Mesh, sizes: Sizes, dtype: str) -> dict:
 
 
 def _encoder_weights(sizes: Sizes) -> dict:
-    return {
-        "vae": tree.abstract(TemporalVAE, sizes.vae)[1],
-        "image_encoder": tree.abstract(CLIPVision, sizes.clip)[1],
-    }
+    vae, clip = sizes.encoders
+    return {"vae": tree.abstract(TemporalVAE, vae)[1], "image_encoder": tree.abstract(CLIPVision, clip)[1]}
 
 
 def prepare_programs(mesh: Mesh, sizes: Sizes, size: tuple[int, int], batch: int) -> list[Program]:
-    """What `prepare.make_encoder` runs for `batch` clips: the condition of the first frame, then latents of all frames.
+    """Returns the programs of `preparation.make_encoder` for `batch` clips: conditions, then latents of all frames.
+
+    Args:
+      mesh: devices of the programs.
+      sizes: configs of the networks.
+      size: (height, width) of the clips in pixels.
+      batch: clips per call.
 
     Raises:
       ConfigError: if the base model has no VAE.
@@ -243,7 +266,7 @@ def prepare_programs(mesh: Mesh, sizes: Sizes, size: tuple[int, int], batch: int
     weights = with_shardings(weights, param_shardings(mesh, weights))
     shape = (batch, sizes.unet.num_frames, *size, 3)
 
-    codec = SVDCodec(sizes.vae, sizes.clip, {})
+    codec = SVDCodec(*sizes.encoders, {})
 
     def condition(weights, images, noise):
         return codec.with_params(weights).condition(images, None, 0.02, noise)

@@ -9,10 +9,15 @@ import numpy as np
 
 
 def random_arrays(abstract, seed: int = 0):
-    """Arrays for a tree of shapes that say where they lie: weights of a fresh network, zeros elsewhere, normal inputs.
+    """Returns random arrays for a tree of sharded `ShapeDtypeStruct`s.
 
-    What an array is follows from its path: kernels and tables are scaled by their fan-in, norm scales are 1, biases,
-    counters and optimiser state 0; integers are drawn from 0..255; all else is standard normal.
+    The path of an array decides its content: kernels and embeddings are normal, divided by the square root of their
+    fan-in; norm scales are 1; biases, counters and optimizer state are 0; other integers are uniform in 0..255; all
+    other arrays are standard normal.
+
+    Args:
+      abstract: shapes, dtypes and shardings.
+      seed: of the random numbers.
     """
 
     def array(number: int, path, x):

@@ -1,7 +1,7 @@
-"""Accelerators that programs can be compiled for on a machine that has none.
+"""Targets: accelerators for which a machine without accelerators can compile programs.
 
-A target is a name: `v5e:4x4` (a TPU slice; `v5e:4x4*2` for two slices), `h200:8` (GPUs, hosts of 8), `cpu:8` (fake
-devices of this machine). libtpu and JAX's CUDA plugin compile for chips that are described, not present.
+A target has a name: `v5e:4x4` (a TPU slice; `v5e:4x4*2` for two slices), `h200:8` (GPUs, in hosts of 8), `cpu:8` (fake
+devices of this machine). libtpu and JAX's CUDA plugin compile from descriptions of absent chips.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -20,19 +21,20 @@ GB, GIB = 1e9, 2**30
 
 
 class TargetError(UserError):
-    """A target that cannot be planned for; the message says what can."""
+    """Unusable target; the message lists usable ones or names the remedy."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip of a kind offers.
+    """Properties of one chip of a kind.
 
     Attributes:
-      memory: bytes a program may use: HBM less what the runtime keeps.
+      platform: "tpu", "gpu" or "cpu".
+      memory: bytes available to a program: HBM less the part that the runtime reserves.
       flops: peak dense bf16 FLOP/s.
-      bandwidth: bytes/s of its memory.
-      link: bytes/s it receives from its neighbours; TPU: along one axis of the torus, GPU: NVLink.
-      network: bytes/s it receives from another host (GPU) or slice (TPU).
+      bandwidth: bytes/s of the memory.
+      link: bytes/s received from neighbors; TPU: along one axis of the torus, GPU: over NVLink.
+      network: bytes/s received from another host (GPU) or slice (TPU).
       axes: dimensions of a TPU slice; 0 for other chips.
     """
 
@@ -46,10 +48,10 @@ class Chip:
 
 
 # TPU: Cloud TPU documentation, pages "TPU v4", "v5e", "v5p", "v6e". `link` is the one-way interconnect bandwidth per
-# chip printed there (2400, 1600, 4800 Gbit/s; v6e: half of 800 GB/s) over the axes of the torus. `memory` is what
-# libtpu allows.
-# GPU: NVIDIA data sheets (A100 80GB SXM, H100 SXM, H200 SXM); NVLink per direction; a 200 or 400 Gbit/s port each.
-# Memory, clocks and limits of GPUs as in openxla/xla's target descriptions; 0.92 of it is what training asks for.
+# chip given there (2400, 1600, 4800 Gbit/s; v6e: half of 800 GB/s) over the axes of the torus. `memory` is libtpu's
+# limit.
+# GPU: NVIDIA data sheets (A100 80GB SXM, H100 SXM, H200 SXM); NVLink per direction; one 200 or 400 Gbit/s port each.
+# Memory, clocks and limits of GPUs as in openxla/xla's target descriptions; training requests 0.92 of the memory.
 CHIPS = {
     "v4": Chip("tpu", 30.75 * GIB, 275e12, 1228 * GB, 100 * GB, 6.25 * GB, 3),
     "v5e": Chip("tpu", 15.75 * GIB, 197e12, 819 * GB, 100 * GB, 3.1 * GB, 2),
@@ -58,17 +60,17 @@ CHIPS = {
     "a100-80": Chip("gpu", 0.92 * 85100068864, 312e12, 2039.04 * GB, 300 * GB, 25 * GB),
     "h100": Chip("gpu", 0.92 * 84942979072, 989e12, 3352.32 * GB, 450 * GB, 50 * GB),
     "h200": Chip("gpu", 0.92 * 151397597184, 989e12, 4800 * GB, 450 * GB, 50 * GB),
-    "cpu": Chip("cpu", 0, 0.2e12, 20 * GB, 20 * GB, 20 * GB),  # for checks only; speed: about two cores with AVX-512
+    "cpu": Chip("cpu", 0, 0.2e12, 20 * GB, 20 * GB, 20 * GB),  # for checks only; speed of about two cores with AVX-512
 }
 GPUS_PER_HOST, MOST_GPUS, MOST_TPUS, MOST_CPUS = 8, 64, 256, 64
 _AMPERE = dict(name="NVIDIA A100-SXM4-80GB", cores=108, fpus=64, shared=163, l2=40, clock=1.41, capability=8)
 _HOPPER = dict(cores=132, fpus=128, shared=227, l2=50, clock=1.98, capability=9)
-GPU_MODELS = {
+GPU_MODELS: dict[str, dict[str, Any]] = {
     "a100-80": _AMPERE | dict(memory=85100068864),
     "h100": _HOPPER | dict(name="NVIDIA H100 80GB HBM3", memory=84942979072),
     "h200": _HOPPER | dict(name="NVIDIA H200 141GB HBM3e", memory=151397597184),
 }
-PLUGINS = {  # platform: (modules that must be there, extra of this package that installs them)
+PLUGINS = {  # platform: (required modules, extra of this package that installs them)
     "tpu": (("libtpu",), "plan-tpu"),
     "gpu": (("jax_plugins.xla_cuda13", "jax_cuda13_plugin", "nvidia.cudnn"), "plan-gpu"),
     "cpu": ((), ""),
@@ -77,7 +79,7 @@ PLUGINS = {  # platform: (modules that must be there, extra of this package that
 
 @dataclass(frozen=True)
 class Target:
-    """`count` chips of a kind; `shape` is that of one TPU slice, of which there may be several."""
+    """Set of `count` chips of one kind; `shape` is the shape of each TPU slice, () for other chips."""
 
     name: str
     kind: str
@@ -87,17 +89,18 @@ class Target:
 
     @property
     def chip(self) -> Chip:
+        """Properties of one of the chips."""
         return CHIPS[self.kind]
 
     @property
     def link(self) -> float:
-        """bytes/s at which a chip receives what collectives over all chips send it: their slowest part."""
+        """Bytes/s that a chip receives in collectives over all chips, at the slowest link."""
         crosses = self.slices > 1 or (self.chip.platform == "gpu" and self.count > GPUS_PER_HOST)
         return self.chip.network if crosses else self.chip.link
 
 
 def known() -> str:
-    """What a target may be called, in words."""
+    """Returns a description of all target names."""
     tpus = ", ".join(k for k, chip in CHIPS.items() if chip.platform == "tpu")
     gpus = ", ".join(k for k, chip in CHIPS.items() if chip.platform == "gpu")
     return (
@@ -107,10 +110,10 @@ def known() -> str:
 
 
 def parse(name: str) -> Target:
-    """The target called `name`.
+    """Returns the target with this `name`.
 
     Raises:
-      TargetError: if there is none, listing those that are.
+      TargetError: if there is none; the message lists the names.
     """
     kind, _, rest = name.partition(":")
     if kind not in CHIPS:
@@ -138,10 +141,10 @@ def parse(name: str) -> Target:
 
 
 def prepare(target: Target) -> None:
-    """Sets what compiling for `target` needs in this process; to be called before JAX makes any array.
+    """Prepares this process to compile for `target`; to be called before JAX creates any array.
 
     Raises:
-      TargetError: if the plugin is not installed, with the command that installs it.
+      TargetError: if the plugin is not installed; the message gives the command that installs it.
     """
     modules, extra = PLUGINS[target.chip.platform]
     missing = [module for module in modules if not _installed(module)]
@@ -149,19 +152,19 @@ def prepare(target: Target) -> None:
         raise TargetError(
             f"target {target.name!r} needs {', '.join(missing)}, not installed here: pip install 'sfv_jax[{extra}]'"
         )
-    # libtpu would ask a metadata server about its machine, complain that it is no TPU host, refuse a second process.
+    # Otherwise libtpu queries a metadata server, warns that this is no TPU host, and rejects a second process.
     host = dict(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-1")
     host["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for name, value in host.items() if target.chip.platform == "tpu" else ():
         os.environ.setdefault(name, value)
     if target.chip.platform == "gpu":
-        # Without a device there is no autotuning, and Triton's matrix products find no tiles; cuBLAS takes them.
+        # Without a device there is no autotuning, which Triton's matrix products need for their tiles: cuBLAS instead.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_triton_gemm=false"
     jax.config.update("jax_platforms", "cpu")
     if target.chip.platform != "cpu":
-        jax.config.update("jax_enable_compilation_cache", False)  # what is compiled here cannot run here
+        jax.config.update("jax_enable_compilation_cache", False)  # these programs cannot run here
     else:
-        with contextlib.suppress(RuntimeError):  # devices are there already; `devices` says if they do not suffice
+        with contextlib.suppress(RuntimeError):  # JAX has started already; `devices` checks their number
             jax.config.update("jax_num_cpu_devices", target.count)
 
 
@@ -173,12 +176,13 @@ def _installed(module: str) -> bool:
 
 
 def devices(target: Target) -> list:
-    """The chips of `target`, described, not present (on CPU: fake devices), in the order of `jax.devices()`.
+    """Returns descriptions of the chips of `target` (on CPU: fake devices), in the order of `jax.devices()`.
 
     Raises:
-      TargetError: if the plugin does not know such a slice.
+      TargetError: if libtpu has no such slice, or this process too few CPU devices.
     """
     platform = target.chip.platform
+    options: dict[str, Any]
     if platform == "cpu":
         found = jax.devices("cpu")
         if len(found) < target.count:
@@ -197,7 +201,7 @@ def devices(target: Target) -> list:
     if math.prod(target.shape) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
     if target.kind == "v4":
-        options["chip_config_name"] = "megacore"  # both cores as one device, as on the cloud
+        options["chip_config_name"] = "megacore"  # both cores as one device, as on Cloud TPU
     try:
         name = f"{target.kind}:{'x'.join(map(str, target.shape))}"
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
@@ -208,7 +212,7 @@ def devices(target: Target) -> list:
 
 
 def gpu_description(kind: str) -> str:
-    """XLA's description (GpuTargetConfigProto, as text) of a GPU of `GPU_MODELS`."""
+    """Returns XLA's description (GpuTargetConfigProto, as text) of a GPU of `GPU_MODELS`."""
     model = GPU_MODELS[kind]
     info = dict(
         threads_per_block_limit=1024,
@@ -244,6 +248,6 @@ def gpu_description(kind: str) -> str:
 
 
 def versions(target: Target) -> dict[str, str]:
-    """Versions of what compiles for `target`."""
+    """Returns the versions of the packages that compile for `target`."""
     names = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-plugin", "nvidia-cudnn-cu13"), "cpu": ()}[target.chip.platform]
     return {name: importlib.metadata.version(name) for name in ("jax", *names)}

@@ -1,4 +1,4 @@
-"""Timing of compiled programs, warm and apart from compilation, and the matrix-product limit of the device."""
+"""Timing of warm calls, with compilation reported separately, and the matrix-product speed of the device."""
 
 import statistics
 import time
@@ -11,22 +11,29 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each warm call, and of the `first` call, which may compile."""
+    """Times of repeated calls.
+
+    Attributes:
+      seconds: of each warm call.
+      first: seconds of the first call, which may compile; None if it was not timed.
+    """
 
     seconds: tuple[float, ...]
     first: float | None = None
 
     @property
     def median(self) -> float:
+        """Median of the warm calls in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def best(self) -> float:
+        """Fastest warm call in seconds."""
         return min(self.seconds)
 
     @property
     def compilation(self) -> float | None:
-        """Seconds that the first call took longer than the median; None if there was no first call."""
+        """Extra seconds of the first call compared with the median; None if it was not timed."""
         return None if self.first is None else max(self.first - self.median, 0.0)
 
     def __str__(self) -> str:
@@ -35,15 +42,19 @@ class Timing:
 
 
 def warm(call: Callable[[], object], repeats: int) -> Timing:
-    """Times `call` once and then `repeats` times, waiting for the device each time."""
+    """Times a first call of `call` and `repeats` warm ones, waiting for the device each time."""
     first, *rest = (_seconds(call) for _ in range(1 + repeats))
     return Timing(tuple(rest), first)
 
 
 def alternate(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """Times several calls in turns, so that a machine's slow moments fall on all alike.
+    """Times several calls in turns, so that slow moments of the machine affect all of them alike.
 
-    A turn is two calls, of which the second is timed: another program has just used the caches and the memory.
+    In a turn each call runs twice and the second run is timed: before the first, another program used the caches.
+
+    Args:
+      calls: the calls by name.
+      repeats: turns.
     """
     first = {name: _seconds(call) for name, call in calls.items()}
     turns = [{name: (_seconds(call), _seconds(call))[1] for name, call in calls.items()} for _ in range(repeats)]
@@ -57,10 +68,12 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def matmul_limit(dtype: str, size: int | None = None, repeats: int = 5) -> float:
-    """Measures the FLOP/s of a chain of square matrix products in `dtype` on one device: its practical limit.
+    """Measures the FLOP/s of a chain of square matrix products on one device: its practical limit.
 
     Args:
-      size: side of the matrices; 8192, or 1024 on CPU.
+      dtype: of the matrices.
+      size: side of the matrices; None for 8192, or 1024 on CPU.
+      repeats: timed calls, of which the fastest counts.
     """
     size = size or (1024 if jax.default_backend() == "cpu" else 8192)
     chain = 8
