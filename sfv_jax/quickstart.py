@@ -1,9 +1,10 @@
-"""The whole road in minutes: train a teacher on the procedural world, distil it into one step, compare them.
+"""Trains a teacher on the procedural world, distills it into one step, and compares the two; in minutes.
 
     python -m sfv_jax.quickstart --workdir runs/quickstart
 
-Leaves in the workdir: `teacher/` and `sfv/` (ordinary training runs: the same command continues them), and of the
-comparison a `.png` and a `.gif`, `table.md` and `table.json`. Scores are exact: every legal continuation is known.
+Writes to the workdir: `teacher/` and `sfv/` (ordinary training runs, which the same command continues), and the
+comparison as `comparison.png`, `comparison.gif`, `table.md` and `table.json`. Scores are exact, because every legal
+continuation is known.
 """
 
 import json
@@ -45,9 +46,9 @@ def main() -> None:
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("teacher", "configs/quickstart.py:teacher", "the teacher's config")
-    config_flags.DEFINE_config_file("sfv", "configs/quickstart.py:sfv", "SF-V's config")
-    flags.DEFINE_string("workdir", "runs/quickstart", "folder for everything that is made")
+    config_flags.DEFINE_config_file("teacher", "configs/quickstart.py:teacher", "config of the teacher")
+    config_flags.DEFINE_config_file("sfv", "configs/quickstart.py:sfv", "config of SF-V")
+    flags.DEFINE_string("workdir", "runs/quickstart", "folder for all results")
     commands.define_compiler_flags()
 
 

@@ -1,1 +1,1 @@
-"""The paper's tables: which models are trained, how each row is sampled and scored, and the quickstart's strips."""
+"""The paper's tables: their training runs, the sampling and scoring of each row, the report, and strips of frames."""

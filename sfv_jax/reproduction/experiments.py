@@ -1,16 +1,17 @@
-"""What the paper's Tables 1 to 3 consist of: which models are trained, with what changes, and how each row is sampled.
+"""Definition of the paper's Tables 1 to 3: the trained models, their config changes, and how each row is sampled.
 
-`RUNS` is the one list of methods and ablations. A run is an ordinary training config; the same list serves both scales:
+`RUNS` is the only list of methods and ablations. A run is an ordinary training config. The list serves both scales:
 "svd", the published configuration on given weights and data, and "world", tiny networks on the procedural world.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
 
-# Name of a run -> (method, changes by dotted field). All but the base model start from the base model.
+# {run: (method, changes by dotted field)}. Every run starts from the base model, which is not in this list.
 RUNS = {
     "animatelcm": ("animatelcm", {}),
     "ufogen": ("ufogen", {}),
@@ -24,15 +25,22 @@ RUNS = {
     "no reconstruction": ("sfv", {"sfv.recon_weight": 0.0}),
     "no R1": ("sfv", {"sfv.r1_weight": 0.0}),
 }
-BASE = "teacher"  # SVD itself, or the world's own
-RAMP = (1.0, 3.0)  # SVD's guidance, first and last frame
+BASE = "teacher"  # the base model: SVD, or a teacher trained on the world
+RAMP = (1.0, 3.0)  # SVD's guidance in the first and the last frame
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: `run` sampled in `steps` by `sampler`.
+    """Row of a table: a trained model, sampled in one way.
 
-    `published` is the paper's FVD (UCF-101 first frames) and `seconds` its UNet time for a video on one A100.
+    Attributes:
+      label: text of the row.
+      run: `BASE` or a key of `RUNS`.
+      steps: sampling steps.
+      sampler: a key of `solvers.SAMPLERS`.
+      guidance: scales in the first and the last frame; None for no guidance.
+      published: the paper's FVD (UCF-101 first frames); None if not published.
+      seconds: the paper's UNet time of a video on one A100; None if not published.
     """
 
     label: str
@@ -45,7 +53,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Name of its files, the same for rows of two tables that are one model sampled in one way."""
+        """Name of the row's files; rows with the same model, steps and guidance share their files."""
         guided = "-guided" if self.guidance else ""
         return f"{self.run}-{self.steps}{guided}".replace(" ", "_")
 
@@ -109,14 +117,21 @@ TABLES = {
 }
 
 
-def runs_of(tables: list[str]) -> list[str]:
-    """The runs that some tables need, in the order of `RUNS`; without the base model."""
+def runs_of(tables: Sequence[str]) -> list[str]:
+    """Returns the runs of some tables in the order of `RUNS`, without the base model."""
     needed = {row.run for name in tables for row in TABLES[name][1]}
     return [name for name in RUNS if name in needed]
 
 
 def svd_config(run: str, seed: int, model: str, cache: str) -> ConfigDict:
-    """A run at full size, with the published numbers."""
+    """Returns the config of a run at full size, with the published numbers.
+
+    Args:
+      run: a key of `RUNS`.
+      seed: of training.
+      model: folder of the converted SVD.
+      cache: folder of the latent cache.
+    """
     method, changes = RUNS[run]
     config = getattr(configs, method)()
     config.update_from_flattened_dict(changes)
@@ -138,13 +153,20 @@ WORLD = dict(
     speeds=(1.0,),
     radii=(1.5, 2.0),
 )
-CODEC = dict(patch=1, embed_cell=4)  # a pixel is a latent cell: what the tiny network learns soonest
+CODEC = dict(patch=1, embed_cell=4)  # one pixel per latent cell: the tiny network learns it fastest
 WIDTH = (24, 48)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Optimiser steps in the world: the same for every method. `batch` samples per step, twice as many for the base."""
+    """Amount of training and scoring in the world, the same for every method.
+
+    Attributes:
+      base_steps: optimizer steps of the base model.
+      steps: optimizer steps of every other run.
+      batch: samples per step; the base model has twice as many.
+      conditions: held-out first frames that are sampled and scored.
+    """
 
     base_steps: int
     steps: int
@@ -157,10 +179,16 @@ FULL = Budget(base_steps=4000, steps=800, batch=8, conditions=256)
 
 
 def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigDict:
-    """A run in the world; `base` is the workdir of the base model.
+    """Returns the config of a run in the world.
 
-    The generator's published learning rates are multiplied so that each keeps its ratio to the base model's, except
-    SM3's, whose steps are of another kind: SF-V, UFOGen and LADD share the quickstart's.
+    The generator's published learning rate is scaled to keep its ratio to the base model's. SM3's rates cannot be
+    scaled like this, because its steps are of another kind: SF-V, UFOGen and LADD share those of the quickstart.
+
+    Args:
+      run: `BASE` or a key of `RUNS`.
+      budget: amount of training.
+      seed: of training.
+      base: workdir of the base model; "" for the base model itself.
     """
     method, changes = RUNS.get(run, (run, {}))
     config = configs.tiny(getattr(configs, method)())
@@ -175,7 +203,7 @@ def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigD
     if run == BASE:
         steps = budget.base_steps
         config.update(dict(batch_size=2 * budget.batch, ema_decay=0.995))
-        # The world is learned at lower noise than SVD's videos (P_mean 1, P_std 1.6), and from 700 downwards.
+        # The world is learned at lower noise than SVD's videos (P_mean 1, P_std 1.6), and sampled from sigma 700.
         config.teacher.update(p_mean=0.3, p_std=1.8)
         config.generator_optimizer.update(
             lr=3e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=steps - 100

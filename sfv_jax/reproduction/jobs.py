@@ -1,8 +1,13 @@
-"""What is left to train and to score, one run after another or several side by side."""
+"""Requests of the command `reproduce`: missing runs and rows, made one after another or in processes side by side."""
 
 import os
+import re
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -11,15 +16,140 @@ import numpy as np
 
 from sfv_jax.evaluation.report import Report
 from sfv_jax.reproduction import experiments
-from sfv_jax.reproduction.experiments import BASE, TABLES
-from sfv_jax.reproduction.rows import SHOWN, Bench, ensure_row
+from sfv_jax.reproduction.experiments import BASE, FAST, FULL, TABLES
+from sfv_jax.reproduction.rows import SHOWN, Bench, ensure_row, svd_bench, world_bench
+from sfv_jax.reproduction.runs import ReproduceError, Runs, plan, svd_runs, world_runs
 from sfv_jax.reproduction.tables import make_report
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.training.alarms import TrainingStopped
 
 
-def ensure_run(bench: Bench, run: str, tables: list[str], seed: int) -> dict[str, tuple[dict, np.ndarray]]:
-    """Trains a run and makes its rows, or what is missing of them: (record, clips) by row key."""
+@dataclass(frozen=True)
+class Request:
+    """The flags of the command `reproduce`, whose help texts describe the fields.
+
+    Attributes:
+      only: keys of `TABLES`.
+      share: (k, n) for every nth run from run k, without tables; None for all runs and the tables.
+      settings: changes of config fields, "name=value" each; `--set`.
+      arguments: the command line, which `side_by_side` repeats.
+    """
+
+    workdir: Path
+    scale: str = "world"
+    fast: bool = False
+    only: tuple[str, ...] = ("table1", "table2", "table3")
+    seeds: tuple[int, ...] = (0,)
+    dry_run: bool = False
+    svd: str | None = None
+    data: str | None = None
+    real: str | None = None
+    i3d: str | None = None
+    height: int = 576
+    width: int = 1024
+    batch_size: int = 8
+    jobs: int | None = None
+    share: tuple[int, int] | None = None
+    settings: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        unknown = [name for name in self.only if name not in TABLES]
+        if unknown or not self.seeds:
+            raise ReproduceError(f"--only={','.join(unknown)}: choose from {', '.join(TABLES)}; --seeds: one or more")
+
+    @property
+    def budget(self) -> experiments.Budget:
+        """Amount of training in the world."""
+        return FAST if self.fast else FULL
+
+
+def share_of(text: str | None) -> tuple[int, int] | None:
+    """Parses `--share`, "K/N"; None for None or "".
+
+    Raises:
+      ReproduceError: if it has another form.
+    """
+    if not text:
+        return None
+    if not (found := re.fullmatch(r"(\d+)/([1-9]\d*)", text)):
+        raise ReproduceError(f"--share={text}: write K/N, such as 0/2 for every second run from the first")
+    return int(found[1]), int(found[2])
+
+
+def run(request: Request) -> None:
+    """Prints the plan, makes the missing runs and rows, and prints the tables.
+
+    Raises:
+      UserError: if the request is impossible, or its files cannot be used.
+      TrainingStopped: if a run was stopped or a process failed.
+    """
+    began, runs = time.monotonic(), runs_for(request)
+    methods = [(name, seed) for seed in request.seeds for name in experiments.runs_of(request.only)]
+    jobs = min(request.jobs or default_jobs(request.scale), len(methods))
+    if not request.share:
+        print("\n".join(plan(runs, request.only, request.seeds, jobs)), flush=True)
+    if request.dry_run:
+        return
+    bench = bench_for(request, runs)
+    if request.share:
+        _run_share(request, bench, methods)
+        return
+    if jobs > 1 and not all(runs.done(*method) for method in methods):
+        with ThreadPoolExecutor(1) as beside:
+            scored = beside.submit(bench.score, bench.truth)  # trains the network of the scores once, not in every job
+            runs.ensure(BASE, 0)
+        scored.result()
+        print(f"{len(methods)} runs, {jobs} at a time: see {runs.folder}/job*.log", flush=True)
+        side_by_side(request.arguments, runs.folder, jobs)
+    reproduce(bench, request.only, request.seeds)
+    print("\n" + (runs.folder / "scores.md").read_text())
+    minutes = (time.monotonic() - began) / 60
+    print(f"Look at {runs.folder / 'index.html'} and strips.png. {minutes:.1f} minutes this time.")
+
+
+def runs_for(request: Request) -> Runs:
+    """Returns the training runs at the scale of a request.
+
+    Raises:
+      ReproduceError: if a folder is not given.
+    """
+    if request.scale == "world":
+        folder = request.workdir / ("fast" if request.fast else "full")
+        return world_runs(folder, request.budget, request.settings)
+    if request.svd and request.data:
+        return svd_runs(request.workdir / "svd", request.svd, request.data, request.settings)
+    raise ReproduceError("--scale svd needs --svd MODEL and --data CACHE")
+
+
+def bench_for(request: Request, runs: Runs) -> Bench:
+    """Returns the bench at the scale of a request.
+
+    Raises:
+      ReproduceError: if a folder or file is not given, or too few clips can be read.
+    """
+    if request.scale == "world":
+        return world_bench(request.workdir, runs, request.budget)
+    if not request.real or not request.i3d:
+        missing = "i3d" if request.real else "real"
+        raise ReproduceError(f"--scale svd needs --{missing} (only --dry_run does without --real and --i3d)")
+    return svd_bench(runs, request.real, request.i3d, (request.height, request.width), request.batch_size)
+
+
+def _run_share(request: Request, bench: Bench, methods: list[tuple[str, int]]) -> None:
+    """Makes the rows of every nth run from run k on, where `request.share` is (k, n)."""
+    assert request.share
+    (first, of), runs = request.share, bench.runs
+    if first and runs.trains_base and not runs.done(BASE, 0):
+        raise ReproduceError(f"--share={first}/{of}: {runs.base} is not trained yet; --share=0/{of} does it first")
+    runs.ensure(BASE, 0)
+    rows_of_base = [(BASE, seed) for seed in request.seeds]
+    for name, seed in (methods + rows_of_base)[first::of]:
+        ensure_run(bench, name, request.only, seed)
+
+
+def ensure_run(bench: Bench, run: str, tables: Sequence[str], seed: int) -> dict[str, tuple[dict, np.ndarray]]:
+    """Trains a run and makes its rows, as far as they are missing; returns (record, clips) by row key."""
     bench.runs.ensure(run, seed)
     rows = {row.key: row for name in tables for row in TABLES[name][1] if row.run == run}
     load = cache(lambda: Sampler.load(bench.runs.workdir(run, seed), **bench.load))
@@ -27,15 +157,20 @@ def ensure_run(bench: Bench, run: str, tables: list[str], seed: int) -> dict[str
 
 
 def cores() -> list[int]:
-    """What this process may run on; empty where the system does not tell."""
+    """Returns the CPU cores that this process may use; empty if the system does not report them."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
-def side_by_side(arguments: list[str], folder: Path, jobs: int) -> None:
-    """Runs this command `jobs` times at once, each with its share of the runs and of the cores; waits for all.
+def side_by_side(arguments: Sequence[str], folder: Path, jobs: int) -> None:
+    """Runs the command in `jobs` processes, each with its share of the runs and of the cores, and waits for all.
+
+    Args:
+      arguments: the command line, to which `--share` is added.
+      folder: folder of the logs `job0.log`, `job1.log`, ...
+      jobs: number of processes.
 
     Raises:
-      TrainingStopped: if one fails, with the end of what it said (`folder/job0.log` and so on).
+      TrainingStopped: if a process fails; the message contains the last line of its log.
     """
     mine, running = cores(), []
     for n in range(jobs):
@@ -54,9 +189,10 @@ def side_by_side(arguments: list[str], folder: Path, jobs: int) -> None:
         raise TrainingStopped(f"{log}: {log.read_text().strip().splitlines()[-1:]}; the same command continues")
 
 
-def reproduce(bench: Bench, tables: list[str], seeds: list[int]) -> Report:
-    """All stages that are missing, and the report."""
-    records, clips = {}, {}
+def reproduce(bench: Bench, tables: Sequence[str], seeds: Sequence[int]) -> Report:
+    """Makes all missing runs and rows, writes the report to the folder of the runs, and returns it."""
+    records: dict[str, list[dict]] = {}
+    clips: dict[str, np.ndarray] = {}
     for seed in seeds:
         for run in [BASE, *experiments.runs_of(tables)]:
             for key, (record, made) in ensure_run(bench, run, tables, seed).items():
@@ -68,5 +204,9 @@ def reproduce(bench: Bench, tables: list[str], seeds: list[int]) -> Report:
 
 
 def default_jobs(scale: str) -> int:
-    """Processes side by side: one per core for tiny networks, which use two cores badly; else one, which uses all."""
+    """Returns the default number of processes.
+
+    Tiny networks use two cores badly, so in the world on CPU each core has a process, up to four. Otherwise one process
+    uses the whole machine.
+    """
     return min(4, len(cores()) or os.cpu_count() or 1) if scale == "world" and jax.default_backend() == "cpu" else 1

@@ -1,4 +1,4 @@
-"""Rows of the tables: a trained model sampled in one way, scored, and timed."""
+"""Rows of the tables: sampling, scoring and timing of a trained model."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,17 +29,19 @@ SHOWN = 4  # conditions in strips and on the page
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the tables are made.
+    """Models, conditions, real clips and scores of the tables.
 
     Attributes:
-      runs: the models, and where all is kept.
-      truth: real clips uint8 `[n, t, h, w, 3]` at the size they are scored at; their first frames are the conditions.
-      images: the conditions at full size.
-      resize: of a generated clip to that size.
-      score: clips like `truth` -> `fvd`, `interval` and what else `columns` (title: name) shows.
-      options: of every call of the sampler.
-      load: of `Sampler.load`.
-      batch: videos sampled at a time.
+      runs: the models and the folder of the results.
+      truth: real clips uint8 `[n, t, h, w, 3]` at the size of scoring; their first frames are the conditions.
+      images: the conditions at full size, uint8 `[h, w, 3]` each.
+      resize: function that resizes a generated clip to the size of scoring.
+      score: function from clips like `truth` to a dict with `fvd`, `interval` and the scores of `columns`.
+      columns: `{title: name of the score}` of further columns.
+      notes: lines below the tables.
+      options: arguments of every call of the sampler.
+      load: arguments of `Sampler.load`.
+      batch: videos sampled per call.
     """
 
     runs: Runs
@@ -48,13 +51,13 @@ class Bench:
     score: Callable[[np.ndarray], dict]
     columns: dict[str, str]
     notes: list[str]
-    options: dict
-    load: dict
+    options: dict[str, Any]
+    load: dict[str, Any]
     batch: int
 
 
 def world_bench(workdir: Path, runs: Runs, budget: Budget) -> Bench:
-    """The procedural world."""
+    """Returns the bench of the procedural world; the network of its scores is cached in `workdir`/worldnet."""
     rules = world_of(runs.config(BASE, 0))
     truth, labels = rules.batch(range(budget.conditions), "heldout")
 
@@ -71,13 +74,19 @@ def world_bench(workdir: Path, runs: Runs, budget: Budget) -> Bench:
 
 
 def svd_bench(runs: Runs, real: str, i3d: str, size: tuple[int, int] = (576, 1024), batch: int = 8) -> Bench:
-    """SVD on real videos, scored by the protocol of `evaluate` (evaluation/protocol.py) on all clips of `real`.
+    """Returns the bench of SVD on real videos, with the protocol of `evaluate` (evaluation/protocol.py).
 
-    `size` (height, width) is that of the videos generated.
+    Args:
+      runs: the models.
+      real: folder of the real videos, all of which are used.
+      i3d: weights of I3D.
+      size: (height, width) of the generated videos in pixels.
+      batch: videos sampled per call.
+
+    Raises:
+      ReproduceError: if too few clips can be read.
+      WeightsError: if `i3d` cannot be used.
     """
-    for name, value in (("real", real), ("i3d", i3d)):
-        if not value:
-            raise ReproduceError(f"--scale svd needs --{name} (only --dry_run does without --real and --i3d)")
     features, about = fvd.load_i3d(i3d)
     frames = read_model(runs.base).configs["unet"].num_frames
     protocol, reading = Protocol(n=0, num_frames=frames, height=size[0], width=size[1]), Reading(frames, Protocol.fps)
@@ -114,7 +123,7 @@ def svd_bench(runs: Runs, real: str, i3d: str, size: tuple[int, int] = (576, 102
 
 
 def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -> tuple[dict, np.ndarray]:
-    """(record, clips) of a row: as kept, or made now by the sampler that `load` returns."""
+    """Returns (record, clips) of a row: from its files if they are up to date, else made with the sampler of `load`."""
     folder = bench.runs.folder / f"seed{seed}" / "rows" / row.key
     path = bench.runs.workdir(row.run, seed)
     trained = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else None
@@ -130,13 +139,16 @@ def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -
     return record, clips
 
 
-def how(row: Row) -> dict:
-    """Options of the sampler for a row."""
+def how(row: Row) -> dict[str, Any]:
+    """Returns the sampler's arguments for a row."""
     return dict(steps=row.steps, sampler=row.sampler, guidance=row.guidance)
 
 
 def sample_clips(bench: Bench, sampler: Sampler, row: Row, seed: int, folder: Path, digest: str) -> np.ndarray:
-    """A clip for every condition, a batch per file; video n has seed 1000000 `seed` + n in every row."""
+    """Samples a clip for each condition and stores each batch in a file; returns the clips, like `Bench.truth`.
+
+    Files with the same `digest` are reused. Video n has seed 1000000 `seed` + n in every row.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(bench.images), bench.batch):
         file = folder / f"{first:06d}.npz"
@@ -153,7 +165,7 @@ def sample_clips(bench: Bench, sampler: Sampler, row: Row, seed: int, folder: Pa
 
 
 def read_clips(folder: Path, bench: Bench) -> np.ndarray:
-    """What `sample_clips` keeps."""
+    """Reads the clips that `sample_clips` stored."""
     clips = []
     for first in range(0, len(bench.images), bench.batch):
         with np.load(folder / f"{first:06d}.npz") as file:
@@ -162,7 +174,10 @@ def read_clips(folder: Path, bench: Bench) -> np.ndarray:
 
 
 def latency(bench: Bench, sampler: Sampler, row: Row, repeats: int = 5) -> dict:
-    """Milliseconds of one video, the best of some after one that compiled: per UNet call, and from image to frames."""
+    """Returns the milliseconds of one video per UNet call and from image to frames, each the best of `repeats` calls.
+
+    A call that compiles goes before.
+    """
     calls, wholes = [], []
     for _ in range(repeats + 1):
         times, began = {}, time.perf_counter()

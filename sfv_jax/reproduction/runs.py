@@ -1,7 +1,7 @@
-"""The training runs behind the paper's tables: where each is kept, what is left of them, and what that costs."""
+"""Training runs of the paper's tables: their folders, their execution, and a plan of the missing runs with its cost."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,22 +22,22 @@ from sfv_jax.training.loop import train
 from sfv_jax.training.step import step_flops
 
 CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, an assumption: see docs/reproduction.md
-CHIP_RATE = 0.4 * 989e12  # of an H100 in bf16, at 40 % of its peak: an assumption
+CHIP_RATE = 0.4 * 989e12  # FLOP/s of an H100 in bf16 at 40 % of its peak, an assumption
 
 
 class ReproduceError(UserError):
-    """The command line asks for something impossible; the message says what to change."""
+    """Impossible command line; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The models of the tables.
+    """Models of the tables.
 
     Attributes:
-      folder: of all that is kept.
-      config: `(run, seed) -> ` training config.
-      base: what the methods start from and SVD's rows are sampled from: a workdir or a model folder.
-      trains_base: whether it has to be trained, too.
+      folder: folder of all results.
+      config: function `(run, seed) -> training config`.
+      base: workdir or model folder of the base model, from which the methods start and SVD's rows are sampled.
+      trains_base: whether the base model is trained, too.
     """
 
     folder: Path
@@ -46,19 +46,21 @@ class Runs:
     trains_base: bool
 
     def workdir(self, run: str, seed: int) -> Path:
-        """Of a trained model."""
+        """Returns the workdir of a run, or `base` for the base model."""
         return self.base if run == BASE else self.folder / f"seed{seed}" / run.replace(" ", "_")
 
     def done(self, run: str, seed: int) -> bool:
-        """Whether a run has come to its last step."""
+        """Returns whether a run has reached its last step."""
         return (self.workdir(run, seed) / "checkpoints" / str(self.config(run, seed).steps)).is_dir()
 
     def ensure(self, run: str, seed: int) -> None:
-        """Trains a run, or what is left of it; the base model, which has one seed, only where it is to be trained.
+        """Trains a run from the start or from its newest checkpoint, unless it is done.
+
+        The base model has one seed, and is only trained if `trains_base`.
 
         Raises:
-          WorkdirError: if its workdir holds another one.
-          TrainingStopped: if it was told to stop before its last step.
+          WorkdirError: if the workdir contains another run.
+          TrainingStopped: if training was stopped before the last step.
         """
         if run == BASE:
             if not self.trains_base:
@@ -75,8 +77,8 @@ class Runs:
         jax.clear_caches()
 
 
-def world_runs(folder: Path, budget: Budget, settings: list[str]) -> Runs:
-    """Tiny networks in the procedural world, with config fields changed as in `with_settings`."""
+def world_runs(folder: Path, budget: Budget, settings: Sequence[str]) -> Runs:
+    """Returns the runs of tiny networks in the procedural world, with `settings` as in `with_settings`."""
     base = folder / BASE
 
     def config(run, seed):
@@ -85,16 +87,20 @@ def world_runs(folder: Path, budget: Budget, settings: list[str]) -> Runs:
     return Runs(folder, with_settings(config, settings), base, True)
 
 
-def svd_runs(folder: Path, svd: str, data: str, settings: list[str]) -> Runs:
-    """The published configuration from a model folder, on a latent cache."""
+def svd_runs(folder: Path, svd: str, data: str, settings: Sequence[str]) -> Runs:
+    """Returns the runs of the published configuration, from the model folder `svd` on the latent cache `data`."""
     return Runs(folder, with_settings(partial(svd_config, model=svd, cache=data), settings), Path(svd), False)
 
 
-def with_settings(make: Callable[[str, int], ConfigDict], settings: list[str]) -> Callable[[str, int], ConfigDict]:
-    """`make` with config fields changed, "name=value" each, in every run.
+def with_settings(make: Callable[[str, int], ConfigDict], settings: Sequence[str]) -> Callable[[str, int], ConfigDict]:
+    """Returns `make` with changed config fields in every run.
 
-    Raises (when called):
-      ReproduceError: for a name that a config has not, or a value of another type.
+    Args:
+      make: function `(run, seed) -> training config`.
+      settings: the changes, "name=value" each.
+
+    Raises:
+      ReproduceError: if the returned function meets an unknown name or a value of another type.
     """
 
     def config(run: str, seed: int) -> ConfigDict:
@@ -115,7 +121,7 @@ def with_settings(make: Callable[[str, int], ConfigDict], settings: list[str]) -
 
 
 def cost_of_step(config: ConfigDict, base: Path) -> float:
-    """FLOPs of a train step of `config`, from the shapes of its data; `base` is what it starts from."""
+    """Returns the FLOPs of a train step of `config` on its data; `base` is the folder of its base model."""
     if config.data.source == "world":
         unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
         example = world_source(world_of(config), config.data.split, 1, codec)[0]
@@ -125,14 +131,16 @@ def cost_of_step(config: ConfigDict, base: Path) -> float:
     return step_flops(config, unet, example)
 
 
-def plan(runs: Runs, tables: list[str], seeds: list[int], jobs: int = 1) -> list[str]:
-    """What is left to train for these tables, `jobs` runs at a time, and what that costs, in lines of text."""
+def plan(runs: Runs, tables: Sequence[str], seeds: Sequence[int], jobs: int = 1) -> list[str]:
+    """Returns lines of text on the missing training runs of these tables, and their cost with `jobs` runs at a time."""
     rows = {row.key for name in tables for row in TABLES[name][1]}
     wanted = ([(BASE, 0)] if runs.trains_base else []) + [(run, seed) for seed in seeds for run in runs_of(tables)]
     todo = [(run, seed) for run, seed in wanted if not runs.done(run, seed)]
     if not todo:
         return [f"All {len(wanted)} training runs are there."]
-    lines, total, alone, counted = [], 0.0, 0.0, {}
+    total, alone = 0.0, 0.0
+    lines: list[str] = []
+    counted: dict[tuple[str, str], float] = {}
     for run, seed in todo:
         settings = runs.config(run, seed)
         key = (settings.method, settings.discriminator.to_json() if "discriminator" in settings else "")
@@ -146,7 +154,7 @@ def plan(runs: Runs, tables: list[str], seeds: list[int], jobs: int = 1) -> list
     there = f", {len(wanted) - len(todo)} are there" if len(todo) < len(wanted) else ""
     lines.append(f"{len(todo)} training runs ({len(seeds)} seeds){there}, {len(rows) * len(seeds)} rows in all.")
     if runs.trains_base:
-        # A run compiles for a minute, a row for a quarter.
+        # A run compiles for a minute, a row for a quarter of a minute.
         shared = (total - alone) / CPU_RATE / 60 + 1.2 * len(todo) + 0.25 * len(rows) * len(seeds)
         minutes = alone / CPU_RATE / 60 + shared / jobs
         lines.append(
@@ -157,6 +165,6 @@ def plan(runs: Runs, tables: list[str], seeds: list[int], jobs: int = 1) -> list
         hours = total / CHIP_RATE / 3600
         lines.append(
             f"Training {total:.3g} FLOPs: about {hours:.2g} hours of one H100 at 40 % of its peak (an assumption; "
-            "python -m sfv_jax.plan knows more), one process. Sampling and scoring come on top."
+            "python -m sfv_jax.plan gives a better estimate), one process, plus sampling and scoring."
         )
     return ["Training:", *lines]

@@ -1,4 +1,4 @@
-"""The quickstart's comparison: a table, a strip of frames, and an animation, condition by condition."""
+"""Comparison of the quickstart's models: a table, a picture with strips of frames, and an animation."""
 
 from pathlib import Path
 
@@ -8,17 +8,20 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 
 from sfv_jax.data.video import write_video
+from sfv_jax.data.worlds import World
 from sfv_jax.evaluation.world import busiest_direction, nearest_future
 from sfv_jax.performance.timing import warm
 from sfv_jax.sampling.sampler import Sampler
 
-CLIPS, SHOWN, HEIGHT = 64, 4, 64  # held-out clips scored, clips in the picture, their least height in it
+CLIPS, SHOWN, HEIGHT = 64, 4, 64  # held-out clips that are scored, clips in the picture, their minimum height there
 
 
 def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray, float]:
-    """Generated clips uint8 `[n, t, h, w, 3]` from the first frames of `frames`, and milliseconds per video.
+    """Generates clips from the first frames of `frames`.
 
-    The time is that of a single video from condition to latents, the best of five after one that compiled.
+    Returns:
+      Clips uint8 `[n, t, h, w, 3]`, and the milliseconds of a single video from condition to latents: the best of five
+      calls after one that compiles.
     """
     first = frames[:, 0]
     size = first.shape[1:3]
@@ -31,8 +34,8 @@ def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray
     return generated, 1000 * timed.best
 
 
-def compare(world, teacher: Sampler, student: Sampler) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """(rows of the table, clips by name) on held-out clips."""
+def compare(world: World, teacher: Sampler, student: Sampler) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Samples and scores teacher and student on held-out clips; returns (rows of the table, clips by name)."""
     truth, labels = world.batch(range(CLIPS), "heldout")
     clips = {"truth": truth, "still image": np.repeat(truth[:, :1], truth.shape[1], axis=1)}
     latency = {}
@@ -58,7 +61,7 @@ def compare(world, teacher: Sampler, student: Sampler) -> tuple[list[dict], dict
 
 
 def table(rows: list[dict], directions: int) -> str:
-    """The rows as Markdown, with what the columns mean."""
+    """Returns the rows as a Markdown table, with the definitions of its columns."""
     lines = ["| | ms per video | distance | busiest direction |", "| --- | ---: | ---: | ---: |"]
     for row in rows:
         time_ = "" if row["milliseconds"] is None else f"{row['milliseconds']:.0f}"
@@ -66,7 +69,7 @@ def table(rows: list[dict], directions: int) -> str:
         lines.append(f"| {row['name']} | {time_} | {scores} |")
     notes = [
         f"{CLIPS} held-out first frames.",
-        "Distance: RMSE in grey levels (0..255) to the nearest legal continuation, 0 is perfect.",
+        "Distance: RMSE in gray levels (0..255) to the nearest legal continuation, 0 is perfect.",
         f"Busiest direction: share of the most frequent motion, {1 / directions:.2f} when all are used alike,"
         " 1.00 after mode collapse.",
         "Time: condition to latents of one video on this machine, warm.",
@@ -75,7 +78,12 @@ def table(rows: list[dict], directions: int) -> str:
 
 
 def picture(clips: dict[str, np.ndarray], path: Path) -> None:
-    """Writes `path` (.png): for each of the first clips, a row per method with its frames side by side; and a .gif."""
+    """Writes a picture and an animation of the first clips.
+
+    Args:
+      clips: `{method: uint8 [n, t, h, w, 3]}`, "truth" among them.
+      path: PNG with the frames of a clip side by side, one row per clip and method. The animation has the suffix .gif.
+    """
     names = [name for name in clips if name != "still image"]
     rows = [(name, clips[name][n]) for n in range(SHOWN) for name in names]
     t, h, w = clips["truth"].shape[1:4]

@@ -1,6 +1,7 @@
-"""The paper's tables, filled with published and measured numbers, and the report page that shows them."""
+"""The paper's tables with published and measured numbers, and their report."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,7 +13,11 @@ from sfv_jax.reproduction.strips import picture
 
 
 def summarise(records: list[dict]) -> dict:
-    """One seed: its record. Several: means, and the lowest and highest FVD in place of its bootstrap interval."""
+    """Combines the records of a row over seeds.
+
+    Returns:
+      For one seed its record. For several the means of all numbers, and as `interval` the lowest and highest FVD.
+    """
     if len(records) == 1:
         return records[0]
     names = [k for k, v in records[0].items() if isinstance(v, int | float) and not isinstance(v, bool)]
@@ -21,7 +26,7 @@ def summarise(records: list[dict]) -> dict:
 
 
 def cells(bench: Bench, row: Row, record: dict) -> list:
-    """A row of a table."""
+    """Returns the cells of a table's row."""
     low, high = record["interval"]
     shown = [record[name] for name in bench.columns.values()]
     interval = f"{low:.1f} to {high:.1f}"
@@ -31,19 +36,20 @@ def cells(bench: Bench, row: Row, record: dict) -> list:
 
 
 def orders(rows: list[Row], found: list[dict]) -> list[str]:
-    """The published and the measured order, best first."""
-    both = [(row, record["fvd"]) for row, record in zip(rows, found, strict=True) if row.published is not None]
+    """Returns lines with the published and the measured order of the rows, best first."""
+    pairs = [(row.label, row.published, record["fvd"]) for row, record in zip(rows, found, strict=True)]
+    both = [(label, fvd, measured) for label, fvd, measured in pairs if fvd is not None]
     if len(both) < 2:
         return []
-    published = [row.label for row, _ in sorted(both, key=lambda pair: pair[0].published)]
-    measured = [row.label for row, _ in sorted(both, key=lambda pair: pair[1])]
+    published = [label for label, *_ in sorted(both, key=lambda row: row[1])]
+    measured = [label for label, *_ in sorted(both, key=lambda row: row[2])]
     same = "the same order" if published == measured else "the order differs"
     return [f"Best first, published: {' < '.join(published)}.", f"Measured: {' < '.join(measured)}: {same}."]
 
 
 def curves(bench: Bench, runs: list[str], seed: int) -> dict[str, dict[str, list[float]]]:
-    """`{loss: {run: values}}` over log intervals."""
-    plots = {}
+    """Returns `{loss: {run: values over log intervals}}` from the metrics of the runs of one seed."""
+    plots: dict[str, dict[str, list[float]]] = {}
     for run in runs:
         file = bench.runs.workdir(run, seed) / "metrics.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
@@ -53,8 +59,22 @@ def curves(bench: Bench, runs: list[str], seed: int) -> dict[str, dict[str, list
     return plots
 
 
-def make_report(bench: Bench, tables: list[str], seeds: list[int], records: dict, clips: dict) -> Report:
-    """Everything that was found; `records` and `clips` by row key, lists over seeds and of the first seed."""
+def make_report(
+    bench: Bench,
+    tables: Sequence[str],
+    seeds: Sequence[int],
+    records: dict[str, list[dict]],
+    clips: dict[str, np.ndarray],
+) -> Report:
+    """Returns the report, and writes `strips.png` to the folder of the results.
+
+    Args:
+      bench: models, conditions and scores.
+      tables: keys of `TABLES`.
+      seeds: seeds of the methods.
+      records: `{row key: records of all seeds}`.
+      clips: `{row key: clips of the first seed}`, uint8 `[n, t, h, w, 3]`.
+    """
     report = Report("Tables of SF-V, reproduced")
     several = f"means of seeds {', '.join(map(str, seeds))}; interval: lowest and highest seed"
     notes = [*bench.notes, "N: conditions, held out."]
