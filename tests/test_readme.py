@@ -73,7 +73,6 @@ def place(tmp_path_factory, pipeline_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_commands_of_the_readme(place, pipeline_folder):
     commands = workflow()
     assert [command[2].removeprefix("sfv_jax.") for command in commands] == [
