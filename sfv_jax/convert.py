@@ -46,7 +46,7 @@ def define_flags() -> None:
 
 def main() -> None:
     from sfv_jax.checkpoints.exporter import export_model
-    from sfv_jax.checkpoints.importer import import_model
+    from sfv_jax.checkpoints.importer import ReadOptions, import_model
 
     args = flags.FLAGS
     # An exception, so that partial folders are removed.
@@ -57,8 +57,9 @@ def main() -> None:
             options = commands.values("what", "raw", "max_shard_size", "overwrite")
             export_model(args.src, args.dst, variant=variant, **options)
         else:
-            options = commands.values("num_frames", "allow_pickle", "overwrite", "base", "dtype")
-            for note in import_model(args.src, args.dst, variant=variant, verbose=True, **options):
+            options = ReadOptions(variant, **commands.values("dtype", "num_frames", "allow_pickle"))
+            given = commands.values("base", "overwrite")
+            for note in import_model(args.src, args.dst, options=options, verbose=True, **given):
                 print(note)
             report(args.dst)
     except KeyboardInterrupt:

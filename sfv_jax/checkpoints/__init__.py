@@ -1,1 +1,1 @@
-"""Stores of this package, checkpoints of runs and model folders, and the way into and out of them."""
+"""Checkpoints of runs, model folders, and their import from and export to foreign formats."""

@@ -1,7 +1,7 @@
-"""What there is to start from: a model folder, or the workdir of a training run.
+"""Generators to start from: those of model folders and of training runs.
 
-A workdir holds `network.json` beside its checkpoints: the UNet's config and where its codec comes from. So a run can be
-sampled, exported or fine-tuned further by naming its workdir.
+The workdir of a run contains `network.json` with the UNet's config and the origin of the codec. So a workdir, like a
+model folder, is enough to sample, export or fine-tune a generator.
 """
 
 import dataclasses
@@ -10,14 +10,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from sfv_jax.checkpoints.model_folder import ModelFolder, encoders_identity, load_codec, load_model, read_model
 from sfv_jax.checkpoints.run import restore_ema
 from sfv_jax.models import tree
+from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNet, UNetConfig
+from sfv_jax.models.vae import VAEConfig
 from sfv_jax.runtime.files import sha256, write_json
 from sfv_jax.weights.diffusers import load_component
 from sfv_jax.weights.folders import WeightsError
@@ -25,18 +28,19 @@ from sfv_jax.weights.folders import WeightsError
 
 @dataclass(frozen=True)
 class Base:
-    """A generator and the codec it was trained with.
+    """A generator and the codec of its training.
 
     Attributes:
+      unet: config of the UNet.
       params: UNet parameters, nested dict of arrays.
-      codec: None where the caller asked not to load it.
-      model: the model folder that has the VAE and CLIP tower; None for the patch codec.
-      step: training steps, None for a model folder.
+      codec: converts images to conditions, and frames to latents and back.
+      model: the model folder that contains the VAE and CLIP tower; None with the patch codec.
+      step: number of training steps; None for a model folder.
     """
 
     unet: UNetConfig
     params: tree.Params
-    codec: SVDCodec | PatchCodec | None
+    codec: SVDCodec | PatchCodec
     model: ModelFolder | None
     step: int | None
 
@@ -52,15 +56,16 @@ def describe_run(workdir: Path, unet: UNetConfig, codec: PatchCodec | None, mode
 
 
 def read_run(workdir: Path) -> tuple[UNetConfig, PatchCodec | None, Path | None]:
-    """What `describe_run` wrote."""
+    """Returns the UNet's config, the patch codec and the model folder that `describe_run` wrote."""
     content = json.loads((workdir / "network.json").read_text())
-    unet = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in content["unet"].items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["unet"].items()}
+    unet = UNetConfig(**fields)
     codec = PatchCodec(**content["patch_codec"]) if content["patch_codec"] else None
     return unet, codec, Path(content["model"]) if content["model"] else None
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether `path` is the workdir of a training run."""
+    """Returns whether `path` is the workdir of a training run."""
     return (Path(path) / "network.json").is_file()
 
 
@@ -68,17 +73,20 @@ def load_generator(
     path: str | Path,
     *,
     raw: bool = False,
-    codec: bool = True,
     place: Callable | None = None,
     dtype=jax.numpy.float32,
 ) -> Base:
-    """The generator of a model folder, or the newest moving average (`raw`: the trained weights) of a run.
+    """Loads the generator of a model folder, or of the newest checkpoint of a run.
 
     Args:
-      place: `abstract parameters -> shardings`, where to read them to; default: whole on the first local device.
-      dtype: of the parameters; those of a model folder are read in it, those of a run, fp32 on disk, cast afterwards.
+      path: model folder, or workdir of a run.
+      raw: load the trained weights of a run instead of their moving average.
+      place: `abstract parameters -> shardings` of the parameters; default: whole on the first local device.
+      dtype: dtype of the parameters. Those of a model folder are read in it; those of a run, fp32 on disk, are cast
+        after reading.
+
     Raises:
-      WeightsError: if `path` is neither, or if the model folder a run's codec came from is gone.
+      WeightsError: if `path` is neither, or if the model folder of a run's codec does not exist anymore.
       WorkdirError: if the run has no checkpoint yet.
     """
     path = Path(path)
@@ -88,7 +96,7 @@ def load_generator(
         shardings = place and {"unet": place(tree.abstract(UNet, config)[1])}
         params = load_model(model, ("unet",), dtype=dtype, shardings=shardings)[0]["unet"]
         encoders = None if model.meta["codec"] == "patch" else model
-        return Base(config, params, load_codec(model) if codec else None, encoders, None)
+        return Base(config, params, load_codec(model), encoders, None)
     unet, patch_codec, folder = read_run(path)
     _, abstract = tree.abstract(UNet, unet)
     name, shardings = "generator" if raw else "ema", place and place(abstract)
@@ -96,25 +104,35 @@ def load_generator(
     if folder and not folder.is_dir():
         raise WeightsError(f"{path} was trained from {folder}, which is gone: its VAE and CLIP tower are needed")
     model = read_model(folder) if folder else None
-    loaded = patch_codec or (load_codec(model) if model and codec else None)
+    codec = patch_codec or (load_codec(model) if model else None)
+    if codec is None:
+        raise WeightsError(f"{path}/network.json names neither a patch codec nor a model folder")
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return Base(unet, params, loaded, model, step)
+    return Base(unet, params, codec, model, step)
 
 
 def load_encoders(svd: str | os.PathLike) -> tuple[SVDCodec, str]:
-    """Returns SVD's VAE and CLIP tower as a codec, and a string that identifies their weights.
+    """Loads SVD's VAE and CLIP tower.
 
     Args:
-      svd: a model folder, identified by the SHA-256 digests recorded when it was converted, or a diffusers folder.
+      svd: model folder or diffusers folder.
+
+    Returns:
+      codec: the codec with both networks.
+      identity: SHA-256 digests of their weight files; for a model folder those recorded at its conversion.
+
     Raises:
-      WeightsError: if `svd` is neither, or has the patch codec.
+      WeightsError: if `svd` is neither, or a model folder with the patch codec.
     """
-    names = ("vae", "image_encoder")
-    if (Path(svd) / "model.json").is_file():
-        model = read_model(svd)
-        if model.meta["codec"] != "svd":
+    folder = Path(svd)
+    if (folder / "model.json").is_file():
+        model = read_model(folder)
+        codec = load_codec(model)
+        if not isinstance(codec, SVDCodec):
             raise WeightsError(f"{svd} has codec {model.meta['codec']!r}: videos need SVD's VAE and CLIP tower")
-        return load_codec(model), encoders_identity(model.meta)
-    params, configs, files = zip(*(load_component(Path(svd) / name, name) for name in names), strict=True)
-    codec = SVDCodec(*configs, jax.device_put(dict(zip(names, params, strict=True))))
-    return codec, "+".join(sorted(sha256(file) for group in files for file in group))
+        return codec, encoders_identity(model.meta)
+    vae, vae_config, vae_files = load_component(folder / "vae", "vae")
+    tower, tower_config, tower_files = load_component(folder / "image_encoder", "image_encoder")
+    assert isinstance(vae_config, VAEConfig) and isinstance(tower_config, CLIPConfig)
+    codec = SVDCodec(vae_config, tower_config, jax.device_put({"vae": vae, "image_encoder": tower}))
+    return codec, "+".join(sorted(sha256(file) for file in (*vae_files, *tower_files)))

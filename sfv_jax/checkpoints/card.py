@@ -1,4 +1,4 @@
-"""The model card (`README.md`) of what is exported: facts that the run and the model folder recorded, nothing else."""
+"""Model card (`README.md`) of an export. It contains only facts recorded by the run and the model folder."""
 
 import json
 from pathlib import Path
@@ -14,15 +14,15 @@ tags:
 - stable-video-diffusion
 ---
 """
-LICENCE = """## Licence
+LICENSE = """## License
 
 These are the networks of Stable Video Diffusion. If they come from Stability AI's weights, as those of an imported
-`stable-video-diffusion-img2vid` do, they are a derivative of them and Stability AI's community licence applies,
-whatever they were trained on afterwards. This card cannot know it: check the origin above and the licence before you
-use or share the weights.
+`stable-video-diffusion-img2vid` do, they are a derivative of them and Stability AI's community license applies,
+whatever they were trained on afterwards. This card is no statement on that: check the origin above and the license
+before you use or share the weights.
 """
 ONE_STEP_METHODS = ("sfv",)
-# Fields of a run's config that tell one training from another, in this order.
+# Fields of a run's config in which trainings differ, in the order of the card.
 _SETTINGS = (
     "batch_size",
     "accumulation_steps",
@@ -40,21 +40,22 @@ _SETTINGS = (
 def model_card(
     unet: UNetConfig, meta: dict, *, what: str, name: str, variant: str | None, run: dict | None = None
 ) -> str:
-    """Text of the card.
+    """Returns the text of the card.
 
     Args:
-      meta: `model.json` of the model folder the VAE and CLIP tower come from.
+      unet: config of the UNet.
+      meta: `model.json` of the model folder of the VAE and CLIP tower.
       what: "pipeline", "unet" or "comfyui".
-      name: of the folder or file that is written.
+      name: name of the exported folder or file.
       variant: "fp16" or None.
-      run: of a training run, `{"step", "raw", "config"}`; `config` is the content of its `config.json`.
+      run: `{"step", "raw", "config"}` of a training run, `config` from its `config.json`; None for a model folder.
     """
     method = run["config"].get("method") if run else None
     title = f"# {Path(name).stem if what == 'comfyui' else name}"
     sections = [FRONT_MATTER + title, _summary(method, run), _usage(unet, what, name, variant, method)]
     if run:
         sections.append(_training(run))
-    sections += [_origin(meta), LICENCE]
+    sections += [_origin(meta), LICENSE]
     return "\n".join(section.rstrip() + "\n" for section in sections)
 
 
@@ -77,8 +78,8 @@ def _usage(unet: UNetConfig, what: str, name: str, variant: str | None, method: 
             "## Use in ComfyUI\n\n"
             f"Put `{name}` into `models/checkpoints` and load it with *Image Only Checkpoint Loader (img2vid model)*, "
             f"then *SVD_img2vid_Conditioning* with {unet.num_frames} frames and *KSampler* with {sampler}. This was "
-            "not tried in ComfyUI, which computes all norms of the residual blocks with an epsilon of 1e-5, diffusers "
-            "most of them with 1e-6.\n"
+            "not tried in ComfyUI, which computes all norms of the residual blocks with an epsilon of 1e-5; diffusers "
+            "computes most of them with 1e-6.\n"
         )
     call = (
         "num_inference_steps=1, min_guidance_scale=1, max_guidance_scale=1"
@@ -123,6 +124,6 @@ def _origin(meta: dict) -> str:
         return "## Origin of the base model\n\nNot recorded.\n"
     digests = "\n".join(f"| `{file}` | `{digest}` |" for file, digest in sorted(source.get("sha256", {}).items()))
     return (
-        f"## Origin of the base model\n\nImported from `{source.get('folder')}`. The files it was read from:\n\n"
+        f"## Origin of the base model\n\nImported from `{source.get('folder')}`, from these files:\n\n"
         f"| file | SHA-256 |\n| --- | --- |\n{digests}\n"
     )

@@ -1,14 +1,16 @@
-"""What leaves this program: a diffusers pipeline, a UNet folder or a single file, of a model folder or a run."""
+"""Export of a model folder or a run: as a diffusers pipeline, a UNet folder or a single file."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfv_jax.checkpoints.base import is_run, load_generator, read_run
+from sfv_jax.checkpoints.base import is_run, read_run
 from sfv_jax.checkpoints.card import model_card
 from sfv_jax.checkpoints.model_folder import load_model, read_model
+from sfv_jax.checkpoints.run import restore_ema
 from sfv_jax.models import tree
+from sfv_jax.models.unet import UNet
 from sfv_jax.weights.components import COMPONENTS, to_json
 from sfv_jax.weights.diffusers import save_component
 from sfv_jax.weights.folders import WeightsError, new_folder, refuse_existing
@@ -21,13 +23,13 @@ WHAT = ("pipeline", "unet", "comfyui")
 
 @dataclass(frozen=True)
 class Source:
-    """SVD-shaped networks that can be exported.
+    """Networks with SVD's architecture, to be exported.
 
     Attributes:
-      configs: of the three components.
-      meta: `model.json` of the model folder they, or the VAE and CLIP tower, come from.
-      load: gives the parameters of a component once; what it gave is not kept.
-      run: None for a model folder, else `{"step", "raw", "config"}`.
+      configs: configs of the three components by name.
+      meta: `model.json` of the model folder: of all three networks, or of the VAE and CLIP tower of a run.
+      load: function from the name of a component to its parameters; call it once per component, as it keeps no copy.
+      run: `{"step", "raw", "config"}` of a run; None for a model folder.
     """
 
     configs: dict
@@ -37,10 +39,14 @@ class Source:
 
 
 def open_source(path: str | Path, *, raw: bool = False) -> Source:
-    """The networks of a model folder or of the newest checkpoint of a training run.
+    """Opens the networks of a model folder or of the newest checkpoint of a training run.
+
+    Args:
+      path: model folder, or workdir of a run.
+      raw: take the trained weights of a run instead of their moving average.
 
     Raises:
-      WeightsError: if they are not SVD's or diffusers cannot express them.
+      WeightsError: if the networks are not SVD's, or diffusers cannot express them.
       WorkdirError: if the run has no checkpoint yet.
     """
     path = Path(path)
@@ -55,10 +61,10 @@ def open_source(path: str | Path, *, raw: bool = False) -> Source:
         to_json(name, configs[name])
     if unet is None:
         return Source(configs, model.meta, lambda name: load_model(model, (name,))[0][name], None)
-    base = load_generator(path, raw=raw, codec=False)
-    loaded = {"unet": base.params}
-    run = {"step": base.step, "raw": raw, "config": json.loads((path / "config.json").read_text())}
-    del base
+    params, step = restore_ema(path, tree.abstract(UNet, unet)[1], name="generator" if raw else "ema")
+    loaded = {"unet": params}
+    del params
+    run = {"step": step, "raw": raw, "config": json.loads((path / "config.json").read_text())}
 
     def load(name: str) -> tree.Params:
         return loaded.pop(name) if name in loaded else load_model(model, (name,))[0][name]
@@ -76,14 +82,17 @@ def export_model(
     max_shard_size: int | str = "10GB",
     overwrite: bool = False,
 ) -> None:
-    """Writes a model folder or the newest checkpoint of a training run, `src`, for use elsewhere.
+    """Writes a model folder or the newest checkpoint of a training run for use in other programs.
 
     Args:
-      dst: a folder, or for "comfyui" a file `NAME.safetensors`, beside which `NAME.md` is written.
+      src: model folder, or workdir of a run.
+      dst: folder to write; for "comfyui" a file `NAME.safetensors`, with a card `NAME.md` next to it.
       what: "pipeline": a whole diffusers folder; "unet": the UNet's folder alone; "comfyui": one file of all networks.
-      variant: "fp16" for half precision, else fp32.
-      raw: of a run, the trained weights instead of their moving average.
-      max_shard_size: of the weight files of a folder.
+      variant: "fp16" for half precision, None for fp32.
+      raw: export the trained weights of a run instead of their moving average.
+      max_shard_size: limit of each weight file of a folder, in bytes or as "10GB".
+      overwrite: replace an existing `dst`.
+
     Raises:
       WeightsError: if `src` has no SVD networks that diffusers can express, or `dst` exists.
       WorkdirError: if the run has no checkpoint yet.

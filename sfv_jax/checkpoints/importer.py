@@ -1,5 +1,6 @@
-"""What comes in: a pipeline folder, a lone UNet, Stability's single file or a hub repository becomes a model folder."""
+"""Import of pipeline folders, lone UNets, Stability's single files and hub repositories as model folders."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,16 +28,49 @@ NEEDS_BASE = (
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Networks on disk: parameter trees of `Lazy` leaves or stored components, configs, and the files they lie in."""
+class ReadOptions:
+    """Options of reading foreign weights.
 
-    params: dict[str, tree.Params | Path]
+    Attributes:
+      variant: "fp16" reads the half precision files of a folder; None reads the plain ones.
+      dtype: one of `DTYPES`, in which the weights are stored; "source" keeps that of each tensor. Weights from a base
+        model remain as they are.
+      num_frames: frames per clip of a single file's UNet, see `single_file.open_single_file`.
+      allow_pickle: read `.bin` and `.ckpt` files too, only their tensors.
+    """
+
+    variant: str | None = None
+    dtype: str = "source"
+    num_frames: int | None = None
+    allow_pickle: bool = False
+
+    @property
+    def cast(self) -> jnp.dtype | None:
+        """The dtype of the stored weights; None for that of each tensor."""
+        return None if self.dtype == "source" else jnp.dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Networks on disk.
+
+    Attributes:
+      params: tree of `Lazy` leaves, or folder of a stored component, by name.
+      configs: our configs by the same names.
+      scheduler: `{"sigma_min", "sigma_max", "rho"}`.
+      files: files of the networks by the names under which `model.json` records them.
+      codec: "svd" or "patch".
+      notes: lines for the user.
+      origin: more fields of "source" in `model.json`.
+    """
+
+    params: Mapping[str, tree.Params | Path]
     configs: dict
     scheduler: dict
-    files: dict[str, Path]  # by the name they are recorded under
+    files: dict[str, Path]
     codec: str = "svd"
     notes: list[str] = field(default_factory=list)
-    origin: dict = field(default_factory=dict)  # more of "source" in model.json
+    origin: dict = field(default_factory=dict)
 
 
 def import_model(
@@ -44,35 +78,32 @@ def import_model(
     dst: str | Path,
     *,
     base: str | Path | None = None,
-    variant: str | None = None,
-    dtype: str = "source",
-    num_frames: int | None = None,
-    allow_pickle: bool = False,
+    options: ReadOptions = ReadOptions(),
     overwrite: bool = False,
     verbose: bool = False,
 ) -> list[str]:
-    """Converts `src` to the model folder `dst`; holds some hundred megabytes of weights at a time.
+    """Converts `src` to a model folder with some hundred megabytes of weights in memory at a time.
 
     Args:
       src: a diffusers pipeline folder; a UNet's folder or file; a single file with Stability's names; or
-        `hub:ORG/NAME` or `hub:ORG/NAME/FILE` to download one of those first.
-      base: for a UNet alone, the model folder that gives everything else.
-      variant: "fp16" to read the half precision files of a folder.
-      dtype: what to store, one of `DTYPES`; "source" keeps each tensor's own. What comes from `base` stays as it is.
-      num_frames: of a single file's UNet, see `single_file.open_single_file`.
-      allow_pickle: read `.bin` and `.ckpt` files too, their tensors only.
+        `hub:ORG/NAME` or `hub:ORG/NAME/FILE`, which is downloaded first.
+      dst: the model folder to write.
+      base: model folder that provides the other networks, if `src` is a UNet alone.
+      options: how to read `src`.
+      overwrite: replace an existing `dst`.
       verbose: show progress.
+
     Returns:
-      Lines that say what was assumed and left out.
+      Lines for the user on assumptions and on parts that were left out.
+
     Raises:
-      WeightsError: if `src` does not hold exactly such networks, or `dst` exists and `overwrite` is not set.
+      WeightsError: if `src` does not contain exactly such networks, or `dst` exists and `overwrite` is not set.
     """
     refuse_existing(Path(dst), overwrite)
-    folder = hub.download(str(src), variant) if str(src).startswith(hub.PREFIX) else Path(src)
+    folder = hub.download(str(src), options.variant) if str(src).startswith(hub.PREFIX) else Path(src)
     for source in filter(None, (folder, base)):
         _refuse_replacing(Path(source), Path(dst))
-    cast = None if dtype == "source" else jnp.dtype(dtype)
-    found = _find(folder, base and Path(base), cast, variant, num_frames, allow_pickle)
+    found = _find(folder, None if base is None else Path(base), options)
     total = sum(file.stat().st_size for file in found.files.values())
     report = ByteReport(2 * total, active=verbose, label="convert")
     try:
@@ -99,19 +130,21 @@ def _refuse_replacing(source: Path, dst: Path) -> None:
         raise WeightsError(f"{dst} is or holds what is to be read: choose another destination")
 
 
-def _find(src: Path, base: Path | None, dtype, variant, num_frames, allow_pickle: bool) -> _Found:
+def _find(src: Path, base: Path | None, options: ReadOptions) -> _Found:
     if not src.is_dir():
-        tensors = open_weights(src, allow_pickle)
+        tensors = open_weights(src, options.allow_pickle)
         if is_single_file(tensors):
             _refuse_base(src, base)
-            return _single_file(tensors, num_frames, dtype)
-        return _unet_file(tensors, base, dtype)
+            return _single_file(tensors, options)
+        return _unet_file(tensors, base, options)
     if (src / "model.json").is_file():
         raise WeightsError(f"{src} is a model folder already")
     if not (src / "model_index.json").is_file() and (src / "config.json").is_file():
-        return _unet_folder(src, base, dtype, variant, allow_pickle)
+        return _unet_folder(src, base, options)
     _refuse_base(src, base)
-    params, configs, scheduler, files = open_pipeline(src, variant=variant, dtype=dtype, allow_pickle=allow_pickle)
+    params, configs, scheduler, files = open_pipeline(
+        src, variant=options.variant, dtype=options.cast, allow_pickle=options.allow_pickle
+    )
     return _Found(params, configs, scheduler, files)
 
 
@@ -120,15 +153,15 @@ def _refuse_base(src: Path, base: Path | None) -> None:
         raise WeightsError(f"{src} holds every network: --base is for a UNet alone")
 
 
-def _single_file(tensors: Tensors, num_frames: int | None, dtype) -> _Found:
-    single = open_single_file(tensors, num_frames=num_frames)
-    params = {name: lazy_single_file(single, name, dtype) for name in single.configs}
+def _single_file(tensors: Tensors, options: ReadOptions) -> _Found:
+    single = open_single_file(tensors, num_frames=options.num_frames)
+    params = {name: lazy_single_file(single, name, options.cast) for name in single.configs}
     files = {file.name: file for file in tensors.files}
     return _Found(params, single.configs, SIGMAS | {"rho": 7.0}, files, notes=single.notes)
 
 
-def _unet_file(tensors: Tensors, base: Path | None, dtype) -> _Found:
-    """AnimateLCM's release is such a file."""
+def _unet_file(tensors: Tensors, base: Path | None, options: ReadOptions) -> _Found:
+    """Returns the UNet of a file with diffusers' names, such as AnimateLCM's release, with the rest of `base`."""
     kind = describe(tensors)
     if kind != "a video UNet":
         raise WeightsError(f"{tensors.where()} holds {kind}, not SVD's UNet with diffusers' or Stability's names")
@@ -136,16 +169,18 @@ def _unet_file(tensors: Tensors, base: Path | None, dtype) -> _Found:
         raise WeightsError(f"{tensors.where()} {NEEDS_BASE}")
     config = _config_of_base(base)
     fitted = fit(tensors, "unet", config, f"{tensors.where()} does not fit the UNet of {base}")
-    return _with_base(lazy_params(fitted, "unet", config, dtype), config, tensors.files, base)
+    return _with_base(lazy_params(fitted, "unet", config, options.cast), config, tensors.files, base)
 
 
-def _unet_folder(src: Path, base: Path | None, dtype, variant, allow_pickle: bool) -> _Found:
+def _unet_folder(src: Path, base: Path | None, options: ReadOptions) -> _Found:
+    """Returns the UNet of a diffusers folder, with the rest of `base`."""
     found = read_json(src / "config.json").get("_class_name")
     if found != COMPONENTS["unet"].class_name:
         raise WeightsError(f"{src} holds {found or 'no network of diffusers'}, not a pipeline or SVD's UNet")
     if base is None:
         raise WeightsError(f"{src} {NEEDS_BASE}")
-    tensors, config = open_component(src, "unet", variant=variant, allow_pickle=allow_pickle)
+    tensors, config = open_component(src, "unet", variant=options.variant, allow_pickle=options.allow_pickle)
+    assert isinstance(config, UNetConfig)
     other = _config_of_base(base)
     differ = [
         f"{name} is {getattr(config, name)}, in {base} {getattr(other, name)}"
@@ -154,7 +189,8 @@ def _unet_folder(src: Path, base: Path | None, dtype, variant, allow_pickle: boo
     ]
     if differ:
         raise WeightsError(f"{src} does not go with the VAE and CLIP tower: {'; '.join(differ)}")
-    return _with_base(lazy_params(tensors, "unet", config, dtype), config, (*tensors.files, src / "config.json"), base)
+    params = lazy_params(tensors, "unet", config, options.cast)
+    return _with_base(params, config, (*tensors.files, src / "config.json"), base)
 
 
 def _config_of_base(base: Path) -> UNetConfig:
@@ -182,7 +218,7 @@ def _with_base(params: tree.Params, config: UNetConfig, files: tuple[Path, ...],
 
 
 def describe(tensors: Tensors) -> str:
-    """What the names of `tensors` look like, in words for an error message; "a video UNet" for SVD's."""
+    """Guesses the kind of network from the names of `tensors`, for error messages; "a video UNet" for SVD's."""
     names = tensors.names()
 
     def some(part: str) -> bool:

@@ -1,10 +1,10 @@
-"""Our model folder: `model.json` and one orbax tree per network.
+"""Our model folder, from which sampling and training start: `model.json` and one orbax tree per network.
 
-    DIR/model.json      what it is: codec, configs, noise range, origin; written last
-    DIR/unet/           orbax pytree of the UNet's parameters
+    DIR/model.json      description: codec, configs, noise range, origin; written last
+    DIR/unet/           orbax tree of the UNet's parameters
     DIR/vae/  DIR/image_encoder/      only with codec "svd"
 
-It holds what sampling and training start from. The state of a training run is another thing.
+The state of a training run has another format (sfv_jax/checkpoints/run.py).
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ class ModelFolder:
     """Content of the `model.json` of a model folder, read once.
 
     Attributes:
-      configs: our config of each component, and "codec" for the patch codec.
+      path: the folder.
+      configs: our config of each component by name, and "codec" for the patch codec.
       meta: the whole content; `meta["scheduler"]` has sigma_min, sigma_max and rho.
     """
 
@@ -48,7 +49,7 @@ def resolve_model(path: str | Path) -> Path:
     """Returns `path` if it is a model folder.
 
     Raises:
-      WeightsError: if it is not; the message names what it is instead.
+      WeightsError: if it is not; the message names what was found instead.
     """
     path = Path(path)
     if (path / "model.json").is_file():
@@ -71,14 +72,17 @@ def save_model(
     extra: dict | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model folder, complete or not at all. For one process that can read every array.
+    """Writes a model folder, completely or not at all; for a single process that can read every array.
 
     Args:
-      components: `{"unet": ..., "vae": ..., "image_encoder": ...}` or some of them: nested dicts of arrays or of `Lazy`
-        leaves, which are read while they are written; or a path `MODEL_FOLDER/NAME`, to be copied.
+      folder: the folder to write.
+      components: `{"unet": ..., "vae": ..., "image_encoder": ...}` or some of them. A value is a nested dict of arrays
+        or of `Lazy` leaves, which are read during writing, or a path `MODEL_FOLDER/NAME` to copy.
       configs: a config for each component; with codec "patch" also `{"codec": PatchCodec(...)}`.
       codec: "svd" (vae and image_encoder) or "patch".
-      extra: more of `model.json`, such as "scheduler" and "source".
+      extra: more fields of `model.json`, such as "scheduler" and "source".
+      overwrite: replace an existing folder.
+
     Raises:
       WeightsError: if the folder exists and `overwrite` is not set, or if parameters and configs do not fit.
     """
@@ -112,7 +116,7 @@ def _describe(name: str, params: tree.Params | Path, configs: dict) -> dict:
 
 
 def _check(name: str, found: dict[str, tuple], config, where: str) -> tree.Params:
-    """The shapes that `config` asks for; raises WeightsError listing all that differ from `found`."""
+    """Returns the parameter shapes of `config`; raises WeightsError if `found` differs, and lists all differences."""
     _, shapes = tree.abstract(COMPONENTS[name].module, config)
     problems = shape_problems(found, {k: v.shape for k, v in tree.flatten(shapes).items()})
     if problems:
@@ -121,7 +125,7 @@ def _check(name: str, found: dict[str, tuple], config, where: str) -> tree.Param
 
 
 def read_model(folder: str | Path | ModelFolder) -> ModelFolder:
-    """Reads `model.json`, without the weights; a folder that was read already is returned as it is.
+    """Reads `model.json` without the weights; returns a `ModelFolder` unchanged.
 
     Raises:
       WeightsError: if `folder` is not a model folder or was written by a newer version of this program.
@@ -152,17 +156,21 @@ def load_model(
     dtype=None,
     shardings=None,
 ) -> tuple[dict[str, tree.Params], dict, dict]:
-    """Reads networks of a model folder directly to the devices that will hold them.
+    """Reads networks of a model folder, each array directly to its devices.
 
     Args:
+      folder: the model folder.
+      components: names of the networks.
       dtype: dtype of every parameter; None keeps the stored one.
-      shardings: `{component: sharding or tree of shardings like its parameters}`, for some or all components, or one
+      shardings: `{component: sharding or tree of shardings like its parameters}` for some or all components, or one
         sharding for everything; default: the first local device.
+
     Returns:
       params: `{component: nested dict of jax.Array}`.
       configs, meta: fields of `ModelFolder`.
+
     Raises:
-      WeightsError: as `read_model`, and if a component is not in the folder or does not fit its config.
+      WeightsError: as for `read_model`, and if a component is not in the folder or does not fit its config.
     """
     model = read_model(folder)
     folder, configs, meta = model.path.absolute(), model.configs, model.meta
@@ -189,10 +197,10 @@ def _restore(path: Path, name: str, config, dtype, sharding) -> tree.Params:
 
 
 def encoders_identity(meta: dict) -> str:
-    """Identity of the VAE and CLIP tower of a model folder: the digests of the files they came from.
+    """Returns the identity of a model folder's VAE and CLIP tower: the digests of their original weight files.
 
     Args:
-      meta: content of `model.json`; the result is "" if that records no digests.
+      meta: content of `model.json`; the result is "" if it contains no digests.
     """
     digests = meta.get("source", {}).get("sha256", {})
     names = ("vae/", "image_encoder/")
@@ -200,7 +208,7 @@ def encoders_identity(meta: dict) -> str:
 
 
 def load_codec(folder: str | Path | ModelFolder, **kw) -> SVDCodec | PatchCodec:
-    """Loads the codec of a model folder; `kw` (dtype, shardings) as in `load_model`."""
+    """Loads the codec of a model folder; `kw` (dtype, shardings) as for `load_model`."""
     model = read_model(folder)
     if model.meta["codec"] == "patch":
         return model.configs["codec"]

@@ -1,15 +1,16 @@
 """Training checkpoints: state, data position and config of a run, by orbax.
 
-`workdir/config.json` says what the run is; `workdir/checkpoints/STEP` holds what it needs to go on. A step is committed
-at once, so a crash leaves either a whole checkpoint or none. Every array is saved with a fingerprint, because a flipped
-bit in stored numbers is not noticed by the storage; a checkpoint that does not match is set aside, and the one before
-is used.
+`workdir/config.json` contains the config of the run, `workdir/checkpoints/STEP` everything that is needed to continue.
+A checkpoint is committed in one step, so a crash leaves either a whole checkpoint or none. Every array is saved with a
+fingerprint, because the storage does not detect a flipped bit in stored numbers; a checkpoint that does not match its
+fingerprints is moved away, and the one before is used.
 """
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,20 +42,20 @@ MAY_CHANGE = (
     "profile_start",
     "profile_steps",
 )
-DAMAGED = "damaged"  # folder of a workdir for checkpoints that cannot be read
+DAMAGED = "damaged"  # folder of a workdir for damaged checkpoints
 
 
 class WorkdirError(UserError):
-    """The working directory cannot be used for this run; the message says why and what to do."""
+    """Workdir that cannot be used for this run; the message gives the cause and the remedy."""
 
 
 def claim_workdir(workdir: Path, config: dict) -> None:
-    """Records `config` in `workdir`, or checks that it is the one recorded there.
+    """Records `config` in `workdir`, or checks that it equals the recorded one.
 
-    Fields of `MAY_CHANGE` (length and reporting) may differ between runs of the same workdir.
+    Fields of `MAY_CHANGE` (length, reporting and mesh) may differ between runs of the same workdir.
 
     Raises:
-      WorkdirError: listing every other field that differs.
+      WorkdirError: if any other field differs; lists all of them.
     """
     path, text = workdir / "config.json", json.dumps(config, indent=1)
     if path.exists():
@@ -72,7 +73,7 @@ def claim_workdir(workdir: Path, config: dict) -> None:
 
 
 def flat(config: dict, prefix: str = "") -> dict:
-    """{"a.b": value} of nested dicts."""
+    """Returns `{"a.b": value}` of nested dicts."""
     fields = {}
     for k, v in config.items():
         fields |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
@@ -89,13 +90,13 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
 
 def fingerprints(state) -> dict[str, int]:
-    """32 bits of every array of a tree, by path: the sum of its words, each times an odd number that tells its place.
+    """Returns a 32-bit checksum per array of a tree, by path: element bits times an odd weight from the index, summed.
 
-    Any change of a single element changes it. Integer sums do not depend on their order, so neither the mesh nor the
-    number of processes matters. Elements are of at most 4 bytes.
+    Any change of a single element changes the checksum. Integer sums do not depend on their order, so neither the mesh
+    nor the number of processes matters. Elements have at most 4 bytes.
     """
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    # Several fake devices on a CPU: collectives of many programs in flight can wait for each other's threads for ever.
+    # With several fake devices on a CPU, collectives of many programs in flight may block each other's threads forever.
     finish = jax.block_until_ready if jax.default_backend() == "cpu" else lambda x: x
     values = jax.device_get([finish(_fingerprint(x)) for _, x in leaves])
     return {
@@ -108,9 +109,10 @@ class Checkpoints:
     """Asynchronous saves of `{state, data, config}` under `workdir/checkpoints`.
 
     Args:
-      keep: the newest so many are kept.
-      keep_every: checkpoints of steps that it divides are kept for ever; 0 for none.
-      config: what made the state, JSON; saved for whoever finds a checkpoint alone, never read back.
+      workdir: the workdir of the run.
+      keep: number of newest checkpoints that are kept.
+      keep_every: checkpoints whose step is a multiple of this are kept permanently; 0: none.
+      config: config of the run (JSON), saved to document a checkpoint found without its workdir; never read.
     """
 
     def __init__(self, workdir: Path, keep: int = 3, keep_every: int = 0, config: dict | None = None):
@@ -121,17 +123,19 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
-        """Newest committed step, or None."""
+        """Returns the newest committed step, or None."""
         return self.manager.latest_step()
 
     def save(self, step: int, state: dict, data: dict) -> None:
-        """Starts saving and returns early.
+        """Starts to save a checkpoint and returns before it is written.
 
         Args:
-          state: a tree of arrays.
-          data: the loader's position, JSON.
+          step: number of finished steps.
+          state: tree of arrays.
+          data: position of the loader (JSON).
+
         Raises:
-          WorkdirError: if this save or the one before cannot be written, say because the disk is full.
+          WorkdirError: if this or the previous checkpoint cannot be written, for example because the disk is full.
         """
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -142,23 +146,23 @@ class Checkpoints:
         self._guard(lambda: self.manager.save(step, args=items))
 
     def restore(self, abstract_state: dict) -> tuple[int, dict, dict] | None:
-        """(step, state, data) of the newest checkpoint that is sound, None if none was ever saved.
+        """Returns `(step, state, data)` of the newest sound checkpoint, None if no checkpoint exists.
 
-        Arrays come back in the shapes, dtypes and shardings of `abstract_state`. Newer checkpoints that are damaged are
-        reported and moved to `workdir/damaged`.
+        Arrays have the shapes, dtypes and shardings of `abstract_state`. Newer, damaged checkpoints are reported and
+        moved to `workdir/damaged`.
 
         Raises:
           WorkdirError: if there are checkpoints but none is sound.
         """
 
-        def read(step):
+        def read(step: int) -> tuple[dict, dict, dict]:
             items = ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract_state),
                 data=ocp.args.JsonRestore(),
                 fingerprints=ocp.args.JsonRestore(),
             )
             restored = self.manager.restore(step, args=items)
-            return restored.state, restored.data, restored.fingerprints
+            return restored["state"], restored["data"], restored["fingerprints"]
 
         steps = sorted(self.manager.all_steps(), reverse=True)
         if not steps:
@@ -180,7 +184,7 @@ class Checkpoints:
         self.manager.reload()
 
     def close(self) -> None:
-        """Waits for saves under way.
+        """Waits until all checkpoints are written.
 
         Raises:
           WorkdirError: if the last one could not be written.
@@ -193,7 +197,7 @@ class Checkpoints:
     def _guard(self, call: Callable) -> None:
         try:
             call()
-        except Exception as error:  # a full disk has many faces: OSError, tensorstore's ValueError, orbax's own
+        except Exception as error:  # for a full disk OSError, tensorstore's ValueError or one of orbax's own
             last = self.manager.latest_step()
             kept = f"the checkpoint of step {last} is intact" if last is not None else "there is no earlier one"
             raise WorkdirError(
@@ -202,23 +206,33 @@ class Checkpoints:
             ) from error
 
 
-def newest_sound(workdir: Path, steps: list[int], read: Callable, state_of: Callable, prints_of: Callable):
-    """(step, what `read(step)` returned) of the first of `steps` that can be read and matches its fingerprints.
+def newest_sound(
+    workdir: Path, steps: list[int], read: Callable, state_of: Callable, prints_of: Callable
+) -> tuple[int, Any]:
+    """Finds the newest checkpoint that can be read and matches its fingerprints; reports damaged ones on stderr.
 
     Args:
-      steps: newest first.
-      state_of, prints_of: the arrays and the recorded fingerprints in what `read` returns.
+      workdir: the workdir, for messages.
+      steps: steps of the checkpoints, newest first.
+      read: function from a step to the content of its checkpoint.
+      state_of, prints_of: functions from that content to its arrays and to its recorded fingerprints.
+
+    Returns:
+      step: the step.
+      content: the result of `read(step)`.
+
     Raises:
-      WorkdirError: if none is sound.
+      WorkdirError: if no checkpoint is sound.
     """
     for step in steps:
+        found, problem = None, ""
         try:
-            found, problem = read(step), ""
+            found = read(step)
             recorded = prints_of(found)
             wrong = [name for name, value in fingerprints(state_of(found)).items() if recorded.get(name) != value]
             if wrong:
                 problem = f"{len(wrong)} arrays are not what was saved, first {wrong[0]}"
-        except Exception as error:  # whatever a broken file makes orbax, tensorstore or json raise
+        except Exception as error:  # broken files make orbax, tensorstore and json raise errors of many kinds
             problem = _first_line(error)
         if _everywhere(not problem):
             return step, found
@@ -240,14 +254,20 @@ def _first_line(error: Exception) -> str:
 
 
 def restore_ema(workdir: Path, abstract_params: dict, name: str = "ema", shardings=None) -> tuple[dict, int]:
-    """(EMA of the generator, step) of the newest sound checkpoint of a run; nothing else is read.
+    """Reads the generator's EMA from the newest sound checkpoint of a run, and no other part of its state.
 
     Args:
+      workdir: the workdir of the run.
       abstract_params: shapes and dtypes of the parameters.
-      name: the part of the state to read, "ema" or "generator".
-      shardings: where to put them, a sharding or a tree of them; default: the first local device.
+      name: part of the state to read, "ema" or "generator".
+      shardings: a sharding or a tree of shardings for the parameters; default: the first local device.
+
+    Returns:
+      params: nested dict of arrays.
+      step: the step of the checkpoint.
+
     Raises:
-      WorkdirError: if the run has not saved a checkpoint yet, or none is sound.
+      WorkdirError: if the run has no checkpoint yet, or none is sound.
     """
     directory = (workdir / "checkpoints").resolve()
     names = ocp.path.step.standard_name_format().find_all(directory)

@@ -1,4 +1,4 @@
-"""Weights in and out: bit-exact, strict, and never half done."""
+"""Import and export of weights: bit-exact, strict, and complete or absent."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ FILES = {
 
 @pytest.fixture
 def unet_folder(pipeline_folder, tmp_path):
-    """A copy of the UNet's folder, to be spoiled."""
+    """Returns a copy of the UNet's folder, which the test may damage."""
     return shutil.copytree(pipeline_folder / "unet", tmp_path / "unet")
 
 
@@ -93,7 +93,7 @@ def test_export_is_what_diffusers_writes(reference, pipeline_folder, model_folde
 
 @pytest.mark.slow
 def test_source_dtype_can_be_changed(pipeline_folder, tmp_path):
-    importer.import_model(pipeline_folder, tmp_path / "model", dtype="bfloat16")
+    importer.import_model(pipeline_folder, tmp_path / "model", options=importer.ReadOptions(dtype="bfloat16"))
     params, _, _ = store.load_model(tmp_path / "model", ("vae",))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jax.numpy.bfloat16.dtype}
 

@@ -1,4 +1,4 @@
-"""What leaves: files that stock libraries load, in any size and dtype, and cards that say where they come from."""
+"""Exports: files that stock libraries load, in shards of any size and any dtype, and cards with their origin."""
 
 import dataclasses
 import gc
@@ -31,9 +31,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def half_folder(pipeline_folder, tmp_path_factory):
-    """The model folder of `pipe`, stored in bfloat16."""
+    """Returns the model folder of `pipe`, stored in bfloat16."""
     folder = tmp_path_factory.mktemp("half") / "model"
-    importer.import_model(pipeline_folder, folder, dtype="bfloat16")
+    importer.import_model(pipeline_folder, folder, options=importer.ReadOptions(dtype="bfloat16"))
     return folder
 
 
@@ -73,7 +73,7 @@ def test_shards_are_cut_and_named_as_diffusers_does(reference, pipe, params, tmp
     written, patterns = (
         {re.sub(r"\d{5}", "N", file.name) for file in folder.glob("*.safetensors*")} for folder in (ours, theirs)
     )
-    assert written == patterns and len(written) == 2  # numbers aside: their order of tensors is another
+    assert written == patterns and len(written) == 2  # apart from numbers: diffusers orders the tensors differently
     index = json.loads(next(ours.glob("*.index.fp16.json")).read_text())
     files = sorted(set(index["weight_map"].values()))
     assert files == sorted(file.name for file in ours.glob("*.safetensors")) and files[0].endswith(
@@ -88,7 +88,7 @@ def test_shards_are_cut_and_named_as_diffusers_does(reference, pipe, params, tmp
 
 @pytest.mark.slow
 def test_one_step_of_diffusers_on_the_exported_folder(reference, model_folder, tmp_path):
-    """The scheduler as written makes one step from sigma 700 to 0."""
+    """With the exported scheduler, diffusers makes one step from sigma 700 to 0."""
     torch = pytest.importorskip("torch")
     from diffusers import StableVideoDiffusionPipeline
     from PIL import Image
@@ -162,7 +162,7 @@ def test_what_diffusers_would_compute_otherwise_is_refused(model_folder, tmp_pat
 
 @pytest.fixture(scope="module")
 def run(model_folder, params, tmp_path_factory):
-    """A workdir as training leaves it, with `params` as moving average and twice them as trained weights."""
+    """Returns a workdir as after training: the moving average is `params`, the trained weights are twice `params`."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     workdir.mkdir()
     describe_run(workdir, CONFIGS["unet"], None, model_folder)
@@ -194,7 +194,7 @@ def test_a_run_leaves_with_its_card(run, model_folder, params, tmp_path):
         f"| `unet/{WEIGHTS}` | `{digest}` |",
         "num_inference_steps=1, min_guidance_scale=1, max_guidance_scale=1",
         'sfv: `{"p_mean": -1.0}`',
-        "check the origin above and the licence",
+        "check the origin above and the license",
     ):
         assert fact in card, fact
     assert "the trained weights themselves" in (tmp_path / "raw" / "README.md").read_text()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sfv_jax.checkpoints.importer import import_model
+from sfv_jax.checkpoints.importer import ReadOptions, import_model
 from sfv_jax.checkpoints.model_folder import encoders_identity, load_model, read_model
 from sfv_jax.models import tree
 from sfv_jax.runtime.files import sha256
@@ -173,7 +173,7 @@ def test_values_that_are_no_numbers(folder, tmp_path):
     tensors["conv_out.bias"][1], tensors["conv_in.weight"][0, 0, 0, 0] = 1e6, 0
     save_file(tensors, path)
     with pytest.raises(WeightsError, match="conv_out.bias has values that float16 cannot hold"):
-        import_model(bad, tmp_path / "out", dtype="float16")
+        import_model(bad, tmp_path / "out", options=ReadOptions(dtype="float16"))
     assert [p.name for p in tmp_path.iterdir()] == ["bad"]
 
 
