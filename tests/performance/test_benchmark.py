@@ -1,4 +1,4 @@
-"""The benchmark: what it imports, what it makes up, what it times. Figures are not tested."""
+"""The benchmark: its imports, its random arrays, its timed programs. Figures are not tested."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ def test_a_program_is_compiled_once_timed_and_counted(monkeypatch):
 
 
 def test_a_measurement_says_how_it_was_made(monkeypatch):
-    """Without the folders of the machine."""
+    """The command line is recorded without folders of the machine."""
     monkeypatch.setattr(sys, "argv", ["/home/me/sfv_jax/benchmark.py", "--train", "--repeats=3"])
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     about = measurement.surroundings()
@@ -125,13 +125,13 @@ def test_sizes_that_cannot_be(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_little")
 def test_diffusers_computes_the_same(reference, capsys):
-    """What is timed in turns has equal results: forward, decoder, whole; forward, and forward and backward."""
+    """The calls timed in turns return equal results: forward, decoder, pipeline; forward, and forward and backward."""
     from sfv_jax.performance import against_diffusers
 
     unet = measurement.UNetConfig.tiny(block_out_channels=(32, 32), num_attention_heads=(2, 2), num_frames=2)
     vae = measurement.VAEConfig.tiny(block_out_channels=(32, 32), layers_per_block=1)
     sizes = Sizes(unet, vae, measurement.CLIPConfig.tiny(projection_dim=32))
-    whole = "image to frames"  # whose pixels are rounded to one of 255 levels: half of one is 1 % of their deviation
+    whole = "image to frames"  # its pixels are rounded to 255 levels, and half a level is 1 % of their deviation
     stages = {False: ["UNet", "VAE decoder", whole], True: ["UNet", "UNet, forward and backward"]}
     for backward, names in stages.items():
         found = against_diffusers.against_diffusers(sizes, (16, 24), 2, "float32", 1, backward)
@@ -145,7 +145,7 @@ def test_diffusers_computes_the_same(reference, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_little")
 def test_sampling_from_end_to_end():
-    """Every stage is that of the sampler; the whole is run on what the stages hand on."""
+    """The stages are those of the sampler, and the whole passes the result of each stage on to the next."""
     sizes = measurement.NETWORKS["tiny"]
     sizes = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, num_frames=2, temporal_conv="matmul"))
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])

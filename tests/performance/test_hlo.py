@@ -1,4 +1,4 @@
-"""The reader of compiled programs, on text of our own in XLA's format and on a program compiled here."""
+"""The parser of compiled programs, on handwritten text in XLA's format and on a program compiled here."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import pytest
 
 from sfv_jax.performance import hlo
 
-# A loop of three steps that gathers, a reduction written as TPUs write a scatter, a synchronous exchange.
+# A loop of three steps with a gather, a reduce-scatter in the form of TPUs, synchronous exchanges.
 EXCHANGES = """HloModule step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -91,14 +91,14 @@ dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convBackwardFilter"
   ROOT %slice = f32[1,64]{1,0} fusion(%rows, %n), kind=kLoop, calls=%take
 }
 """
-PAIRS = 13  # of 5 outputs and 3 taps that meet 5 samples with a pad of 1
+PAIRS = 13  # (output, tap) pairs that meet a sample: 5 outputs, 3 taps, 5 samples, padding 1
 
 
 def test_collectives_are_counted_once_and_with_their_loops():
     found = hlo.collectives(hlo.parse(EXCHANGES), devices=8)
     assert found == {
         "all-gather": {"count": 3, "bytes": 3 * 8 * 4 * 2 * 3},  # three loops, three neighbours in a group of four
-        "all-reduce": {"count": 1, "bytes": 256 * 2 * 7 / 8},  # no groups: all eight
+        "all-reduce": {"count": 1, "bytes": 256 * 2 * 7 / 8},  # no groups: all eight devices
         "reduce-scatter": {"count": 1, "bytes": 256 * 3 / 4},
         "all-to-all": {"count": 1, "bytes": 128},
         "collective-permute": {"count": 1, "bytes": 256},
@@ -109,10 +109,10 @@ def test_collectives_are_counted_once_and_with_their_loops():
     ("name", "flops", "bytes"),
     [
         ("matmul", 2 * 16 * 4 * 8, 2 * (16 * 8 + 8 * 4 + 16 * 4)),
-        ("chip", 2 * 16 * 4 * 8, 2 * 8 * 4),  # what lies on the chip does not come from memory
+        ("chip", 2 * 16 * 4 * 8, 2 * 8 * 4),  # arrays on the chip are not read from memory
         ("gemm", 2 * 16 * 4 * 8, 2 * (16 * 8 + 8 * 4 + 16 * 4) + 4096),
         ("conv", 2 * 2 * 4 * 8 * PAIRS**2, None),
-        ("wide", 2 * 2 * 4 * 8 * PAIRS**2, None),  # between dilated samples there is nothing to multiply
+        ("wide", 2 * 2 * 4 * 8 * PAIRS**2, None),  # positions between dilated samples do not count
         ("cudnn", 2 * 2 * 4 * 8 * 7**2, None),  # taps 2, 3, 2 of the three outputs
         ("back", 2 * 2 * 4 * 8 * PAIRS**2, None),
         ("attention", 4 * 2 * 32 * 32 * 5 * 64, None),

@@ -1,6 +1,6 @@
-"""Plans: their memory against XLA's and against arrays on devices, the search for settings that fit, errors.
+"""Plans: memory compared with XLA's and with arrays on devices, the search for settings that fit, errors.
 
-Compiling for TPUs and GPUs is tested where libtpu and JAX's CUDA plugin are installed.
+Compilation for TPUs and GPUs is tested if libtpu and JAX's CUDA plugin are installed.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ SIZE = (8, 8)
 
 
 def asked(what: str, **changes) -> planning.Request:
-    """A job on small videos in fp32; `changes` are fields of the request or of its sampling options."""
+    """Returns a request for small videos in fp32; `changes` are fields of the request or of its sampling options."""
     sampling = {"dtype": "float32", "vae_dtype": "float32"}
     names = {field.name for field in dataclasses.fields(programs.SampleOptions)}
     sampling |= {name: changes.pop(name) for name in [*changes] if name in names}
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("small_things_in_parts")
 
 
 def tiny(method_: str, **changes):
-    """A config of one-level networks on the procedural world, batch 4."""
+    """Returns a config of one-level networks on the procedural world, batch 4."""
     config = configs.tiny(getattr(configs, method_)())
     codec = dict(patch=1, embed_cell=4)
     unet = dict(configs.tiny_unet(codec, 8), block_out_channels=(16,), num_attention_heads=(2,), norm_groups=4)
@@ -65,7 +65,7 @@ def test_memory_is_what_xla_allocates_and_the_verdict_follows_it(what, name, con
     compiled = sharding.on_mesh(mesh, lambda: job.function.lower(*job.args).compile())()
     stats = compiled.memory_analysis()
     found = cost.read(job, compiled, target, mesh.size, limit=1e9)
-    unused = on_device(job.args) - stats.argument_size_in_bytes  # the compiler drops them, the run keeps them
+    unused = on_device(job.args) - stats.argument_size_in_bytes  # dropped by the compiler, still in memory during a run
     assert unused >= 0 and (what == "sample" or unused == 0)
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + outputs + stats.generated_code_size_in_bytes
@@ -73,7 +73,7 @@ def test_memory_is_what_xla_allocates_and_the_verdict_follows_it(what, name, con
     assert cost.read(job, compiled, target, mesh.size, limit=found.needed).fits
     assert not cost.read(job, compiled, target, mesh.size, limit=found.needed - 1).fits
 
-    # What lies on a device in a run: the arguments, and then the new state in the place of the old.
+    # On a device during a run: the arguments, then the new state in place of the old one.
     args = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), job.args)
     assert sum(found.memory.get(part, 0) for part in job.parts) == on_device(args)
     result = compiled(*args)
@@ -87,7 +87,7 @@ def test_memory_is_what_xla_allocates_and_the_verdict_follows_it(what, name, con
 
 
 def on_device(tree) -> float:
-    """Bytes that arrays, or shapes with shardings, have on one device."""
+    """Returns the bytes of sharded arrays or shapes on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -152,7 +152,7 @@ def test_settings_are_tried_in_their_order_until_one_fits(monkeypatch):
     assert found["flags"] == final
     assert [line.count("--config") for line in said] == [1, 2, 4, 4]
     assert "does not fit, train step needs 1.0 of 2.0 GiB" in said[2]
-    assert not config.unet.remat  # the caller's config is left alone
+    assert not config.unet.remat  # the caller's config is unchanged
 
 
 def test_settings_tried_for_sampling():
@@ -246,7 +246,7 @@ def test_planning_prepares_the_full_size_networks_of_a_config_without_a_model():
 
 
 def needs(platform: str) -> None:
-    """Skips a test where the compiler of `platform` is not installed."""
+    """Skips a test if the compiler of `platform` is not installed."""
     modules, extra = targets.PLUGINS[platform]
     if not all(map(targets._installed, modules)):
         pytest.skip(f"needs pip install 'sfv_jax[{extra}]'")
@@ -254,9 +254,10 @@ def needs(platform: str) -> None:
 
 FEED_FORWARD = """
 import sys, jax, jax.numpy as jnp
-from sfv_jax import hlo, sharding, targets
 from sfv_jax.models import tree
 from sfv_jax.models.attention import FeedForward
+from sfv_jax.performance import hlo, targets
+from sfv_jax.runtime import sharding
 
 target = targets.parse(sys.argv[1])
 targets.prepare(target)
@@ -269,15 +270,15 @@ params, x = sharding.with_shardings(
 call = jax.jit(lambda params, x: tree.build(graph, params)(x))
 program = hlo.parse(sharding.on_mesh(mesh, call.lower)(params, x).compile().as_text())
 large = [k.op.opcode for k in hlo.kernels(program) if k.bytes > x.size]
-print(*[opcode for opcode in large if opcode != "copy-start"])  # it brings arguments near a TPU's core
+print(*[opcode for opcode in large if opcode != "copy-start"])  # moves arguments closer to a TPU's core
 """
 
 
 @pytest.mark.parametrize(
     ("name", "wanted", "kernels"),
     [
-        ("v5e:2x2", "tpu", ["fusion"] * 2),  # gate and gelu belong to the second product
-        ("h100:1", "gpu", ["custom-call", "fusion", "custom-call"]),  # and here to no product, but to one kernel
+        ("v5e:2x2", "tpu", ["fusion"] * 2),  # gate and gelu are fused with the second product
+        ("h100:1", "gpu", ["custom-call", "fusion", "custom-call"]),  # here they are a kernel of their own
     ],
 )
 def test_a_feed_forward_layer_has_no_kernels_to_spare(name, wanted, kernels):
@@ -289,13 +290,14 @@ def test_a_feed_forward_layer_has_no_kernels_to_spare(name, wanted, kernels):
 
 GATHER = """
 import re, sys, jax, jax.numpy as jnp
-from sfv_jax import plan, sharding, targets
 from sfv_jax.models import tree
 from sfv_jax.models.attention import FeedForward
+from sfv_jax.performance import job, targets
+from sfv_jax.runtime import sharding
 
 target = targets.parse(sys.argv[1])
 targets.prepare(target)
-jax.config.update("jax_exec_time_optimization_effort", plan.QUICK)
+jax.config.update("jax_exec_time_optimization_effort", job.QUICK)
 mesh = sharding.make_mesh(1, 4, 1, devices=targets.devices(target))
 graph, params = tree.abstract(FeedForward, 512, dtype=jnp.bfloat16)
 params = sharding.with_shardings(params, sharding.param_shardings(mesh, params))
@@ -308,7 +310,7 @@ print(*re.findall(r"= \\(?(.*) all-gather(?:-start)?\\(", text))
 
 @pytest.mark.parametrize(("name", "wanted"), [("v5e:2x2", "tpu"), ("h100:4", "gpu")])
 def test_weights_are_gathered_in_the_dtype_of_their_use(name, wanted):
-    """Stored in fp32; at the effort of plans libtpu gathered them so and converted them afterwards."""
+    """They are stored in fp32, and at the effort of plans libtpu once gathered fp32 and converted afterwards."""
     needs(wanted)
     command = [sys.executable, "-c", GATHER, name]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The command behind the paper's tables: its list of runs, and that stages are kept, continued and never repeated."""
+"""The paper's tables: the list of runs; stages are stored, continued and never repeated."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ ROWS = [Row("base, 1 step", BASE, published=2.0), Row("lcm, 2 steps", "animatelc
 
 
 def small_config(run: str, seed: int, base: str):
-    """Networks that compile quickly."""
+    """Returns a config of networks that compile quickly."""
     small = small_run.get_config()
     config = configs.tiny(configs.teacher() if run == BASE else configs.animatelcm())
     for section in ("data", "patch_codec", "unet"):
@@ -37,7 +37,7 @@ def small_config(run: str, seed: int, base: str):
 
 
 def trained(config, workdir):
-    """Leaves what reproduce looks at of `train.train`: tests of that and of the sampler are elsewhere."""
+    """Writes the files of a training run that `reproduce` reads, in place of training."""
     (workdir / "checkpoints" / str(config.steps)).mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     name = "loss/denoising" if config.method == BASE else "loss/consistency"
@@ -45,7 +45,7 @@ def trained(config, workdir):
 
 
 class Made:
-    """In place of `Sampler`: a video depends on its model, its image and its seed."""
+    """Stand-in for `Sampler`: a video depends on its steps, its image and its seed."""
 
     @classmethod
     def load(cls, path):
@@ -64,10 +64,10 @@ class Made:
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch) -> stages.Bench:
-    """Two rows in the smallest world; the score is the mean brightness."""
+    """Bench of two rows in the smallest world; the score is the mean brightness."""
     monkeypatch.setitem(experiments.TABLES, "small", ("Small", ROWS))
     monkeypatch.setattr(trainings, "train", trained)
-    monkeypatch.setattr(stages, "Sampler", Made)
+    monkeypatch.setattr(jobs, "Sampler", Made)
     base = tmp_path / "base"
     truth, _ = world_of(small_config(BASE, 0, "")).batch(range(4), "heldout")
     return stages.Bench(
@@ -90,7 +90,7 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
     def scored(clips):
         calls.append(len(clips))
         if len(calls) == 2:
-            raise KeyboardInterrupt  # in the middle: all is trained and sampled, one row is scored
+            raise KeyboardInterrupt  # in the middle: everything is trained and sampled, one row is scored
         return score(clips)
 
     object.__setattr__(bench, "score", scored)
@@ -114,7 +114,7 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
     assert page.count("<video") == 4 * 3 and "Training: consistency" in page
     assert (bench.runs.folder / "strips.png").stat().st_size > 0
     load = partial(Made.load, bench.runs.base)
-    # A row whose model was trained otherwise is made anew, and a workdir of another config is refused.
+    # A row is made again if its model was trained differently, and a workdir of another config is rejected.
     _, first = stages.ensure_row(bench, ROWS[0], 0, load)
     _, second = stages.ensure_row(bench, ROWS[0], 1, load)
     assert calls == [4] * 4 and not np.array_equal(first, second)
@@ -134,7 +134,7 @@ def test_several_seeds_give_a_mean_and_a_range():
 
 @pytest.mark.parametrize("run", experiments.RUNS)
 def test_every_run_is_a_config_that_its_method_accepts(run):
-    """At both scales; in the world all methods have the same budget."""
+    """This holds at both scales, and in the world all methods have the same budget."""
     method, changes = experiments.RUNS[run]
     config = experiments.svd_config(run, 3, "model", "cache")
     default = getattr(configs, method)()
@@ -156,7 +156,7 @@ def test_tables_name_runs_that_exist():
     rows = [row for _, rows in experiments.TABLES.values() for row in rows]
     assert {row.run for row in rows} <= {BASE, *experiments.RUNS}
     kinds = {row.key: (row.run, row.steps, row.sampler, row.guidance) for row in rows}
-    assert len(kinds) == len({*kinds.values()})  # a key names one way of sampling one model
+    assert len(kinds) == len({*kinds.values()})  # a key stands for one way of sampling one model
     assert set(experiments.runs_of(["table2"])) == {"sfv", "spatial heads", "temporal heads"}
 
 
@@ -178,7 +178,7 @@ def test_the_plan_counts_steps_and_flops(tmp_path):
 
 
 def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatch):
-    """Conditions as they were filmed, clips at 320 x 240; the score sees what is damaged."""
+    """Conditions keep their size, clips are scored at 320 x 240, and the score detects damaged clips."""
     frames = np.random.default_rng(0).integers(0, 256, (21, 14, 6, 8, 3), np.uint8).repeat(8, axis=2).repeat(8, axis=3)
     for n, clip in enumerate(frames):
         write_video(tmp_path / "real" / f"{n:02d}.mp4", clip, fps=7)
@@ -215,7 +215,7 @@ def test_settings_of_every_run():
 
 
 def test_runs_side_by_side(tmp_path, monkeypatch):
-    """Each process gets its share of runs and cores, and one that fails stops the command with what it said last."""
+    """Each process gets its share of runs; if one fails, the command stops with the last line of its log."""
     program = tmp_path / "python"
     program.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *bad*1/2) echo it broke; exit 1; esac\n')
     program.chmod(0o755)
@@ -225,3 +225,35 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
     assert said == [f"-m sfv_jax.reproduce --fast --share={n}/2\n" for n in (0, 1)]
     with pytest.raises(TrainingStopped, match=r"job1.log: \['it broke'\]; the same command continues"):
         jobs.side_by_side(["--bad"], tmp_path, 2)
+
+
+def test_shares_cover_all_rows(bench, monkeypatch, tmp_path):
+    """The first share trains the base model, without which the others cannot start."""
+    made = []
+    monkeypatch.setattr(jobs, "runs_for", lambda request: bench.runs)
+    monkeypatch.setattr(jobs, "bench_for", lambda request, runs: bench)
+    monkeypatch.setattr(jobs, "ensure_run", lambda bench, run, tables, seed: made.append((run, seed)))
+
+    def run(share: str) -> None:
+        jobs.run(jobs.Request(tmp_path, only=("small",), seeds=(0, 1), share=jobs.share_of(share)))
+
+    with pytest.raises(trainings.ReproduceError, match="--share=1/2: .* is not trained yet; --share=0/2 does it first"):
+        run("1/2")
+    run("0/2")
+    assert bench.runs.done(BASE, 0) and made == [("animatelcm", 0), (BASE, 0)]
+    run("1/2")
+    assert made[2:] == [("animatelcm", 1), (BASE, 1)]
+
+
+def test_impossible_requests(tmp_path):
+    for share in ("2", "1/0", "a/2"):
+        with pytest.raises(trainings.ReproduceError, match=f"--share={share}: write K/N"):
+            jobs.share_of(share)
+    assert jobs.share_of(None) is None
+    with pytest.raises(trainings.ReproduceError, match="--only=table9: choose from table1"):
+        jobs.Request(tmp_path, only=("table1", "table9"))
+    with pytest.raises(trainings.ReproduceError, match="--scale svd needs --svd MODEL and --data CACHE"):
+        jobs.run(jobs.Request(tmp_path, scale="svd", svd="model"))
+    request = jobs.Request(tmp_path, scale="svd", svd="model", data="cache", real="videos")
+    with pytest.raises(trainings.ReproduceError, match="--scale svd needs --i3d"):
+        jobs.bench_for(request, jobs.runs_for(request))
