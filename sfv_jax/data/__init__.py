@@ -1,1 +1,1 @@
-"""Videos in and out, latent caches, the loader, and the procedural world."""
+"""Video files, data sets, latent caches, the loader, and the procedural world."""

@@ -1,21 +1,21 @@
-"""The latent cache: what the frozen encoders say about each clip, computed once, in ArrayRecord shards that TFDS reads.
+"""Latent cache: outputs of the frozen encoders for each clip, computed once, in ArrayRecord shards that TFDS reads.
 
-A folder holds `latents-SPLIT.array_record-IIIII-of-NNNNN` shards, `manifest.json` (what made them) and the TFDS
-metadata. Metadata comes last, so a folder that has it is finished. One record, channels last:
+A folder contains `latents-SPLIT.array_record-IIIII-of-NNNNN` shards, `manifest.json` (the settings that made them) and
+the TFDS metadata. Metadata is written last, so a folder with metadata is complete. One record, channels last:
 
   latents            float16 [t, h, w, c]  posterior means, unscaled
   cond_latent        float16 [h, w, c]     mean of the noise-augmented first frame, unscaled; not latents[0]
   image_embed        float16 [d]           CLIP embedding of the first frame
   fps, motion_bucket_id, noise_aug_strength  float32, as given to `prepare`
-  key, source, start                       the clip's name, its file, and where in it the clip begins (s)
-  schema                                   int32, the version of this layout
+  key, source, start                       name of the clip, its file, and its beginning in the file in seconds
+  schema                                   int32, version of this layout
 
-float16 holds the means to 3 digits and loads without TensorFlow, which TFDS would need for bfloat16.
+float16 has 3 digits of precision for the means and loads without TensorFlow, which TFDS needs for bfloat16.
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +33,12 @@ ARRAYS = ("latents", "cond_latent", "image_embed")
 
 
 class LatentError(UserError):
-    """A cache, or a record meant for one, that must not be used; the message says which and why."""
+    """Unusable cache or record; the message names it and the cause."""
 
 
-def features(shapes: dict[str, Iterable[int]]) -> tfds.features.FeaturesDict:
-    """The TFDS schema of a record, given the shapes of its arrays by name (see `ARRAYS`)."""
-    # Raw bytes: the default encoding stores float16 as a list of float32.
+def features(shapes: Mapping[str, Iterable[int]]) -> tfds.features.FeaturesDict:
+    """Returns the TFDS schema of a record whose arrays (see `ARRAYS`) have these shapes."""
+    # Encoded as bytes: the default encoding stores float16 as a list of float32.
     tensors = {
         name: tfds.features.Tensor(shape=tuple(shapes[name]), dtype=np.float16, encoding="bytes") for name in ARRAYS
     }
@@ -57,12 +57,16 @@ def features(shapes: dict[str, Iterable[int]]) -> tfds.features.FeaturesDict:
 
 
 def shapes_of(record: dict) -> dict[str, list[int]]:
-    """The shapes of a record's arrays by name."""
+    """Returns the shapes of a record's arrays by name."""
     return {name: list(np.shape(record[name])) for name in ARRAYS}
 
 
 def to_float16(key: str, name: str, values: np.ndarray) -> np.ndarray:
-    """`values` as float16. Raises LatentError, naming clip `key`, for what is not finite or does not fit."""
+    """Casts array `name` of clip `key` to float16.
+
+    Raises:
+      LatentError: if a value is NaN, infinite or beyond the range of float16.
+    """
     with np.errstate(over="ignore"):
         half = np.asarray(values).astype(np.float16)
     bad = half.size - np.count_nonzero(np.isfinite(half))
@@ -72,30 +76,32 @@ def to_float16(key: str, name: str, values: np.ndarray) -> np.ndarray:
 
 
 def shard_path(folder: str | os.PathLike, split: str, index: int, total: int) -> Path:
-    """Where shard `index` of the `total` shards of `split` lies."""
+    """Returns the path of shard `index` of the `total` shards of `split`."""
     return Path(folder) / f"{NAME}-{split}.array_record-{index:05d}-of-{total:05d}"
 
 
 def write_shard(path: Path, records: Iterable[dict]) -> tuple[int, dict[str, list[int]]]:
-    """Write one shard, which appears under `path` when it is complete.
+    """Writes one shard, complete or not at all.
 
     Args:
       path: the final name, from `shard_path`.
       records: dicts with the keys of `features`; arrays from `to_float16`.
     Returns:
-      the number of records and their shapes by name, `{}` for a shard without records.
+      count: number of records.
+      shapes: shapes of a record's arrays by name; `{}` for a shard without records.
     Raises:
       LatentError: if shapes differ between records.
     """
-    count, shapes, schema = 0, {}, None
-    for abandoned in path.parent.glob(f".{path.name}.*.tmp"):  # by a run that was killed
+    count, schema = 0, None
+    shapes: dict[str, list[int]] = {}
+    for abandoned in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed run
         abandoned.unlink()
     with replacing(path) as temporary:
-        # One record a group, uncompressed: the fastest to read in random order, and latents hardly compress.
+        # One uncompressed record per group: fastest in random order, and latents hardly compress.
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         try:
             for record in records:
-                if not shapes:
+                if schema is None:
                     shapes = shapes_of(record)
                     schema = features(shapes)
                 if shapes_of(record) != shapes:
@@ -108,30 +114,34 @@ def write_shard(path: Path, records: Iterable[dict]) -> tuple[int, dict[str, lis
 
 
 def _ordered(example: bytes) -> bytes:
-    """The same record with its fields in one order: a process orders them as it likes, and caches should be equal."""
-    return tf_example_pb2.Example.FromString(example).SerializeToString(deterministic=True)
+    """Serializes a record deterministically: the order of its fields differs between processes."""
+    # Protobuf defines the class at import.
+    message = tf_example_pb2.Example.FromString(example)  # pyrefly: ignore[missing-attribute]
+    return message.SerializeToString(deterministic=True)
 
 
 def count_records(path: Path) -> int:
-    """The number of records in a shard, -1 if there is none or it cannot be read."""
+    """Returns the number of records in a shard; -1 if the file is missing or cannot be read."""
     if not path.is_file():
         return -1
     try:
         reader = ArrayRecordReader(str(path))
         count = reader.num_records()
         reader.close()
-    except RuntimeError:  # the library's word for a truncated file
+    except RuntimeError:  # the library's exception for a truncated file
         return -1
     return count
 
 
-def write_metadata(folder: str | os.PathLike, shapes: dict[str, Iterable[int]], counts: dict[str, list[int]]) -> None:
-    """Declare the cache finished: after this TFDS and `loader.latent_source` accept the folder.
+def write_metadata(
+    folder: str | os.PathLike, shapes: Mapping[str, Iterable[int]], counts: dict[str, list[int]]
+) -> None:
+    """Completes a cache: afterwards TFDS and `loader.latent_source` accept the folder.
 
     Args:
-      folder: holds every shard.
+      folder: folder of all shards.
       shapes: shapes of the arrays by name.
-      counts: for each split the number of records in each of its shards, in order.
+      counts: number of records in each shard of each split, in order.
     """
     splits = []
     for split, lengths in counts.items():
@@ -145,7 +155,11 @@ def write_metadata(folder: str | os.PathLike, shapes: dict[str, Iterable[int]], 
 
 
 def read_json(path: Path) -> dict | None:
-    """Read JSON, None if there is no such file. Raises LatentError if it is not JSON."""
+    """Reads JSON; returns None if the file is missing.
+
+    Raises:
+      LatentError: if the file is not JSON.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

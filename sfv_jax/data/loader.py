@@ -1,9 +1,9 @@
-"""From records to batches: shuffled, sharded over processes, resumable to the exact example (grain).
+"""Batches from records: shuffled, sharded over processes, resumable to the exact example (grain).
 
-A source is anything with `len` and `[]` that yields one example:
+A source has `len` and `[]`; an item is one example:
 
-  latents      float32 [t, h, w, c]  scaled, as the diffusion model sees them
-  cond_latent  float32 [h, w, c]     unscaled, as SVD was trained
+  latents      float32 [t, h, w, c]  scaled, the input of the diffusion model
+  cond_latent  float32 [h, w, c]     unscaled, as in SVD's training
   image_embed  float32 [d]
   ids          float32 [3]           (fps - 1, motion_bucket_id, noise_aug_strength)
 """
@@ -23,11 +23,11 @@ from sfv_jax.data.worlds import World
 from sfv_jax.errors import UserError
 
 Example = dict[str, np.ndarray]
-REMAKE = "delete that file and run `python -m sfv_jax.prepare` as before: it makes again what is missing"
+REMAKE = "delete that file and run `python -m sfv_jax.prepare` as before: it makes missing files again"
 
 
 def micro_conditioning(fps: float, motion_bucket_id: float, noise_aug_strength: float) -> np.ndarray:
-    """SVD's three extra conditions: float32 [3]. It was trained on the rate less one, so 7 fps reads 6."""
+    """Returns SVD's three extra conditions, float32 `[3]`; SVD was trained with the rate minus one, 6 for 7 fps."""
     return np.array([fps - 1, motion_bucket_id, noise_aug_strength], np.float32)
 
 
@@ -35,8 +35,8 @@ def micro_conditioning(fps: float, motion_bucket_id: float, noise_aug_strength: 
 class LatentSource:
     """Examples of a latent cache; see `latent_source`.
 
-    `[]` raises LatentError for a record that cannot be read, is of another version or holds a number that is not
-    finite.
+    Raises:
+      LatentError: by `[]`, if a record cannot be read, has another version or contains NaN or infinity.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class LatentSource:
     def __getitem__(self, index: int) -> Example:
         try:
             record = self.records[index]
-        except (RuntimeError, ValueError, OSError) as error:  # of the record reader, and of numpy for another shape
+        except (RuntimeError, ValueError, OSError) as error:  # from the record reader, and from numpy for another shape
             raise LatentError(f"{self.shard(index)} is damaged ({error}); {REMAKE}") from error
         clip = record["key"].decode()
         if record["schema"] != SCHEMA:
@@ -67,16 +67,20 @@ class LatentSource:
         }
 
     def shard(self, index: int) -> Path:
-        """The file that holds record `index`."""
+        """Returns the file of record `index`."""
         ends = np.cumsum(self.shard_lengths)
         return shard_path(self.folder, self.split, int(np.searchsorted(ends, index, side="right")), len(ends))
 
 
 def latent_source(data_dir: str | os.PathLike, split: str = "train", scaling_factor: float = 0.18215) -> LatentSource:
-    """Open a cache made by `python -m sfv_jax.prepare`.
+    """Opens a cache made by `python -m sfv_jax.prepare`.
 
-    `scaling_factor` multiplies the latents (never `cond_latent`); 0.18215 is that of SVD's VAE.
-    Raises LatentError if `data_dir` is missing, unfinished or not readable, has no such split, or lacks a shard whole.
+    Args:
+      data_dir: folder of the cache.
+      split: "train" or "heldout".
+      scaling_factor: factor of the latents (not of `cond_latent`); 0.18215 is that of SVD's VAE.
+    Raises:
+      LatentError: if the cache is missing, incomplete or unreadable, or lacks the split or a whole shard.
     """
     folder = Path(data_dir)
     try:
@@ -90,7 +94,7 @@ def latent_source(data_dir: str | os.PathLike, split: str = "train", scaling_fac
         lengths = tuple(builder.info.splits[split].shard_lengths)
         for index, expected in enumerate(lengths):
             path = shard_path(folder, split, index, len(lengths))
-            path.open("rb").close()  # a reader's own words for a file it may not open are obscure
+            path.open("rb").close()  # the reader's message for a file without permission is obscure
             if (found := count_records(path)) != expected:
                 problem = "cannot be read" if found < 0 else f"holds {found} records"
                 raise LatentError(f"{path} {problem}, expected {expected} records; {REMAKE}")
@@ -98,31 +102,33 @@ def latent_source(data_dir: str | os.PathLike, split: str = "train", scaling_fac
         raise LatentError(f"{error.filename} is missing: run `python -m sfv_jax.prepare` as before") from error
     except PermissionError as error:
         raise LatentError(f"{error.filename or folder} may not be read by this user: change its permissions") from error
-    return LatentSource(folder, split, lengths, builder.as_data_source(split), scaling_factor)
+    # A decorator of TFDS hides that the method is bound.
+    records: Any = builder.as_data_source(split)  # pyrefly: ignore[bad-argument-type]
+    return LatentSource(folder, split, lengths, records, scaling_factor)
 
 
 def encoders_of(data_dir: str | os.PathLike) -> str:
-    """Identity of the networks that made a cache, "" if it was not recorded."""
+    """Returns the identity of the encoders that made a cache; "" if the manifest lacks it."""
     return (read_json(Path(data_dir) / MANIFEST) or {}).get("settings", {}).get("model", "")
 
 
 class Codec(Protocol):
-    """What `world_source` needs of a codec: batches of uint8 pixels in, float32 arrays out, unscaled."""
+    """Interface of a codec for `world_source`: from batches of uint8 pixels to unscaled float32 arrays."""
 
     scaling_factor: float
 
     def encode(self, frames: np.ndarray) -> np.ndarray:
-        """[b, t, h, w, 3] to [b, t, h', w', c]."""
+        """Encodes frames `[b, t, h, w, 3]` to latents `[b, t, h', w', c]`."""
 
     def embed(self, images: np.ndarray) -> np.ndarray:
-        """[b, h, w, 3] to [b, d]."""
+        """Embeds images `[b, h, w, 3]` as `[b, d]`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WorldSource:
-    """`size` clips of a procedural world, drawn when asked for; example i is always the same.
+    """`size` clips of a procedural world, rendered on access; example i is always the same.
 
-    Conditions are those of a 7 fps clip with motion bucket 127 and no noise on the first frame.
+    The conditions are 7 fps, motion bucket 127 and no noise on the first frame.
     """
 
     world: World
@@ -145,7 +151,7 @@ class WorldSource:
 
 
 def world_source(world: World, split: str, size: int, codec: Codec) -> WorldSource:
-    """The first `size` clips of `split` of a procedural world, as `codec` encodes them."""
+    """Returns the first `size` clips of `split` of a procedural world, encoded by `codec`."""
     return WorldSource(world, split, size, codec)
 
 
@@ -154,24 +160,26 @@ def make_loader(
     *,
     global_batch_size: int,
     seed: int,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
     transform: Callable[[Example], Example] | None = None,
     num_threads: int = 8,
 ) -> grain.DatasetIterator:
-    """An endless iterator over this process's rows of every batch, in a new order each epoch.
+    """Returns an endless iterator over this process's rows of every batch, in a new order each epoch.
 
-    `next` gives the examples stacked: [len(rows), ...]. Row r of batch k is always the same example, whichever process
-    reads it. `get_state()` is a small JSON-able dict; `set_state` continues exactly after it, also with other `rows`.
+    `next` returns stacked examples `[len(rows), ...]`. Row r of batch k is the same example on every process.
+    `get_state()` returns a small JSON-serializable dict; `set_state` continues exactly after it, also with other
+    `rows`.
 
     Args:
-      source: random access examples, the same on every process.
+      source: examples with random access, the same on every process.
       global_batch_size: examples per batch over all processes.
-      seed: decides the order.
-      rows: of the global batch, those to read (`sharding.local_rows`); default: all.
-      transform: applied to each example; must be a function of the example alone.
-      num_threads: readers.
+      seed: seed of the order.
+      rows: rows of the global batch to read (`sharding.local_rows`); default: all.
+      transform: function of one example, applied to each.
+      num_threads: number of reading threads.
     Raises:
-      UserError: if a row is not in the batch or the source is smaller than a batch.
+      ValueError: if a row is not in the batch.
+      UserError: if the source is smaller than a batch.
     """
     rows = list(range(global_batch_size)) if rows is None else [int(row) for row in rows]
     if not rows or min(rows) < 0 or max(rows) >= global_batch_size:
@@ -184,7 +192,8 @@ def make_loader(
         lambda n: order[n // len(rows) * global_batch_size + rows[n % len(rows)]]
     )
     if transform is not None:
-        dataset = dataset.map(transform)
+        # grain's stubs allow for filtered elements, which are None; there is no filter here.
+        dataset = dataset.map(transform)  # pyrefly: ignore[bad-argument-type]
     dataset = dataset.batch(len(rows), drop_remainder=True)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads))
     return iter(dataset.to_iter_dataset(options))

@@ -1,6 +1,7 @@
-"""From a folder of videos to a latent cache: which clips, which shards, decoding ahead of the encoders, resuming.
+"""Conversion of a folder of videos to a latent cache: choice of clips, shards, decoding ahead of encoding, resuming.
 
-Finished shards are kept, so an interrupted job continues; several workers share one by taking every n-th shard."""
+Finished shards are kept, so an interrupted job continues; several workers share a job by taking every n-th shard.
+"""
 
 import collections
 import concurrent.futures
@@ -9,8 +10,9 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +29,7 @@ Encode = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A stretch of a video: `source` is its path below the folder, `start` is in seconds."""
+    """Part of a video: `source` is the video's path below the folder, `start` is in seconds."""
 
     source: str
     start: float = 0.0
@@ -39,7 +41,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The clips that go, if usable, into one shard; `report` tells what became of them."""
+    """The planned clips of one shard, usable or not; see `report`."""
 
     out: Path
     split: str
@@ -56,7 +58,7 @@ class Shard:
         return self.out / "progress" / f"{self.split}-{self.index:05d}.json"
 
     def report(self) -> dict | None:
-        """What became of the clips, or None if the shard is missing, damaged or unfinished."""
+        """Returns `{"count", "shapes", "skipped"}`; None if the shard is missing, damaged or unfinished."""
         report = latents.read_json(self.report_path)
         return report if report and report["count"] == latents.count_records(self.path) else None
 
@@ -72,20 +74,25 @@ def run(
     worker: int = 0,
     workers: int = 1,
 ) -> dict | None:
-    """Make, or continue, the cache `out` of all videos under the folder `videos`.
+    """Makes or continues the cache `out` of all videos under the folder `videos`.
 
     Args:
-      encode: frames uint8 [b, t, h, w, 3] and seeds uint32 [b], one for the randomness of each clip, to a dict of
-        `latents [b, t, h', w', c]`, `cond_latent [b, h', w', c]`, `image_embed [b, d]`, the first two unscaled. It
-        always sees `batch_size` clips; the result for a clip must not depend on the others.
-      threads: decoders running ahead of `encode`.
-      worker: which of the `workers` this is; each makes every `workers`-th shard.
+      videos: folder of videos, searched recursively.
+      out: folder of the cache.
+      encode: function from frames uint8 `[b, t, h, w, 3]` and seeds uint32 `[b]`, one per clip, to a dict of
+        `latents [b, t, h', w', c]`, `cond_latent [b, h', w', c]` and `image_embed [b, d]`, the first two unscaled. It
+        always gets `batch_size` clips; the result for a clip must not depend on the others.
+      settings: settings of the cache.
+      batch_size: clips encoded at a time.
+      threads: number of threads that decode ahead of `encode`.
+      worker: index of this worker; it makes every `workers`-th shard.
+      workers: number of workers that share the job.
     Returns:
-      the manifest, or None if other workers have shards to finish.
+      The manifest, or None if other workers have unfinished shards.
     Raises:
-      VideoError: if `videos` holds no usable video.
+      VideoError: if `videos` contains no usable video.
       LatentError: if `out` was made with other settings or videos, or an encoded clip is not finite.
-      PrepareError: for an impossible `worker`.
+      PrepareError: if `worker` is not in [0, workers).
     """
     if not 0 <= worker < workers:
         raise PrepareError(f"worker {worker} of {workers}: count from 0")
@@ -108,14 +115,15 @@ def run(
 
 
 def plan(videos: str | os.PathLike, settings: Settings) -> dict[str, list[Clip]]:
-    """The clips to cut from the videos under a folder, by split. A file's clips all go to one split.
+    """Returns the planned clips of the videos under a folder by split; all clips of a file are in one split.
 
-    Raises VideoError if there are no video files.
+    Raises:
+      VideoError: if there are no video files.
     """
     files = video.list_videos(videos)
     if not files:
         raise VideoError(f"{videos}: no video files ({', '.join(video.VIDEO_SUFFIXES)})")
-    splits = {"train": [], "heldout": []}
+    splits: dict[str, list[Clip]] = {"train": [], "heldout": []}
     for file in files:
         source = file.relative_to(videos).as_posix()
         heldout = _hash(settings.seed, source) < settings.heldout_fraction * 2**32
@@ -124,20 +132,20 @@ def plan(videos: str | os.PathLike, settings: Settings) -> dict[str, list[Clip]]
 
 
 def _starts(file: Path, settings: Settings) -> list[float]:
-    """Where the clips of a video begin, in seconds: evenly spread, not overlapping, at least one."""
+    """Returns the starts of the clips of a video in seconds: evenly spread, not overlapping, at least one."""
     if settings.clips_per_video == 1:
         return [0.0]
     try:
         seconds = video.duration(file)
     except VideoError:
-        return [0.0]  # reading it will say what is wrong
+        return [0.0]  # the error is reported when the clip is read
     fit = int(seconds * settings.fps / settings.num_frames + 1e-6)
     count = max(1, min(settings.clips_per_video, fit))
     return [round(seconds * k / count, 3) for k in range(count)]
 
 
 def _hash(seed: int, name: str) -> int:
-    """32 bits that depend on the name and the seed, the same on every machine."""
+    """Returns 32 bits that depend on the name and the seed, the same on every machine."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
 
 
@@ -150,9 +158,9 @@ def _shards(out: Path, plan: dict[str, list[Clip]], size: int) -> list[Shard]:
 
 
 def _claim(out: Path, plan: dict[str, list[Clip]], settings: Settings) -> dict:
-    """Write what this cache is made of, or check it against what an earlier run wrote."""
+    """Writes the manifest of a new cache, or checks it against that of an earlier run."""
     names = "\n".join(f"{split} {clip.key}" for split, clips in plan.items() for clip in clips)
-    manifest = {
+    manifest: dict[str, Any] = {
         "schema": latents.SCHEMA,
         "settings": dataclasses.asdict(settings),
         "planned": {split: len(clips) for split, clips in plan.items()},
@@ -171,8 +179,8 @@ def _claim(out: Path, plan: dict[str, list[Clip]], settings: Settings) -> dict:
 
 def _decode(
     folder: Path, clips: tuple[Clip, ...], settings: Settings, threads: int, skipped: list[dict], advance: Callable
-) -> Iterator[tuple[Clip, np.ndarray]]:
-    """Yield the usable clips in order, decoded ahead on threads; note the others in `skipped`."""
+) -> Generator[tuple[Clip, np.ndarray], None, None]:
+    """Yields the usable clips in order, decoded ahead on threads; appends the others to `skipped`."""
 
     def read(clip):
         size = {"height": settings.height, "width": settings.width}
@@ -182,7 +190,7 @@ def _decode(
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     try:
         while True:
-            # Decoded clips are large: keep no more than the threads can be busy with.
+            # Decoded clips are large: keep only enough to occupy the threads.
             for clip in itertools.islice(todo, 2 * threads - len(pending)):
                 pending.append((clip, pool.submit(read, clip)))
             if not pending:
@@ -202,9 +210,9 @@ def _decode(
 def _records(
     decoded: Iterator[tuple[Clip, np.ndarray]], encode: Encode, settings: Settings, batch_size: int
 ) -> Iterator[dict]:
-    """Encode in batches and yield a record for each clip."""
+    """Encodes in batches and yields a record for each clip."""
     while batch := list(itertools.islice(decoded, batch_size)):
-        # A full batch every time, or the encoder would be compiled again for the last one.
+        # Always a full batch: for a smaller last one the encoder would be compiled again.
         full = batch + batch[-1:] * (batch_size - len(batch))
         seeds = np.array([_hash(settings.seed, clip.key) for clip, _ in full], np.uint32)
         encoded = encode(np.stack([frames for _, frames in full]), seeds)
@@ -222,9 +230,9 @@ def _records(
 
 
 def _finish(out: Path, shards: list[Shard], manifest: dict) -> dict | None:
-    """Complete the cache if every shard is there."""
-    reports = [shard.report() for shard in shards]
-    missing = reports.count(None)
+    """Completes the cache if every shard is finished."""
+    reports = [report for shard in shards if (report := shard.report())]
+    missing = len(shards) - len(reports)
     if missing:
         print(f"{missing} of {len(shards)} shards are left to other workers; the last one completes {out}")
         return None
@@ -234,7 +242,7 @@ def _finish(out: Path, shards: list[Shard], manifest: dict) -> dict | None:
         counts[shard.split].append(report["count"])
     counts = {split: lengths for split, lengths in counts.items() if sum(lengths)}
     if not counts:
-        for shard in shards:  # so that another attempt looks at the files again
+        for shard in shards:  # so that another attempt reads the files again
             shard.report_path.unlink()
         reasons = "".join(f"\n  {entry['reason']}" for entry in skipped[:10])
         raise VideoError(f"none of {len(skipped)} clips is usable:{reasons}")
@@ -246,7 +254,7 @@ def _finish(out: Path, shards: list[Shard], manifest: dict) -> dict | None:
 
 
 def make_encoder(codec, noise_aug_strength: float, seed: int) -> Encode:
-    """The `encode` of `run` from a codec of `sfv_jax.models.codec`."""
+    """Returns the `encode` of `run` for a codec of `sfv_jax.models.codec`."""
     import jax
 
     def encode(frames, seeds):

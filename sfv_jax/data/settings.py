@@ -1,4 +1,4 @@
-"""What decides the content of a latent cache."""
+"""Settings that determine the content of a latent cache."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ from sfv_jax.errors import UserError
 
 
 class PrepareError(UserError):
-    """Settings that make no sense; the message says what to change."""
+    """Invalid settings; the message says what to change."""
 
 
 def _setting(default, help: str):
@@ -15,22 +15,26 @@ def _setting(default, help: str):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the content of a cache; each field but `model` is a flag of the command.
+    """Settings that determine the content of a cache; every field except `model` is a flag of the command.
 
-    The defaults are the paper's training set-up (section 4) and SVD's own conditioning. Raises PrepareError
-    for impossible values.
+    The defaults are the paper's training setup (section 4) and SVD's own conditioning.
+
+    Raises:
+      PrepareError: if a value is invalid.
     """
 
     height: int = _setting(448, "frame height in pixels, a multiple of 8")
     width: int = _setting(768, "frame width in pixels, a multiple of 8")
     num_frames: int = _setting(14, "frames per clip")
     fps: float = _setting(7.0, "frames per second the videos are resampled to")
-    motion_bucket_id: float = _setting(127.0, "how much motion the clips are said to show")
-    noise_aug_strength: float = _setting(0.02, "deviation of the noise on the first frame, of pixels in [-1, 1]")
-    clips_per_video: int = _setting(1, "most clips cut from one video, evenly spread and not overlapping")
-    shard_size: int = _setting(1024, "clips per shard, what an interruption can lose")
-    heldout_fraction: float = _setting(0.0, "part of the files that goes to the split 'heldout'")
-    seed: int = _setting(0, "decides the noise on the first frames and which files are held out")
+    motion_bucket_id: float = _setting(127.0, "amount of motion in the clips, a condition of the model")
+    noise_aug_strength: float = _setting(
+        0.02, "standard deviation of the noise on the first frame, for pixels in [-1, 1]"
+    )
+    clips_per_video: int = _setting(1, "largest number of clips from one video, evenly spread and not overlapping")
+    shard_size: int = _setting(1024, "clips per shard, the most that an interruption loses")
+    heldout_fraction: float = _setting(0.0, "fraction of the files in the split 'heldout'")
+    seed: int = _setting(0, "seed of the noise on the first frames and of the choice of held-out files")
     model: str = _setting("", 'identity of the encoders\' weights, "" if unknown')
 
     def __post_init__(self):

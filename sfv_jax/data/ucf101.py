@@ -1,8 +1,8 @@
-"""UCF-101 (Soomro et al., arXiv 1212.0402) from files the user has: AVI videos and the official split lists.
+"""UCF-101 (Soomro et al., arXiv 1212.0402) from local files: AVI videos and the official split lists.
 
-The folder may be laid out in any way: videos are known by their names (`v_Archery_g01_c01.avi`), lists by theirs
-(`testlist01.txt`). So the archives as unpacked by hand will do, and so does the download folder of tensorflow-datasets
-(`downloads/extracted`). Without AVI files, what tensorflow-datasets prepared of them is read: `data.ucf101_tfds`.
+The folder may have any layout: videos are found by their names (`v_Archery_g01_c01.avi`), lists by theirs
+(`testlist01.txt`), so archives unpacked by hand work, as does the download folder of tensorflow-datasets
+(`downloads/extracted`). Without AVI files, a dataset prepared by tensorflow-datasets is read: `data.ucf101_tfds`.
 """
 
 from pathlib import Path
@@ -16,12 +16,16 @@ WHERE = "both are on www.crcv.ucf.edu/data/UCF101.php: UCF101.rar and UCF101Trai
 
 
 def videos(folder: str | Path, split: str = "testlist01") -> tuple[dict[str, Path] | dict[str, Recorded], dict]:
-    """(the videos of a split by name, in the order of its list; what they are read from, for the record of a score).
+    """Finds the videos of a split.
 
     Args:
+      folder: the folder of the dataset.
       split: one of `SPLITS`, or "all" for every video, sorted by name.
+    Returns:
+      videos: the videos by name, in the order of the list.
+      source: JSON description of the files, for the record of a score.
     Raises:
-      VideoError: if videos or list are missing, or the list names videos that are.
+      VideoError: if the list, all videos, or some videos of the list are missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -43,9 +47,9 @@ def videos(folder: str | Path, split: str = "testlist01") -> tuple[dict[str, Pat
 
 
 def _listed(folder: Path, split: str) -> list[str]:
-    """The names in the list of a split, without suffix."""
+    """Returns the names in the list of a split, without suffix."""
     lists = sorted(folder.rglob(f"{split}.txt"))
     if not lists:
         raise VideoError(f"{folder} holds no {split}.txt; {WHERE}")
-    # A line of a train list ends in the number of the class.
+    # A line of a train list ends with the number of the class.
     return [Path(line.split()[0]).stem for line in lists[0].read_text().splitlines() if line.strip()]

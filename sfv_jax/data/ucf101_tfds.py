@@ -1,11 +1,11 @@
-"""UCF-101 as tensorflow-datasets prepared it, read without TensorFlow.
+"""Reader of UCF-101 prepared by tensorflow-datasets, without TensorFlow.
 
-tensorflow-datasets' own reader cannot do that: its `Video` feature asks TensorFlow for its dtype before anything is
-read. What lies on disk needs none: `dataset_info.json` with the lengths of the shards, and shards (ArrayRecord or
-TFRecord) of `tf.train.Example` messages whose list `video` holds the frames as JPEG files.
+The reader of tensorflow-datasets needs TensorFlow: its `Video` feature takes its dtype from there. The files do not:
+`dataset_info.json` contains the lengths of the shards, and the shards (ArrayRecord or TFRecord) contain
+`tf.train.Example` messages whose list `video` has the frames as JPEG files.
 
-The preparation loses what an AVI file has: its frame rate, its name, and quality to JPEG. Configurations that end in
-`_256` also lose the size. What is assumed instead is in `about`, which belongs to every score.
+The preparation loses the frame rate and the name of an AVI file, and quality to JPEG. Configurations that end in `_256`
+also lose the size. The description `about`, which every score records, lists the assumptions made instead.
 """
 
 import io
@@ -16,35 +16,49 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # pyrefly: ignore[untyped-import]
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sfv_jax.data.video import VideoError
 
-FPS = 25.0  # of all UCF-101 by its paper, arXiv 1212.0402
-SIZE = (240, 320)  # height, width by the same
+FPS = 25.0  # of all videos, by the paper of UCF-101 (arXiv 1212.0402)
+SIZE = (240, 320)  # height and width of all videos, by the same paper
 PREPARE = "prepare it with `tfds build ucf101/ucf101_1 --file_format=array_record`"
+
+
+class Records(Protocol):
+    """Serialized records with random access."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Video `index` of the `records` of a split; `name` is made up, the file's own is not stored."""
+    """Video `index` of the `records` of a split; `name` is a number, because file names are not stored."""
 
-    records: Sequence[bytes]
+    records: Records
     index: int
     name: str
 
     def read(self, num_frames: int = 14, fps: float = 7.0) -> np.ndarray:
-        """`video.read_clip` at `FPS`: uint8 `[t, 240, 320, 3]` RGB, frame k on screen at k / `fps` seconds.
+        """Reads a clip like `video.read_clip`, assuming the rate `FPS`.
 
-        Frames of another size are stretched to `SIZE`, bicubic. Raises VideoError.
+        Frames of another size are stretched to `SIZE`, bicubic.
+
+        Returns:
+          uint8 `[t, 240, 320, 3]` RGB; frame k is the one on screen at k / `fps` seconds.
+        Raises:
+          VideoError: if the video cannot be read or is too short.
         """
         stored = self.stored()
-        # As for files: a millisecond for clocks that round.
+        # A millisecond of tolerance, as for files, whose clocks round.
         picked = [int(time * FPS) for time in np.arange(num_frames) / fps + 1e-3]
         if picked[-1] >= len(stored):
             have = sum(n < len(stored) for n in picked)
@@ -54,15 +68,24 @@ class Recorded:
         return np.stack([np.asarray(x if x.size == size else x.resize(size, Image.Resampling.BICUBIC)) for x in frames])
 
     def stored(self) -> Sequence[bytes]:
-        """The encoded frames. Raises VideoError."""
+        """Returns the encoded frames.
+
+        Raises:
+          VideoError: if the record cannot be read.
+        """
         try:
-            example = tf_example_pb2.Example.FromString(self.records[self.index])
+            # Protobuf defines the class at import.
+            example = tf_example_pb2.Example.FromString(self.records[self.index])  # pyrefly: ignore[missing-attribute]
         except (DecodeError, RuntimeError, ValueError, OSError) as error:
             raise VideoError(f"{self.name}: cannot read the record: {str(error).partition(chr(10))[0]}") from error
         return example.features.feature["video"].bytes_list.value
 
     def picture(self, encoded: bytes) -> Image.Image:
-        """One of `stored`, decoded. Raises VideoError."""
+        """Decodes one of `stored`.
+
+        Raises:
+          VideoError: if it is not an image.
+        """
         try:
             image = Image.open(io.BytesIO(encoded))
             image.load()
@@ -72,20 +95,22 @@ class Recorded:
 
 
 def folders(root: Path) -> list[Path]:
-    """The folders of prepared UCF-101 datasets in `root` or below it, one per configuration and version."""
+    """Returns the folders of prepared UCF-101 datasets in or below `root`, one per configuration and version."""
     return [path.parent for path in sorted(root.rglob("dataset_info.json")) if _json(path).get("name") == "ucf101"]
 
 
 def videos(root: Path, split: str) -> tuple[dict[str, Recorded], dict]:
-    """(the videos of an official split or "all" by made-up names, `about`), in the order in which they are stored.
+    """Finds the videos of a split.
 
     Args:
-      root: a folder of which `folders` finds some.
-      split: `testlist01` is the test split of the configurations `ucf101_1` and `ucf101_1_256`; "all" is both splits.
+      root: folder in which `folders` finds at least one dataset.
+      split: official split or "all"; `testlist01` is the test split of the configurations `ucf101_1` and
+        `ucf101_1_256`, "all" is both splits.
     Returns:
-      about: `split`, `form`, `config`, `version`, `file_format`, and what is assumed because it is not stored.
+      videos: the videos by number, in the stored order.
+      about: `split`, `form`, `config`, `version`, `file_format`, and the assumptions about facts that are not stored.
     Raises:
-      VideoError: if no dataset there has the split, several have it, or shards are missing or cut short.
+      VideoError: if no dataset or several datasets have the split, or shards are missing or truncated.
     """
     found = {folder: _json(folder / "dataset_info.json") for folder in folders(root)}
     fitting = {k: info for k, info in found.items() if split == "all" or split[-1] == _number(k, info)}
@@ -106,12 +131,12 @@ def videos(root: Path, split: str) -> tuple[dict[str, Recorded], dict]:
 
 
 def _config(folder: Path, info: dict) -> str:
-    """The name of the configuration; the path tells it too."""
+    """Returns the name of the configuration, from the info or else from the path."""
     return info.get("configName") or folder.absolute().parent.name
 
 
 def _number(folder: Path, info: dict) -> str | None:
-    """Which of the three official splits a configuration holds."""
+    """Returns the number of the official split of a configuration, "1" to "3"; None if its name has none."""
     match = re.match(r"ucf101_([123])", _config(folder, info))
     return match and match[1]
 
@@ -135,8 +160,8 @@ def _about(folder: Path, info: dict, first: Recorded) -> dict:
     }
 
 
-def _records(folder: Path, split: str, kind: str, lengths: list[int]) -> Sequence[bytes]:
-    """Random access to the records of a split."""
+def _records(folder: Path, split: str, kind: str, lengths: list[int]) -> Records:
+    """Opens the records of a split."""
     total = len(lengths)
     paths = [folder / f"ucf101-{split}.{kind}-{n:05d}-of-{total:05d}" for n in range(total)]
     missing = [path for path in paths if not path.is_file()]
@@ -154,8 +179,8 @@ def _records(folder: Path, split: str, kind: str, lengths: list[int]) -> Sequenc
     return records
 
 
-class TFRecords(Sequence):
-    """Random access to TFRecord files: an index of where records lie. Checksums are not verified.
+class TFRecords:
+    """Random access to the records of TFRecord files by an index of their positions. Checksums are not verified.
 
     A record is its length (uint64, little-endian), a checksum of that (4 bytes), the data, a checksum of those.
     """
@@ -174,7 +199,7 @@ class TFRecords(Sequence):
 
 
 def _places(path: Path) -> list[tuple[int, int]]:
-    """(start, length) of the data of each whole record of a file."""
+    """Returns (start, length) of the data of each whole record of a file."""
     places, start, end = [], 0, path.stat().st_size
     with path.open("rb") as file:
         while start + 16 <= end:

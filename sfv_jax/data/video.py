@@ -1,9 +1,9 @@
-"""Video and image files in and out (PyAV and Pillow). Frames are uint8 RGB, channels last."""
+"""Readers and writers of video and image files (PyAV and Pillow). Frames are uint8 RGB, channels last."""
 
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,22 @@ from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import replacing
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-_UNSPECIFIED = 2  # the value of an absent colour tag in a video stream
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_UNSPECIFIED = 2  # value of an absent color tag in a video stream
 _BT709 = 1
 # PyAV up to 18 rejects undecodable metadata unless asked to replace it; PyAV 19 accepts it and has no such option.
 _TOLERANT: dict[str, Any] = {"metadata_errors": "replace"} if hasattr(InputContainer, "metadata_errors") else {}
 
 
 class VideoError(UserError):
-    """A file that cannot be used; the message is one line that names the file and what is wrong with it."""
+    """Unusable file; the message is one line with the file and the cause."""
 
 
 def list_videos(folder: str | os.PathLike) -> list[Path]:
-    """All video files under `folder`, by suffix, recursive, sorted; hidden files are left out.
+    """Returns all files under `folder` with a suffix of a video, recursively, sorted, without hidden files.
 
-    Raises VideoError if `folder` is not a directory.
+    Raises:
+      VideoError: if `folder` is not a directory.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -42,7 +44,11 @@ def list_videos(folder: str | os.PathLike) -> list[Path]:
 
 
 def duration(path: str | os.PathLike) -> float:
-    """Length of a video in seconds as its header states it, 0.0 if it does not. Raises VideoError."""
+    """Returns the length of a video in seconds from its header; 0.0 if the header lacks it.
+
+    Raises:
+      VideoError: if the file is missing, corrupt or has no video stream.
+    """
     with _open(path) as (container, stream):
         if stream.duration:
             return float(stream.duration * stream.time_base)
@@ -57,11 +63,20 @@ def read_clip(
     height: int | None = None,
     width: int | None = None,
 ) -> np.ndarray:
-    """Read a clip at a fixed rate: uint8 [t, h, w, 3] RGB.
+    """Reads a clip at a fixed rate. Damage that a player would hide is an error here.
 
-    Frame k is the one on screen at `start + k / fps` seconds, by timestamp: the rate of the file does not matter and
-    may vary. `height` and `width` (both or neither) resize to cover and crop the centre. Damage that a player would
-    hide is an error here. Raises VideoError for a file that is missing, corrupt, without pictures or too short.
+    Args:
+      path: the file.
+      num_frames: number of frames.
+      fps: rate of the frames. Frame k is the one on screen at `start + k / fps` seconds by timestamp, so the rate of
+        the file does not matter and may vary.
+      start: beginning of the clip in seconds.
+      height, width: size of the result, by `cover_resize_crop`; None for both keeps that of the file.
+    Returns:
+      uint8 `[t, h, w, 3]` RGB.
+    Raises:
+      ValueError: if only one of `height` and `width` is given.
+      VideoError: if the file is missing, corrupt, has no video stream or is too short.
     """
     if (height is None) != (width is None):
         raise ValueError("give both height and width, or neither")
@@ -78,11 +93,15 @@ def read_clip(
             raise VideoError(f"{path}: too short: {have}")
         aspect = stream.sample_aspect_ratio or 1
         clip = np.stack([_to_rgb(frame, aspect) for frame in picked])
-    return clip if height is None else cover_resize_crop(clip, height, width)
+    return clip if height is None or width is None else cover_resize_crop(clip, height, width)
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Read a still image upright, transparency over white: uint8 [h, w, 3] RGB. Raises VideoError."""
+    """Reads a still image upright, transparency over white: uint8 `[h, w, 3]` RGB.
+
+    Raises:
+      VideoError: if the file is not an image or has more than 8 bits per channel.
+    """
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -97,9 +116,15 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def cover_resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale to cover height x width, keeping the aspect ratio, and crop the centre.
+    """Scales frames to cover height x width at their aspect ratio, and crops the center.
 
-    frames: uint8 [..., h, w, 3]; returns uint8 [..., height, width, 3]. Lanczos, antialiased when shrinking.
+    The filter is Lanczos, antialiased when shrinking.
+
+    Args:
+      frames: uint8 `[..., h, w, 3]`.
+      height, width: size of the result in pixels.
+    Returns:
+      uint8 `[..., height, width, 3]`.
     """
     h, w = frames.shape[-3:-1]
     if (h, w) == (height, width):
@@ -113,10 +138,18 @@ def cover_resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray
 
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 7.0) -> None:
-    """Write frames, uint8 [t, h, w, 3] RGB, as .mp4, .gif, .webp or .png (all frames side by side).
+    """Writes frames as .mp4, .gif, .webp or .png (all frames side by side), complete or not at all.
 
-    The file appears complete or not at all; missing folders are made. mp4 is H.264 with BT.709 colour, which needs
-    even sides: an odd one grows by a repeated row or column. Raises UserError for other suffixes, shapes or dtypes.
+    Missing folders are created. mp4 is H.264 with BT.709 color, which needs even sides: the last row or column of an
+    odd side is repeated.
+
+    Args:
+      path: the file; its suffix selects the format.
+      frames: uint8 `[t, h, w, 3]` RGB.
+      fps: frames per second.
+    Raises:
+      UserError: if the suffix is unknown.
+      ValueError: if `frames` have another shape or dtype.
     """
     path = Path(path)
     writer = _WRITERS.get(path.suffix.lower())
@@ -129,11 +162,11 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 7.0) -
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike) -> Iterator[tuple]:
-    """Yield (container, video stream), decoder set to refuse damage; FFmpeg errors become VideoError."""
+def _open(path: str | os.PathLike) -> Generator[tuple, None, None]:
+    """Yields (container, video stream) with a decoder that refuses damage; FFmpeg errors become VideoError."""
     try:
         with av.open(str(path), "r", **_TOLERANT) as container:
-            # The cover picture of a song counts as a video stream, but is none.
+            # FFmpeg presents the cover picture of a song as a video stream.
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise VideoError(f"{path}: no video stream")
@@ -146,15 +179,15 @@ def _open(path: str | os.PathLike) -> Iterator[tuple]:
 
 
 def _reason(error: Exception) -> str:
-    """The cause in one line."""
+    """Returns the cause in one line."""
     return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
 
 def _on_screen(frames: Iterable[av.VideoFrame], times: np.ndarray, period: float) -> list[av.VideoFrame]:
-    """For each of the ascending `times` the latest frame at or before it; stops where the video ends.
+    """Returns for each of the ascending `times` the latest frame at or before it; stops where the video ends.
 
-    `period` is how long, in seconds, the last frame stays if it does not say. What begins less than one period late
-    counts from its first frame.
+    `period` is the duration in seconds of a last frame without one. A video that begins less than one period after the
+    first time counts from its first frame.
     """
     picked, shown = [], None
     for frame in frames:
@@ -167,13 +200,14 @@ def _on_screen(frames: Iterable[av.VideoFrame], times: np.ndarray, period: float
         shown = frame
     if shown is None:
         return picked
-    end = shown.time + (float(shown.duration * shown.time_base) if shown.duration else period)
+    length = float(shown.duration * shown.time_base) if shown.duration and shown.time_base else period
+    end = shown.time + length
     return picked + [shown for time in times[len(picked) :] if time < end]
 
 
 def _to_rgb(frame: av.VideoFrame, aspect: Fraction | int) -> np.ndarray:
-    """One decoded frame, upright and with square pixels: uint8 [h, w, 3]."""
-    # HD video without a colour tag is BT.709 by convention; the converter would take it for BT.601.
+    """Converts a decoded frame to uint8 `[h, w, 3]` RGB, upright and with square pixels."""
+    # HD video without a color tag is BT.709 by convention; the converter assumes BT.601.
     untagged_hd = frame.colorspace == _UNSPECIFIED and frame.height >= 720 and not frame.format.is_rgb
     source = Colorspace.ITU709 if untagged_hd else None
     rgb = frame.reformat(width=round(frame.width * aspect), format="rgb24", src_colorspace=source).to_ndarray()
@@ -198,7 +232,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def _write_animation(path: Path, frames: np.ndarray, fps: float, kind: str, tick: int, **options) -> None:
-    # Durations are whole ticks (milliseconds); rounding the times, not the durations, keeps the rate right.
+    # Durations are multiples of `tick` milliseconds; rounding times instead of durations preserves the rate.
     times = np.round(np.arange(len(frames) + 1) * 1000 / fps / tick).astype(int) * tick
     first, *rest = [Image.fromarray(frame) for frame in frames]
     first.save(path, kind, save_all=True, append_images=rest, duration=np.diff(times).tolist(), loop=0, **options)
@@ -213,7 +247,7 @@ def _write_webp(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def _write_strip(path: Path, frames: np.ndarray, fps: float) -> None:
-    del fps  # a still picture has none
+    del fps  # a still image has no rate
     Image.fromarray(np.concatenate(frames, axis=1)).save(path, "PNG")
 
 

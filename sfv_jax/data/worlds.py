@@ -1,11 +1,11 @@
-"""A procedural world of moving shapes: endless clips whose motion is known exactly.
+"""Procedural world of moving shapes: endless clips with exactly known motion.
 
-Each clip shows one shape on a plain background, moving in a straight line and bouncing off the borders. The first
-frame says nothing about where the shape will go, so a still image has `directions * len(speeds)` equally likely
-futures. A model that averages them draws a blur, one that picks one draws a shape: the question one-step video
-generation is about, small enough for a laptop.
+Each clip shows one shape on a plain background, which moves in a straight line and bounces off the borders. The first
+frame does not determine the direction, so a still image has `directions * len(speeds)` equally likely futures. A model
+that averages them draws a blur, a model that selects one draws a shape: the central question of one-step video
+generation, small enough for a laptop.
 
-Positions are (x, y) in pixels, x to the right and y down; the centre of the top left pixel is (0.5, 0.5).
+Positions are (x, y) in pixels, x to the right and y down; the center of the top left pixel is (0.5, 0.5).
 """
 
 import dataclasses
@@ -27,15 +27,20 @@ PALETTE = {
 }
 SHAPES = ("disc", "square", "triangle", "ring")
 SPLITS = {"train": 0, "heldout": 1}
-_EDGE = 0.5  # pixels: outlines fade from full to empty over the width of one pixel
+_EDGE = 0.5  # pixels; outlines fade from full to empty over the width of one pixel
 
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """What one clip shows: everything `World.render` needs.
+    """Complete description of one clip for `World.render`.
 
-    `radius` is half the side of the box that holds the shape, in pixels; `start` is the (x, y) centre in frame 0;
-    `direction` counts the steps of `World.angle`; `speed` is in pixels per frame.
+    Attributes:
+      shape, colour: names in `SHAPES` and `PALETTE`.
+      background: index in `World.backgrounds`.
+      radius: half the side of the shape's bounding box in pixels.
+      start: (x, y) of the center in frame 0, in pixels.
+      direction: index of the direction; see `World.angle`.
+      speed: pixels per frame.
     """
 
     shape: str
@@ -49,11 +54,20 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The rules from which clips are drawn.
+    """Rules from which clips are drawn.
 
-    `size` is the side of the square frame and `radii` the range of sizes, both in pixels; `speeds` are pixels per
-    frame; direction k points at `angle_offset + 360 k / directions` degrees, 0 being right and 90 down.
-    Raises UserError for rules that cannot be drawn.
+    Attributes:
+      size: side of the square frame in pixels.
+      num_frames: frames of a clip.
+      shapes, colours: names in `SHAPES` and `PALETTE`.
+      backgrounds: RGB colors in 0..255.
+      directions, angle_offset: direction k points at `angle_offset + 360 k / directions` degrees; 0 is right, 90 down.
+      speeds: pixels per frame.
+      radii: smallest and largest radius in pixels.
+      seed: seed of all clips.
+
+    Raises:
+      UserError: if the rules cannot be drawn.
     """
 
     size: int = 32
@@ -78,10 +92,11 @@ class World:
         if self.num_frames < 1 or self.seed < 0:
             raise UserError(f"need num_frames >= 1 and seed >= 0, got {self.num_frames} and {self.seed}")
 
-    def label(self, index: int, split: str = "train") -> Label:
-        """The label of clip `index`, a function of (seed, split, index) alone.
+    def label(self, index: int | np.integer, split: str = "train") -> Label:
+        """Returns the label of clip `index`, a function of (seed, split, index) alone.
 
-        Raises UserError for an unknown split or a negative index.
+        Raises:
+          UserError: if the split is unknown or the index is negative.
         """
         if split not in SPLITS or index < 0:
             raise UserError(f"need split in {tuple(SPLITS)} and index >= 0, got {split!r} and {index}")
@@ -99,15 +114,15 @@ class World:
         )
 
     def bounds(self, radius: float) -> tuple[float, float]:
-        """Lowest and highest centre coordinate, in pixels, that keep a shape of `radius` inside the frame."""
+        """Returns the range of center coordinates, in pixels, that keep a shape of `radius` inside the frame."""
         return radius + _EDGE, self.size - radius - _EDGE
 
     def angle(self, direction: int) -> float:
-        """The angle of `direction` in radians, 0 right, pi/2 down."""
+        """Returns the angle of `direction` in radians; 0 is right, pi/2 down."""
         return math.radians(self.angle_offset) + 2 * math.pi * direction / self.directions
 
     def positions(self, label: Label) -> np.ndarray:
-        """The centre in every frame: float64 [t, 2], (x, y) in pixels, reflected at the borders."""
+        """Returns the center in every frame: float64 `[t, 2]`, (x, y) in pixels, reflected at the borders."""
         low, high = self.bounds(label.radius)
         angle = self.angle(label.direction)
         velocity = label.speed * np.array([math.cos(angle), math.sin(angle)])
@@ -117,47 +132,47 @@ class World:
         return high - np.abs(np.mod(straight - low, 2 * length) - length)
 
     def coverage(self, label: Label) -> np.ndarray:
-        """How much of each pixel the shape covers: float32 [t, h, w] in [0, 1]."""
+        """Returns the fraction of each pixel that the shape covers: float32 `[t, h, w]` in [0, 1]."""
         return self.stamp(label.shape, label.radius, self.positions(label))
 
-    def stamp(self, shape: str, radius: float, centres: np.ndarray) -> np.ndarray:
-        """Coverage of each pixel by a shape at each of `centres` [n, 2], (x, y) in pixels: float32 [n, h, w]."""
-        centres = centres.astype(np.float32)
+    def stamp(self, shape: str, radius: float, centers: np.ndarray) -> np.ndarray:
+        """Returns the coverage float32 `[n, h, w]` by a shape at each of `centers [n, 2]`, (x, y) in pixels."""
+        centers = centers.astype(np.float32)
         grid = np.arange(self.size, dtype=np.float32) + 0.5
-        x = grid[None, None, :] - centres[:, 0, None, None]
-        y = grid[None, :, None] - centres[:, 1, None, None]
+        x = grid[None, None, :] - centers[:, 0, None, None]
+        y = grid[None, :, None] - centers[:, 1, None, None]
         return np.clip(_EDGE - _distance(shape, x, y, np.float32(radius)), 0, 1)
 
     def render(self, label: Label) -> np.ndarray:
-        """Draw a label: uint8 [t, h, w, 3] RGB."""
+        """Draws a label: uint8 `[t, h, w, 3]` RGB."""
         background = np.asarray(self.backgrounds[label.background], np.float32)
         contrast = np.asarray(PALETTE[label.colour], np.float32) - background
         return (background + self.coverage(label)[..., None] * contrast + 0.5).astype(np.uint8)
 
     def clip(self, index: int, split: str = "train") -> tuple[np.ndarray, Label]:
-        """Clip `index` of `split`: (uint8 [t, h, w, 3], its label)."""
+        """Returns clip `index` of `split`: (uint8 `[t, h, w, 3]`, its label)."""
         label = self.label(index, split)
         return self.render(label), label
 
     def batch(self, indices: Iterable[int], split: str = "train") -> tuple[np.ndarray, list[Label]]:
-        """Several clips: (uint8 [b, t, h, w, 3], their labels)."""
+        """Returns several clips: (uint8 `[b, t, h, w, 3]`, their labels)."""
         labels = [self.label(index, split) for index in indices]
         return np.stack([self.render(label) for label in labels]), labels
 
     def futures(self, label: Label) -> list[Label]:
-        """Every continuation with the same first frame: all directions times all speeds, `label` among them."""
+        """Returns all continuations of the same first frame, `label` included: all directions times all speeds."""
         motions = itertools.product(range(self.directions), self.speeds)
         return [dataclasses.replace(label, direction=k, speed=float(speed)) for k, speed in motions]
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.float32) -> np.ndarray:
-    """Signed distance to the outline in pixels, negative inside; every shape has its centroid at the origin."""
+    """Returns the signed distance to the outline in pixels, negative inside; the centroid is the origin."""
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.85 * radius
     if shape == "triangle":
         slopes = np.float32(math.sqrt(0.75)) * np.abs(x) - 0.5 * y
         return np.maximum(slopes, y) - 0.5 * radius
-    from_centre = np.sqrt(x * x + y * y)
+    from_center = np.sqrt(x * x + y * y)
     if shape == "ring":
-        return np.abs(from_centre - 0.75 * radius) - 0.25 * radius
-    return from_centre - radius
+        return np.abs(from_center - 0.75 * radius) - 0.25 * radius
+    return from_center - radius

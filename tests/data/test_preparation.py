@@ -1,4 +1,4 @@
-"""From videos to batches: the cache is exact and all or nothing, the loader resumes and shards exactly."""
+"""From videos to batches: the cache is exact and complete or refused, the loader resumes and shards exactly."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ WORLD = World(size=48, num_frames=4)
 
 
 def encode(frames: np.ndarray, seeds: np.ndarray) -> dict[str, np.ndarray]:
-    """A stand-in for the networks: block means as latents, noise on the first frame by the clip's own seed."""
+    """Stands in for the networks: block means as latents, noise on the first frame from the clip's own seed."""
     b, t, h, w, _ = frames.shape
     mean = frames.reshape(b, t, h // 8, 8, w // 8, 8, 3).mean((3, 5), dtype=np.float32) / 255
     values = np.concatenate([mean, mean.mean(-1, keepdims=True)], -1)
@@ -36,7 +36,7 @@ def encode(frames: np.ndarray, seeds: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class Counting:
-    """`encode`, counting its calls and interrupted after `limit` of them."""
+    """`encode` that counts its calls and is interrupted after `limit` of them."""
 
     def __init__(self, limit: int = 10**9):
         self.calls, self.limit = 0, limit
@@ -50,7 +50,7 @@ class Counting:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Eight good videos of 1.14 s and four that cannot be used."""
+    """Eight usable videos of 1.14 s and four unusable ones."""
     folder = tmp_path_factory.mktemp("videos")
     for index in range(8):
         frames, _ = World(size=48, num_frames=8).clip(index)
@@ -133,7 +133,7 @@ def test_an_interrupted_run_continues_to_the_same_content(videos, cache, tmp_pat
     assert_unfinished(tmp_path)
     done = sorted(tmp_path.glob("latents-*"))
     assert 1 <= len(done) < 4 and not list(tmp_path.rglob("*.tmp"))
-    # What a killed process leaves: a part under a temporary name, a shard cut short.
+    # A killed process leaves a part under a temporary name and a truncated shard.
     (tmp_path / ".latents-train.array_record-00003-of-00004.99.tmp").write_bytes(b"half")
     done[0].write_bytes(done[0].read_bytes()[:-100])
     resumed = Counting()
@@ -213,7 +213,7 @@ def test_first_frame_noise_belongs_to_the_clip():
 
 
 def write_encoders(folder):
-    """Writes and returns the two encoders of a tiny SVD folder, with random weights."""
+    """Writes the two encoders of a tiny SVD folder with random weights; returns the folder."""
     rng = np.random.default_rng(0)
     for name, module, config in (
         ("vae", vae.TemporalVAE, vae.VAEConfig.tiny()),
@@ -260,7 +260,7 @@ def test_the_command_says_what_is_wrong_without_a_traceback(videos, svd, tmp_pat
         assert failed.stderr.splitlines()[-1].startswith("prepare: ") and message in failed.stderr
 
 
-# ---- broken caches: what is wrong, where, and what to do ----
+# ---- broken caches: messages with cause, place and remedy ----
 
 
 def first_shard(folder):
@@ -338,7 +338,7 @@ def test_a_cache_that_may_not_be_read_is_named(cache, tmp_path):
     shutil.copytree(cache[0], tmp_path / "cache")
     user = os.geteuid()
     tmp_path.chmod(0)
-    if user == 0:  # root may read anything: be nobody
+    if user == 0:  # root may read anything: become nobody
         os.seteuid(65534)
     try:
         with pytest.raises(LatentError, match="cache.* may not be read by this user: change its permissions"):
@@ -356,7 +356,7 @@ def test_a_remade_shard_mends_the_cache(videos, cache, tmp_path):
 
 
 class Numbers:
-    """A source whose example i is the number i."""
+    """Source whose example i is the number i."""
 
     def __init__(self, size: int):
         self.size = size

@@ -16,13 +16,14 @@ NTSC = Fraction(30000, 1001)
 
 
 def numbered(count: int, height: int = 48, width: int = 128) -> np.ndarray:
-    """Frames that show their own number as eight black or white bars: uint8 [count, height, width, 3]."""
+    """Returns frames that show their own number as eight black or white bars: uint8 `[count, height, width, 3]`."""
     bits = (np.arange(count)[:, None] >> np.arange(8)) & 1
     bars = np.repeat(255 * bits, width // 8, axis=1).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(bars[:, None, :, None], (count, height, width, 3)))
 
 
 def numbers(frames: np.ndarray) -> list[int]:
+    """Returns the numbers that `numbered` frames show."""
     bars = frames[:, frames.shape[1] // 2, 8::16].mean(-1) > 128
     return (bars @ (1 << np.arange(8))).tolist()
 
@@ -44,7 +45,7 @@ def encode(path: Path, frames: np.ndarray, rate, codec="libx264", colorspace=Non
 
 
 def tone(path: Path) -> Path:
-    """Two seconds of sound without pictures."""
+    """Writes two seconds of sound without pictures."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=8000, layout="mono")
         wave = np.sin(np.arange(16000) / 3).astype(np.float32)

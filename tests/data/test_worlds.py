@@ -1,4 +1,4 @@
-"""The procedural world: clips are reproducible, stay in frame, and move as their labels say."""
+"""The procedural world: clips are reproducible, stay in frame, and move as their labels specify."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ WORLD = World()
 
 
 def centroid(frames: np.ndarray, background) -> np.ndarray:
-    """Centre of everything that is not background: [t, 2], (x, y) in pixels."""
+    """Returns the center of everything that is not background: `[t, 2]`, (x, y) in pixels."""
     weight = np.abs(frames.astype(float) - np.asarray(background)).sum(-1)
     grid = np.arange(frames.shape[1]) + 0.5
     total = weight.sum((1, 2))
@@ -57,7 +57,7 @@ def test_shapes_stay_inside_and_the_centroid_follows_the_label():
         low, high = world.bounds(label.radius)
         assert positions.min() >= low and positions.max() <= high
         assert np.abs(centroid(frames, background) - positions).max() < 0.2
-        # Nothing is cut off: the shape keeps its area, up to the sampling of its edge.
+        # The shape is never clipped: its area is constant up to the sampling of its edge.
         area = world.coverage(label).sum((1, 2))
         assert np.ptp(area) < 0.05 * area.mean() + 1
 
@@ -73,10 +73,10 @@ def test_bounce_reverses_the_motion(shape):
 
 
 def test_a_run_finds_its_world_again():
-    """From the config that lies in its workdir, where tuples of tuples are lists of lists."""
+    """The config in its workdir determines the world, although its tuples of tuples are lists of lists."""
     world = World(backgrounds=((1, 2, 3), (4, 5, 6)), speeds=(1.0,))
-    told = json.loads(json.dumps({"data": {"world": dataclasses.asdict(world)}}))
-    found = world_of(ConfigDict(told))
+    stored = json.loads(json.dumps({"data": {"world": dataclasses.asdict(world)}}))
+    found = world_of(ConfigDict(stored))
     assert found == world and hash(found) == hash(world)
 
 

@@ -138,6 +138,8 @@ def test_conditions_by_name(folder, tmp_path):
     assert "flow" not in scores and scores["detail_last"] < 0.8 * scores["detail_first"]
     with pytest.raises(VideoError, match="no condition image for 1 clips: b"):
         clips.condition_images(tmp_path, {"a", "b"})
+    Image.fromarray(texture()).save(tmp_path / "b.TIF", "TIFF")
+    assert np.array_equal(clips.condition_images(tmp_path, {"a", "b"})["b"], texture())
 
 
 def test_what_cannot_be_scored(folder, tmp_path, monkeypatch):

@@ -1,1 +1,1 @@
-"""Helpers of the tests: references, random weights, small runs, golden files, kills."""
+"""Helpers of the tests: torch references, random weights, small runs, golden files, kills."""

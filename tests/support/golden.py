@@ -1,11 +1,11 @@
-"""Golden files: outputs of the torch reference that let the parity tests run without torch.
+"""Golden files: outputs of the torch reference, with which the parity tests run without torch.
 
     python -m tests.support.golden
 
-makes `tests/golden/*.npz` anew (that needs torch) and prints how far the new arrays are from the stored ones. Weights
-and inputs are drawn by numpy from seeds, here, so only expected outputs are stored: float32 roundings of what
-diffusers and transformers compute in float64 on those weights (the pipeline's scheduler rounds the latents it is given
-to float32 at every step; the rest of the step is float64). Each file names the versions that wrote it.
+writes `tests/golden/*.npz` anew (which needs torch) and prints the distances of the new arrays from the stored ones.
+numpy draws weights and inputs from seeds, so only expected outputs are stored: the results of diffusers and
+transformers in float64 on those weights, rounded to float32 (the pipeline's scheduler rounds its latents to float32 at
+every step; the rest of the step is float64). Each file contains the versions that wrote it.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ CONFIGS = {"unet": UNetConfig.tiny(), "vae": VAEConfig.tiny(), "image_encoder": 
 STEPS = (1, 4, 8, 16, 25)  # of the noise schedules
 SIDES = (100, 224, 448, 576, 768, 1024, 1080, 1920)  # resized to 224 for CLIP
 IMAGE_SIZES = ((576, 1024), (448, 768), (1080, 1920), (224, 100))  # preprocessed for CLIP
-COLUMNS, GRID = slice(5, None, 16), slice(3, None, 8)  # what is kept of resized and of preprocessed images
+COLUMNS, GRID = slice(5, None, 16), slice(3, None, 8)  # stored parts of resized and of preprocessed images
 
 SIZE, FRAMES = (32, 48), 4  # of the pipeline's videos
 IDS = (6.0, 90.0, 0.05)  # fps - 1, motion bucket, strength of the pixel noise
@@ -34,21 +34,21 @@ RUNS = {"one_step": (1, None), "guided_steps": (3, (1.0, 3.0))}  # steps, first 
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:
-    """Standard normal float32."""
+    """Returns standard normal float32 values."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Random float32 weights of a network by diffusers' names; a tensor depends on its name, its shape and the seed.
+    """Draws float32 weights of a network by diffusers' names; a tensor depends on its name, its shape and the seed.
 
-    Default initialisation leaves zeros, ones and equal mixing factors, behind which wrong code hides. Here norm scales
-    are 1 + 0.2 N, biases 0.1 N, mixing factors N, kernels about N / sqrt(fan in), all else 0.2 N.
+    Default initialization contains zeros, ones and equal mixing factors, which mask errors. Here norm scales are
+    1 + 0.2 N, biases 0.1 N, mixing factors N, kernels about N / sqrt(fan in), all others 0.2 N.
     """
     return {name: random_tensor(name, shape, seed) for name, shape in shapes.items()}
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """One tensor of `random_weights`."""
+    """Draws one tensor of `random_weights`."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     values = noise(int.from_bytes(digest[:8]), *shape)
     if name.endswith("mix_factor"):
@@ -58,18 +58,18 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     if "norm" in name or "layrnorm" in name:
         return 1 + np.float32(0.2) * values
     if len(shape) > 1 and "embedding.weight" not in name:
-        gain = 0.5 if len(shape) > 2 else 1.0  # small features tell the epsilons of the norms apart
+        gain = 0.5 if len(shape) > 2 else 1.0  # small features reveal the epsilons of the norms
         return np.float32(gain / np.prod(shape[1:]) ** 0.5) * values
     return np.float32(0.2) * values
 
 
 def component_weights(component: str, config=None) -> dict[str, np.ndarray]:
-    """`random_weights` of a network, by default of the tiny one whose outputs the golden files hold."""
+    """Returns `random_weights` of a network, by default of the tiny one of the golden files."""
     return random_weights(manifest(component, config or CONFIGS[component]), seed=list(CONFIGS).index(component) + 1)
 
 
 def unet_inputs() -> tuple[np.ndarray, ...]:
-    """`(x, c_noise, context, ids)`, batch 2 with different contexts, noise levels and ids."""
+    """Returns `(x, c_noise, context, ids)`, batch 2 with different contexts, noise levels and ids."""
     c_noise = np.array([1.2, -0.4], np.float32)
     ids = np.array([[6, 127, 0.02], [11, 40, 0.1]], np.float32)
     return noise(0, 2, 3, 8, 12, 8), c_noise, noise(1, 2, 32), ids
@@ -84,39 +84,39 @@ def decoder_inputs() -> tuple[np.ndarray]:
 
 
 def clip_inputs() -> tuple[np.ndarray]:
-    """Preprocessed images."""
+    """Returns preprocessed images."""
     return (noise(4, 2, 224, 224, 3),)
 
 
 def resize_input(side: int) -> np.ndarray:
-    """`[side, 224]` in [-1, 1]."""
+    """Returns `[side, 224]` in [-1, 1]."""
     return np.random.default_rng(side).uniform(-1, 1, (side, 224)).astype(np.float32)
 
 
 def preprocess_input(height: int, width: int) -> np.ndarray:
-    """`[1, height, width, 3]` in [0, 1]."""
+    """Returns `[1, height, width, 3]` in [0, 1]."""
     return np.random.default_rng(5).random((1, height, width, 3), np.float32)
 
 
 def pipeline_images() -> list[np.ndarray]:
-    """Two different images that neither fit the video nor CLIP's patches."""
+    """Returns two different images whose size fits neither the video nor CLIP's patches."""
     return list(np.random.default_rng(0).integers(0, 256, (2, 70, 90, 3), dtype=np.uint8))
 
 
 def pipeline_noise() -> tuple[np.ndarray, np.ndarray]:
-    """Latents to start from, and the noise added to the pixels of the condition."""
+    """Returns the initial latents and the noise added to the pixels of the condition."""
     return noise(1, 2, FRAMES, SIZE[0] // 8, SIZE[1] // 8, 4), noise(6, 2, *SIZE, 3)
 
 
 def check_weights() -> None:
-    """Raises RuntimeError if this numpy draws other random weights than those the golden files were made with."""
+    """Raises RuntimeError if this numpy draws other random weights than those of the golden files."""
     for component, sums in weight_sums().items():
         if not np.allclose(sums, load("weights")[component], rtol=1e-5, atol=1e-2):
             raise RuntimeError(f"numpy {np.__version__} draws other random numbers: make tests/golden anew")
 
 
 def weight_sums() -> dict[str, np.ndarray]:
-    """Sum and sum of squares of each network's random weights: another random generator would be seen here."""
+    """Returns sum and sum of squares of each network's random weights, which reveal another random generator."""
     sums = {}
     for component in CONFIGS:
         values = [x.astype(np.float64) for x in component_weights(component).values()]
@@ -126,13 +126,13 @@ def weight_sums() -> dict[str, np.ndarray]:
 
 @cache
 def load(name: str) -> dict[str, np.ndarray]:
-    """The arrays of `tests/golden/NAME.npz`, without its note of versions."""
+    """Returns the arrays of `tests/golden/NAME.npz` without the versions."""
     with np.load(FOLDER / f"{name}.npz") as file:
         return {k: file[k] for k in file.files if k != "versions"}
 
 
 def fresh() -> dict[str, dict[str, np.ndarray]]:
-    """`{file: {name: array}}`, float64, from the torch reference as it is now."""
+    """Computes `{file: {name: array}}`, float64, with the installed torch reference."""
     from tests.support import reference
 
     pipe = reference.pipeline(*CONFIGS.values())
@@ -164,7 +164,7 @@ def fresh() -> dict[str, dict[str, np.ndarray]]:
 
 
 def distance(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference in units of the expected array's standard deviation, or of its size if it is constant."""
+    """Returns the largest difference over the expected array's standard deviation, or over its size if constant."""
     return float(np.abs(found - expected).max() / (expected.std() or np.abs(expected).max()))
 
 

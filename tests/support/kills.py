@@ -1,11 +1,10 @@
-"""Kills runs with SIGKILL at random moments, continues them, and compares the outcome with an undisturbed run.
+"""Kills runs with SIGKILL at random moments, continues them, and compares the results with an undisturbed run.
 
     python -m tests.support.kills --kills 100
     python -m tests.support.kills --kills 100 --what prepare
 
-Every second kill waits for a checkpoint (or shard) to be half written, the others strike at a random time after the
-process has made some progress. `train` must end with the same arrays and the same metrics, bit for bit; `prepare` with
-the same files.
+Every second kill waits for a half-written checkpoint (or shard); the others happen at a random time after some
+progress. `train` must end with the same arrays and metrics, bit for bit; `prepare` with the same files.
 """
 
 import json
@@ -27,7 +26,7 @@ from absl import app, flags, logging
 from etils import epath
 
 ROOT = Path(__file__).parents[2]
-COMMITTED = "commit_success.txt"  # the file orbax writes last
+COMMITTED = "commit_success.txt"  # the last file that orbax writes
 TINY = dict(
     steps=100,
     log_every=1,
@@ -45,7 +44,7 @@ TINY = dict(
 
 @dataclass
 class Outcome:
-    """How many kills a command survived, `inside` of them while something was half written, in how many runs."""
+    """Number of kills that a command survived, number `inside` a write, and number of runs."""
 
     kills: int = 0
     inside: int = 0
@@ -53,32 +52,32 @@ class Outcome:
 
 
 def train_command(workdir: Path, method: str = "sfv", **changes) -> list[str]:
-    """A training run of the smallest network, writing a checkpoint every fourth step."""
+    """Returns the command of a run of the smallest network with a checkpoint every fourth step."""
     fields = [f"--config.{k}={v}" for k, v in (TINY | changes).items()]
     config = ROOT / "configs" / f"{method}.py"
     return [sys.executable, "-m", "sfv_jax.train", f"--config={config}:tiny", f"--workdir={workdir}", *fields]
 
 
 def half_written_checkpoints(workdir: Path) -> bool:
-    """Whether a checkpoint is being written."""
+    """Returns whether a checkpoint is incomplete."""
     folder = workdir / "checkpoints"
     return folder.is_dir() and any(not (p / COMMITTED).exists() for p in folder.iterdir())
 
 
 def checkpoints(workdir: Path) -> int:
-    """The newest whole checkpoint."""
+    """Returns the step of the newest complete checkpoint."""
     folder = workdir / "checkpoints"
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
     return max((s for s in steps if (folder / str(s) / COMMITTED).exists()), default=0)
 
 
 def half_written_shards(out: Path) -> bool:
-    """Whether a shard is being written."""
+    """Returns whether a shard is incomplete."""
     return any(out.glob(".*.tmp"))
 
 
 def shards(out: Path) -> int:
-    """The number of finished shards."""
+    """Returns the number of finished shards."""
     return len(list(out.glob("progress/*.json")))
 
 
@@ -91,7 +90,7 @@ def torment(
     half_written: Callable[[Path], bool],
     environment: dict[str, str],
 ) -> Outcome:
-    """Runs `command` until it ends by itself, killing it up to `kills` times on the way."""
+    """Runs `command` until it ends by itself, killing and restarting it up to `kills` times."""
     outcome = Outcome(runs=1)
     while True:
         log = (folder.parent / f"{folder.name}.log").open("ab")
@@ -110,7 +109,7 @@ def torment(
 
 
 def _wait_to_strike(process, folder: Path, turn: int, rng: random.Random, progress: Callable, half_written: Callable):
-    """True when the moment has come, False when the process ended first."""
+    """Waits for the moment of the next kill; returns False if the process ends first."""
     begun = progress(folder)
     strike = None
     while process.poll() is None:
@@ -123,7 +122,7 @@ def _wait_to_strike(process, folder: Path, turn: int, rng: random.Random, progre
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """That of this process, with a compilation cache and little to compile, so that a restart costs seconds."""
+    """Returns this process's environment with a compilation cache and few optimizations, for quick restarts."""
     return os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -134,7 +133,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def kill_train(folder: Path, kills: int, seed: int = 0, **changes) -> Outcome:
-    """Kills training runs `kills` times in all; raises AssertionError if one does not end as the undisturbed run."""
+    """Kills training runs `kills` times in total; raises AssertionError if one differs from the undisturbed run."""
     rng, outcome, env = random.Random(seed), Outcome(), environment(folder / "compiled")
     subprocess.run(train_command(folder / "whole", **changes), cwd=ROOT, env=env, check=True, capture_output=True)
     expected = final_arrays(folder / "whole"), numbers(folder / "whole")
@@ -153,7 +152,7 @@ def kill_train(folder: Path, kills: int, seed: int = 0, **changes) -> Outcome:
 
 
 def final_arrays(workdir: Path) -> dict[str, np.ndarray]:
-    """All arrays of the newest checkpoint, by path."""
+    """Returns all arrays of the newest checkpoint by path."""
     path = epath.Path(workdir.resolve()) / "checkpoints" / str(checkpoints(workdir)) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata.tree
@@ -163,13 +162,13 @@ def final_arrays(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def numbers(workdir: Path) -> list[dict]:
-    """The metrics of every step, without times."""
+    """Returns the metrics of every step without times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/"))} for line in lines]
 
 
 def kill_prepare(folder: Path, kills: int, videos: Path, svd: Path, seed: int = 0, **settings) -> Outcome:
-    """Kills `prepare` in the same way; its caches must come out byte for byte the same."""
+    """Kills `prepare` in the same way; raises AssertionError if a cache differs in any byte."""
     rng, outcome, env = random.Random(seed), Outcome(), environment(folder / "compiled")
     fields = [f"--{k}={v}" for k, v in settings.items()]
     command = [sys.executable, "-m", "sfv_jax.prepare", f"--videos={videos}", f"--svd={svd}", *fields]
@@ -187,7 +186,7 @@ def kill_prepare(folder: Path, kills: int, videos: Path, svd: Path, seed: int = 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file of a folder."""
+    """Returns the bytes of every file of a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -196,7 +195,7 @@ def _add(a: Outcome, b: Outcome) -> Outcome:
 
 
 def make_inputs(folder: Path, clips: int) -> tuple[Path, Path]:
-    """(videos, svd): `clips` short videos of the procedural world and a tiny pair of encoders with random weights."""
+    """Writes `clips` short videos of the procedural world and two tiny random encoders; returns both folders."""
     from sfv_jax.data.video import write_video
     from sfv_jax.data.worlds import World
     from tests.data.test_preparation import write_encoders
@@ -227,7 +226,7 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("kills", 100, "how often to kill")
-    flags.DEFINE_enum("what", "train", ["train", "prepare"], "what to kill")
-    flags.DEFINE_integer("seed", 0, "of the moments")
+    flags.DEFINE_integer("kills", 100, "number of kills")
+    flags.DEFINE_enum("what", "train", ["train", "prepare"], "command to kill")
+    flags.DEFINE_integer("seed", 0, "seed of the moments")
     app.run(main)

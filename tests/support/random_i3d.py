@@ -1,4 +1,4 @@
-"""I3D weights as they are published, a PyTorch state dict, with random numbers.
+"""Random I3D weights in the published form, a PyTorch state dict.
 
 python -m tests.support.random_i3d i3d.pt
 """
@@ -13,7 +13,7 @@ from sfv_jax.models import i3d, tree
 
 
 def weights() -> dict[str, np.ndarray]:
-    """By our paths; kernels keep the variance of their input, statistics are not trivial."""
+    """Draws weights by our paths; kernels preserve the variance of their input, statistics are not trivial."""
     rng = np.random.default_rng(0)
     _, shapes = tree.abstract(i3d.I3D, i3d.I3DConfig())
     flat = {}
@@ -30,7 +30,7 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def save(path: str | Path, weights: dict[str, np.ndarray]) -> None:
-    """Writes `weights`, by our paths, under the names and in the layouts of the state dict."""
+    """Writes `weights`, named by our paths, with the names and axes of the state dict."""
     leaves = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var", "bias": "bias"}
     content = {"Conv3d_1a_7x7.bn.num_batches_tracked": torch.tensor(7)}
     for name, value in weights.items():

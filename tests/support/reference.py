@@ -26,7 +26,7 @@ from tests.support.golden import component_weights
 
 
 def unet(config: UNetConfig, *, random=True) -> UNetSpatioTemporalConditionModel:
-    """The reference UNet of our config, random or as initialised."""
+    """Returns the reference UNet of our config with random or initial weights."""
     plain = len(config.block_out_channels) - 1
     return with_weights(
         UNetSpatioTemporalConditionModel(
@@ -48,7 +48,7 @@ def unet(config: UNetConfig, *, random=True) -> UNetSpatioTemporalConditionModel
 
 
 def vae(config: VAEConfig, *, random=True) -> AutoencoderKLTemporalDecoder:
-    """The reference VAE of our config, random or as initialised."""
+    """Returns the reference VAE of our config with random or initial weights."""
     return with_weights(
         AutoencoderKLTemporalDecoder(
             down_block_types=("DownEncoderBlock2D",) * len(config.block_out_channels),
@@ -63,7 +63,7 @@ def vae(config: VAEConfig, *, random=True) -> AutoencoderKLTemporalDecoder:
 
 
 def image_encoder(config: CLIPConfig, *, random=True) -> CLIPVisionModelWithProjection:
-    """The reference CLIP tower of our config, random or as initialised."""
+    """Returns the reference CLIP tower of our config with random or initial weights."""
     return with_weights(
         CLIPVisionModelWithProjection(
             CLIPVisionConfig(
@@ -82,14 +82,14 @@ def image_encoder(config: CLIPConfig, *, random=True) -> CLIPVisionModelWithProj
 
 
 def with_weights(model: torch.nn.Module, weights: dict[str, np.ndarray] | None) -> torch.nn.Module:
-    """`model` with exactly these parameters, if any are given, for evaluation."""
+    """Loads exactly these parameters, if any, into `model`; returns it in evaluation mode."""
     if weights is not None:
         model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     return model.eval().requires_grad_(False)
 
 
 def pipeline(unet_config: UNetConfig, vae_config: VAEConfig, clip_config: CLIPConfig) -> StableVideoDiffusionPipeline:
-    """A whole pipeline of random networks with SVD's scheduler and preprocessing."""
+    """Returns a whole pipeline of random networks with SVD's scheduler and preprocessing."""
     return StableVideoDiffusionPipeline(
         unet=unet(unet_config),
         vae=vae(vae_config),
@@ -111,7 +111,7 @@ def pipeline(unet_config: UNetConfig, vae_config: VAEConfig, clip_config: CLIPCo
 
 
 def save(pipe: StableVideoDiffusionPipeline, folder: Path, *, variant: str | None = None) -> Path:
-    """Writes `pipe` as its users find it; variant "fp16" converts it (in place) and names the files so."""
+    """Writes `pipe` in the published form; variant "fp16" converts it in place and adds the suffix to the files."""
     if variant == "fp16":
         pipe.to(dtype=torch.float16)
     pipe.save_pretrained(folder, variant=variant)
@@ -119,44 +119,44 @@ def save(pipe: StableVideoDiffusionPipeline, folder: Path, *, variant: str | Non
 
 
 def to_torch(x, dtype=torch.float64) -> torch.Tensor:
-    """`x [b, t, h, w, c]` or `[b, h, w, c]` as a torch tensor with channels before height and width."""
+    """Converts `x [b, t, h, w, c]` or `[b, h, w, c]` to a torch tensor with channels before height and width."""
     return torch.from_numpy(np.moveaxis(np.asarray(x), -1, -3).copy()).to(dtype)
 
 
 def to_numpy(x: torch.Tensor) -> np.ndarray:
-    """Inverse of `to_torch`, float64."""
+    """Inverts `to_torch`; returns float64."""
     return np.moveaxis(x.double().numpy(), -3, -1)
 
 
 @torch.no_grad()
 def unet_output(model: UNetSpatioTemporalConditionModel, x, c_noise, context, ids, dtype=torch.float64) -> np.ndarray:
-    """Output `[b, t, h, w, c]` of the reference on our arguments, computed in `dtype` by a `model` ready for it."""
+    """Computes the output `[b, t, h, w, c]` of the reference on our arguments; `model` must have `dtype`."""
     c_noise, context, ids = (torch.from_numpy(np.array(a)).to(dtype) for a in (c_noise, context, ids))
     return to_numpy(model(to_torch(x, dtype), c_noise, context[:, None], added_time_ids=ids, return_dict=False)[0])
 
 
 @torch.no_grad()
 def encoder_output(model: AutoencoderKLTemporalDecoder, frames, dtype=torch.float64) -> np.ndarray:
-    """Posterior means `[b, t, h, w, 4]`."""
+    """Computes posterior means `[b, t, h, w, 4]`."""
     mean = model.encode(to_torch(frames, dtype).flatten(0, 1)).latent_dist.mode()
     return to_numpy(mean.unflatten(0, frames.shape[:2]))
 
 
 @torch.no_grad()
 def decoder_output(model: AutoencoderKLTemporalDecoder, latents, dtype=torch.float64) -> np.ndarray:
-    """Frames `[b, t, h, w, 3]`."""
+    """Computes frames `[b, t, h, w, 3]`."""
     frames = model.decode(to_torch(latents, dtype).flatten(0, 1), num_frames=latents.shape[1]).sample
     return to_numpy(frames.unflatten(0, latents.shape[:2]))
 
 
 @torch.no_grad()
 def clip_output(model: CLIPVisionModelWithProjection, images, dtype=torch.float64) -> np.ndarray:
-    """Embeddings `[b, d]` of preprocessed images `[b, 224, 224, 3]`."""
+    """Computes embeddings `[b, d]` of preprocessed images `[b, 224, 224, 3]`."""
     return model(to_torch(images, dtype)).image_embeds.double().numpy()
 
 
 def run_unet(model: UNetSpatioTemporalConditionModel, *inputs) -> tuple[np.ndarray, list[np.ndarray]]:
-    """`unet_output` and the outputs of the down blocks, in float64."""
+    """Computes `unet_output` and the outputs of the down blocks in float64."""
     model, taps = copy.deepcopy(model).double(), []
     for block in model.down_blocks:
         block.register_forward_hook(lambda module, args, result: taps.append(result[0]))
@@ -165,25 +165,25 @@ def run_unet(model: UNetSpatioTemporalConditionModel, *inputs) -> tuple[np.ndarr
 
 
 def run(output, model: torch.nn.Module, *inputs) -> np.ndarray:
-    """One of the functions above in float64; `model` is left as it is."""
+    """Runs one of the functions above in float64 on a copy of `model`."""
     return output(copy.deepcopy(model).double(), *inputs)
 
 
 def run_scheduler(pipe: StableVideoDiffusionPipeline, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noise levels `[steps + 1]` and the numbers the UNet is told, `[steps]`, of SVD's scheduler (float32 inside)."""
+    """Computes noise levels `[steps + 1]` and UNet inputs `[steps]` of SVD's scheduler (float32 inside)."""
     scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
     return scheduler.sigmas.double().numpy(), scheduler.timesteps.double().numpy()
 
 
 def run_resize(image: np.ndarray) -> np.ndarray:
-    """`image [h, w]` resized to 224 x 224 as the pipeline does for CLIP; its coordinates are float32 inside."""
+    """Resizes `image [h, w]` to 224 x 224 with the pipeline's filter for CLIP (float32 coordinates inside)."""
     wide = torch.from_numpy(image)[None, None].double()
     return svd_pipeline._resize_with_antialiasing(wide, (224, 224))[0, 0].double().numpy()
 
 
 def run_preprocess(pipe: StableVideoDiffusionPipeline, images: np.ndarray) -> np.ndarray:
-    """CLIP's input `[b, 224, 224, 3]` for `images [b, h, w, 3]` in [0, 1]."""
+    """Computes CLIP's input `[b, 224, 224, 3]` from `images [b, h, w, 3]` in [0, 1]."""
     signed = to_torch(images) * 2 - 1
     resized = (svd_pipeline._resize_with_antialiasing(signed, (224, 224)) + 1) / 2
     return to_numpy(
@@ -195,9 +195,9 @@ def run_preprocess(pipe: StableVideoDiffusionPipeline, images: np.ndarray) -> np
 
 @torch.no_grad()
 def run_pipeline(pipe, images, start, pixel_noise, ids, steps: int, guidance: tuple | None) -> np.ndarray:
-    """Latents `[b, t, h, w, 4]` of the whole pipeline, its networks in float64, with the noise given instead of drawn.
+    """Computes latents `[b, t, h, w, 4]` of the whole pipeline with float64 networks and the given noise.
 
-    The scheduler rounds the latents it is given to float32; the rest of its step is float64.
+    The scheduler rounds its input latents to float32; the rest of its step is float64.
     """
     parts = copy.deepcopy(pipe.components)
     pipe = StableVideoDiffusionPipeline(

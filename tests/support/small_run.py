@@ -1,4 +1,4 @@
-"""A config of a run that compiles quickly: denoising with SM3, one level, on the procedural world."""
+"""Config of a run that compiles quickly: denoising with SM3, one level, on the procedural world."""
 
 from sfv_jax import config as defaults
 

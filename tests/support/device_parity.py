@@ -1,0 +1,99 @@
+"""Networks on the device at hand against the golden files, and the gradient of the train step against the CPU's.
+
+    python -m tests.support.device_parity
+
+prints a line per comparison. Differences are in units of the expected output's standard deviation. In fp32 products run
+at the highest precision, so the bounds are those of rounding; in bf16 they are those that a sound program keeps with
+room to spare (eight bits of mantissa through some dozens of layers).
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sfv_jax import config as configs
+from sfv_jax.methods import sfv
+from sfv_jax.models import tree
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.weights.components import COMPONENTS
+from sfv_jax.weights.diffusers import their_name, to_ours
+from tests.support import golden
+
+BOUNDS = {"float32": 2e-4, "bfloat16": 0.25}  # of the largest difference
+
+
+def compare() -> Iterator[tuple[str, dict]]:
+    """Yields `(name, {"max", "rms", "bound", "sound"})` of each comparison."""
+    golden.check_weights()
+    stored = golden.load("networks")
+    for dtype in BOUNDS:
+        with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+            unet = network("unet", dtype)
+            yield f"unet {dtype}", figures(jax.jit(unet)(*golden.unet_inputs()), stored["unet"], dtype)
+            vae = network("vae", dtype)
+            encoded = jax.jit(lambda x, vae=vae: vae.encode(x))(*golden.encoder_inputs())
+            yield f"vae encoder {dtype}", figures(encoded, stored["encoder"], dtype)
+            decoded = jax.jit(lambda x, vae=vae: vae.decode(x))(*golden.decoder_inputs())
+            yield f"vae decoder {dtype}", figures(decoded, stored["decoder"], dtype)
+            tower = network("image_encoder", dtype)
+            yield f"clip {dtype}", figures(jax.jit(tower)(*golden.clip_inputs()), stored["clip"], dtype)
+    with jax.default_matmul_precision("highest"):
+        here, there = gradients(jax.devices()[0]), gradients(jax.devices("cpu")[0])
+    for name, found in here.items():
+        yield f"{name}, against the CPU", figures(found, there[name], "float32")
+
+
+def network(component: str, dtype: str):
+    """Returns a network with the random weights of the golden files and compute dtype `dtype`."""
+    config, module = golden.CONFIGS[component], COMPONENTS[component].module
+    graph, shapes = tree.abstract(module, config, dtype=jnp.dtype(dtype))
+    weights = golden.component_weights(component)
+    flat = {path: jnp.asarray(to_ours(path, weights[their_name(path)])) for path in tree.flatten(shapes)}
+    return tree.build(graph, tree.unflatten(flat))
+
+
+def gradients(device: jax.Device) -> dict[str, np.ndarray]:
+    """Returns the gradients of generator and heads in one SF-V step, computed on `device` in fp32."""
+    unet = UNetConfig(
+        block_out_channels=(16, 16),
+        num_attention_heads=(2, 2),
+        layers_per_block=1,
+        cross_attention_dim=12,
+        addition_time_embed_dim=8,
+        num_frames=2,
+        norm_groups=4,
+    )
+    config = configs.sfv()
+    config.update(dict(dtype="float32", batch_size=2))
+    config.discriminator.update(temporal_kernel=3, projection_dim=4, sinusoid_dim=8)
+    networks = sfv.make_networks(unet, config)
+    weights = jax.tree.map(lambda x: 0.1 * golden.noise(x.size, *x.shape), networks.abstract)
+    batch = {
+        "latents": golden.noise(0, 2, 2, 8, 8, unet.out_channels),
+        "cond_latent": golden.noise(1, 2, 8, 8, unet.in_channels - unet.out_channels),
+        "image_embed": golden.noise(2, 2, unet.cross_attention_dim),
+        "ids": np.array([[6, 127, 0.02], [6, 40, 0.1]], np.float32),
+    }
+    with jax.default_device(device):
+        parts = jax.device_put(
+            (weights["generator"], weights["heads"], {"backbone": weights["backbone"]}, batch), device
+        )
+        made = jax.jit(sfv.make_gradients(networks, config))(*parts, jax.random.key(0), 0)
+        generator, heads, _ = jax.device_get(made)
+    join = lambda parts: np.concatenate([np.ravel(x) for x in jax.tree.leaves(parts)])  # noqa: E731
+    return {"gradient of the generator": join(generator), "gradient of the heads": join(heads)}
+
+
+def figures(found, expected: np.ndarray, dtype: str) -> dict:
+    """Returns the largest and the root mean square difference, the bound of the former, and whether it is kept."""
+    difference = np.abs(np.asarray(found, np.float64) - expected) / np.asarray(expected, np.float64).std()
+    largest = float(difference.max())
+    rms = float(np.sqrt(np.mean(difference**2)))
+    return {"max": largest, "rms": rms, "bound": BOUNDS[dtype], "sound": largest <= BOUNDS[dtype]}
+
+
+if __name__ == "__main__":
+    for name, found in compare():
+        print(f"{name:45} max {found['max']:.1e}  rms {found['rms']:.1e}  bound {found['bound']:.0e}  {found['sound']}")
