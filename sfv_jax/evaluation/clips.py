@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from sfv_jax.data.ucf101_tfds import Recorded
-from sfv_jax.data.video import VideoError, list_videos, read_clip, read_image
+from sfv_jax.data.video import IMAGE_SUFFIXES, VideoError, list_videos, read_clip, read_image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FILES: dict[str, Any] = {"form": "video files"}  # default `Dataset.source`
 _SEED = re.compile(r"^(.+)-seed(\d+)$")
 
