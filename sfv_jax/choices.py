@@ -1,4 +1,4 @@
-"""Names that flags choose from, without importing what they name; tests hold them against the tables they stand for."""
+"""Values of enum flags, without imports of the modules that define them; a test compares them with those modules."""
 
 DTYPES = ("float32", "bfloat16", "float16")  # models.networks.DTYPES
 SAMPLERS = ("euler", "sfv", "sfv_euler", "animatelcm")  # diffusion.solvers.SAMPLERS

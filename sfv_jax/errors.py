@@ -1,8 +1,8 @@
-"""The base class of every error that a user can cause and put right."""
+"""Base class of all errors that a user can cause and correct."""
 
 
 class UserError(ValueError):
-    """Wrong input, settings or files; the message says what is wrong and what to do.
+    """Wrong input, settings or files; the message gives the cause and the remedy.
 
-    Commands print the message alone. Everything else is a bug and keeps its traceback.
+    Commands print only the message. Any other exception is a bug and keeps its traceback.
     """

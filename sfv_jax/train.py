@@ -1,12 +1,12 @@
-"""Train a model.
+"""Trains a model.
 
     python -m sfv_jax.train --config configs/sfv.py --workdir runs/sfv --config.init=models/svd --config.data.path=cache
 
-Run the same command again to continue after an interruption. `--workdir` receives `config.json`, `checkpoints/`,
-`metrics.jsonl`, `tensorboard/` and `samples/`. Any field can be set with `--config.field=value`; see sfv_jax/config.py.
+After an interruption, the same command continues the run. `--workdir` receives `config.json`, `checkpoints/`,
+`metrics.jsonl`, `tensorboard/` and `samples/`. `--config.FIELD=VALUE` sets any field; see sfv_jax/config.py.
 
 Several processes (hosts) run the same command with `--coordinator=HOST:PORT --num_processes=N --process_id=I`; SLURM
-and TPU pods need no flags; launch/ has scripts. The workdir must be on a disk they share.
+and TPU pods need no flags; launch/ contains scripts. The workdir must be on a disk that all processes share.
 """
 
 import errno
@@ -38,11 +38,16 @@ def main() -> None:
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "configs/X.py or configs/X.py:tiny", lock_config=True)
-    flags.DEFINE_string("workdir", None, "folder of the run, made if absent")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto")
-    flags.DEFINE_integer("num_processes", None, "processes of this run, with --coordinator")
-    flags.DEFINE_integer("process_id", None, "which of them this is, from 0, with --coordinator")
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "config file, such as configs/sfv.py; configs/sfv.py:tiny is small",
+        lock_config=True,
+    )
+    flags.DEFINE_string("workdir", None, "folder of the run, created if absent")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto to let JAX find it")
+    flags.DEFINE_integer("num_processes", None, "number of processes of the run, with --coordinator")
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0, with --coordinator")
     flags.mark_flags_as_required(["config", "workdir"])
     commands.define_compiler_flags()
 

@@ -1,4 +1,4 @@
-"""From images to videos. `Sampler` is loaded when it is asked for: the benchmark needs less than it imports."""
+"""Images to videos. `Sampler` is imported at its first use, because the benchmark runs without its dependencies."""
 
 from typing import TYPE_CHECKING
 

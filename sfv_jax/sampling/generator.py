@@ -1,4 +1,4 @@
-"""The generator as a pure function: parameters, conditions and noise to latents, by any sampler."""
+"""Generator as a pure function of its parameters: conditions and noise to latents, by any sampler."""
 
 import jax
 from jax.sharding import Mesh
@@ -14,13 +14,13 @@ Array = jax.Array
 
 
 class Generator:
-    """A generator as a pure function from its parameters, conditions and noise to latents, by any sampler.
+    """Pure function from parameters, conditions and noise to latents.
 
-    Holds no parameters. Programs are compiled once per shape and kept.
+    The object contains no parameters, only one compiled program per shape.
 
     Args:
       unet: config of the UNet.
-      dtype: its compute dtype, one of `networks.DTYPES`. Noise, latents and the sampler's arithmetic are fp32.
+      dtype: compute dtype of the UNet, one of `networks.DTYPES`. Noise, latents and the sampler's arithmetic are fp32.
       mesh: devices that share batch and parameters; None for one device. The caller places the parameters.
     """
 
@@ -49,12 +49,16 @@ class Generator:
 
         Args:
           params: UNet parameters.
-          condition: `cond_latent`, `image_embed` and `ids`, as in `solvers.sample`.
-          noise: standard normal, of the shape of the latents.
-          sampler: a name of `SAMPLERS`, as in `Sampler.__call__`.
-          keys: `[b]` typed keys, for samplers that add fresh noise in more than one step.
+          condition: `cond_latent`, `image_embed` and `ids`, as for `solvers.sample`.
+          noise: `[b, t, h, w, c]` standard normal.
+          steps: calls of the UNet.
+          guidance: first and last weight of the ramp over frames; None for no guidance.
+          sampler: a key of `SAMPLERS`, see `Sampler.__call__`.
+          keys: `[b]` typed keys of the fresh noise; required if the sampler adds any, with more than one step.
+
         Raises:
-          UserError: for an unknown sampler, a number of steps that it does not have, or impossible guidance.
+          UserError: if the sampler is unknown, does not support this number of steps or lacks keys, or if the guidance
+            is impossible.
         """
         if sampler not in SAMPLERS:
             raise UserError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -69,7 +73,7 @@ class Generator:
 
 
 def share(mesh: Mesh | None, batch):
-    """Places the arrays of a tree `batch` on `mesh`: split by samples where these divide, else whole everywhere."""
+    """Places the arrays of a tree `batch` on `mesh`: split by samples if their number is divisible, else replicated."""
     if mesh is None:
         return batch
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,9 +1,10 @@
-"""From images to videos: `Sampler` owns the parameters of a generator and its codec."""
+"""Images to videos: `Sampler` owns the parameters of a generator and its codec."""
 
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +24,22 @@ Array = jax.Array
 
 
 class NonFiniteError(UserError):
-    """A stage made NaN or infinity; the message names the stage, its dtype and what to do."""
+    """NaN or infinity in the result of a stage; the message names the stage, its dtype and the remedy."""
 
 
 class Sampler:
-    """Images to videos. Load once, call many times; a shape seen before is not compiled again.
+    """Function from images to videos. Load it once and call it many times: each shape is compiled once.
 
     Attributes:
-      unet: config of the generator; `unet.num_frames` frames are made by default.
+      unet: config of the generator; videos have `unet.num_frames` frames by default.
       params: UNet parameters.
-      codec: turns images into conditions and latents into frames.
-      step: training steps of the checkpoint it was loaded from; None for a model folder.
-      mesh: devices that share batch and parameters, None for one device. The caller places `params` and the codec's
-        parameters (`load` does it), the sampler places batches.
-      check_finite: raise NonFiniteError instead of returning videos made of NaN. The check runs on the device and is
-        read with the frames.
+      codec: converts images to conditions, and latents to frames.
+      dtype: compute dtype of the UNet, one of `networks.DTYPES`.
+      step: number of training steps of the checkpoint; None for a model folder.
+      mesh: devices that share batch and parameters; None for one device. The caller places `params` and the codec's
+        parameters (`load` does it); the sampler places batches.
+      check_finite: raise NonFiniteError instead of returning videos computed from NaN or infinity. The check runs on
+        the device; its result is read with the frames.
     """
 
     step: int | None = None
@@ -69,29 +71,33 @@ class Sampler:
         raw: bool = False,
         check_finite: bool = True,
     ) -> "Sampler":
-        """From a model folder (`python -m sfv_jax.convert`) or the workdir of a training run (its newest checkpoint).
+        """Loads a model folder (made by `python -m sfv_jax.convert`), or the newest checkpoint of a training run.
 
         Args:
-          dtype: compute dtype of the UNet, one of `state.DTYPES`; parameters are stored in it. Noise, latents and the
-            sampler's arithmetic are fp32 whatever it is.
+          path: model folder, or workdir of a run.
+          dtype: dtype of the UNet's parameters and computations, one of `networks.DTYPES`. Noise, latents and the
+            sampler's arithmetic are always fp32.
           vae_dtype: compute dtype of the VAE's decoder; its encoder and CLIP are always fp32.
           decode_pixels: pixels that a device decodes at a time, over all frames, 0 for all; the frames are the same.
-            By default all where there is memory enough, else 2^18.
-          mesh: from `sharding.make_mesh`. Batches go over `data` and `fsdp`, parameters over `fsdp`.
-          raw: the trained weights instead of their moving average (workdirs only).
+            Default: all if memory suffices, else 2^18.
+          mesh: a mesh of `sharding.make_mesh`. Batches are split over `data` and `fsdp`, parameters over `fsdp`.
+          raw: load the trained weights instead of their moving average (workdirs only).
           check_finite: see the class.
+
         Raises:
-          WeightsError, WorkdirError: if `path` is neither.
-          UserError: for an unknown dtype, negative `decode_pixels`, or options of a decoder where there is none.
+          WeightsError: if `path` is neither a model folder nor a workdir.
+          WorkdirError: if the run has no checkpoint yet.
+          UserError: if a dtype is unknown, `decode_pixels` is negative, or options of a decoder are given for the patch
+            codec.
         """
         for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
             if value not in DTYPES:
                 raise UserError(f"{name} {value!r}: choose one of {', '.join(DTYPES)}")
-        place = mesh and partial(param_shardings, mesh)
+        place = None if mesh is None else partial(param_shardings, mesh)
         base = load_generator(path, raw=raw, place=place, dtype=DTYPES[dtype])
         codec = base.codec
         if isinstance(codec, SVDCodec):
-            weights = codec.params if mesh is None else jax.device_put(codec.params, place(codec.params))
+            weights = codec.params if place is None else jax.device_put(codec.params, place(codec.params))
             options = dict(decode_dtype=DTYPES[vae_dtype], pixels=decode_pixels)
             codec = SVDCodec(codec.vae_config, codec.clip_config, weights, **options)
         elif vae_dtype != "float32" or decode_pixels is not None:
@@ -113,9 +119,14 @@ class Sampler:
         ids: Sequence[float],
         noise: Array | None = None,
     ) -> dict:
-        """Conditions of `images` (uint8 `[h, w, 3]`, any sizes), each resized to `size (h, w)` without cropping.
+        """Returns the conditions of videos, as `Generator` takes them.
 
-        `keys [b]` draw the pixel noise of strength `ids[2]`, unless it is given as `noise [b, h, w, 3]`.
+        Args:
+          images: uint8 `[h, w, 3]` each, of any sizes; resized without cropping.
+          size: `(height, width)` of the videos.
+          keys: `[b]` typed keys of the pixel noise; unused if `noise` is given.
+          ids: `(fps - 1, motion_bucket_id, noise_aug_strength)`.
+          noise: `[b, height, width, 3]` standard normal in place of noise from `keys`; scaled by `noise_aug_strength`.
         """
         return self._condition(self._embed(images, size), self._cond_latent(images, size, keys, ids[2], noise), ids)
 
@@ -137,31 +148,35 @@ class Sampler:
         decode_chunk_size: int | None = None,
         times: dict[str, float] | None = None,
     ) -> np.ndarray:
-        """Videos uint8 `[b, t, height, width, 3]`, one per image.
+        """Returns videos uint8 `[b, t, height, width, 3]`, one per image.
 
         Args:
           images: uint8 `[h, w, 3]` each; they are stretched to height x width.
           steps: calls of the UNet; 1 is one forward pass from sigma 700, the same with every sampler.
           sampler: "euler": SVD's deterministic sampler, any number of steps. "sfv": for SF-V generators, up to 3 steps
-            at their training levels 700, 70.54, 2.269, fresh noise in between as in training. "sfv_euler": the same
-            levels without fresh noise. "animatelcm": for AnimateLCM, up to 40 steps, fresh noise in between.
-          seed: of the first image, the next ones count up; or one per image. A video depends on its own seed only.
-          noise: `[b, t, height / d, width / d, c]` standard normal to start from instead of drawing it, d the codec's
-            downscale. The fresh noise of later steps still comes from the seed.
-          height, width: multiples of d (8 for SVD). SVD was trained at multiples of 64; at other sizes the UNet's
-            levels are resized to fit, exactly as in diffusers. Default: those of the first image rounded down.
-          fps, motion_bucket_id, noise_aug_strength: SVD's micro-conditions; the model is told fps - 1.
-          guidance: first and last weight of the per-frame ramp, e.g. (1.0, 3.0) for SVD; None for no guidance.
+            at their training levels 700, 70.54, 2.269, with fresh noise in between as in training. "sfv_euler": the
+            same levels without fresh noise. "animatelcm": for AnimateLCM, up to 40 steps, with fresh noise in between.
+          seed: seed of the first image, with seeds of the next ones counting up; or one seed per image. A video depends
+            only on its own seed.
+          noise: `[b, t, height / d, width / d, c]` standard normal start in place of noise from the seed, with the
+            codec's downscale d. The fresh noise of later steps still comes from the seed.
+          num_frames: frames per video; default: `unet.num_frames`.
+          height, width: pixels, multiples of d (8 for SVD). SVD was trained at multiples of 64; at other sizes the
+            UNet's levels are resized to fit, exactly as in diffusers. Default: the size of the first image, rounded
+            down.
+          fps, motion_bucket_id, noise_aug_strength: SVD's micro-conditions; the model receives fps - 1.
+          guidance: first and last weight of the ramp over frames, e.g. (1.0, 3.0) for SVD; None for no guidance.
           decode_chunk_size: frames decoded at a time, default all; chunks change the result, see `SVDCodec.decode`.
-          times: filled with the seconds of the stages "clip", "encode", "denoise", "decode" (compilation included,
-            when there is any). Only then the device is waited for between them.
-        Raises:
-          UserError: for sizes the codec cannot represent, seeds that do not match the images, impossible options.
-          NonFiniteError: see `check_finite`.
-        """
-        checks = {}
+          times: receives the seconds of the stages "clip", "encode", "denoise", "decode", with compilation, if any.
+            Without it, the host does not wait for the device between stages.
 
-        def stage(name: str, fn: Callable, *args, **kw) -> Array:
+        Raises:
+          UserError: if the codec cannot represent the size, seeds do not match the images, or options are impossible.
+          NonFiniteError: if a stage returns NaN or infinity, see `check_finite`.
+        """
+        checks: dict[str, Array] = {}
+
+        def stage(name: str, fn: Callable, *args, **kw) -> Any:
             began = time.perf_counter()
             result = (fn if self.mesh is None else on_mesh(self.mesh, fn))(*args, **kw)
             if times is not None:
@@ -170,7 +185,8 @@ class Sampler:
             return result
 
         def checked(name: str, result: Array) -> Array:
-            checks[name] = self._finite(result) if self.check_finite else None
+            if self.check_finite:
+                checks[name] = self._finite(result)
             return result
 
         images = [np.asarray(image) for image in images]
@@ -201,15 +217,19 @@ class Sampler:
         return frames
 
     def latent_shape(self, size: tuple[int, int], num_frames: int | None = None) -> tuple[int, int, int, int]:
-        """`(t, h, w, c)` of the latents of one video of `size (height, width)` pixels."""
+        """Returns `(t, h, w, c)`, the shape of one video's latents, for `size (height, width)` in pixels."""
         down = self.codec.downscale
         return num_frames or self.unet.num_frames, size[0] // down, size[1] // down, self.codec.latent_channels
 
     def size(self, image: np.ndarray, height: int | None, width: int | None) -> tuple[int, int]:
-        """`(height, width)` to generate at: as given, or the image's rounded down to whole latent cells."""
+        """Returns `(height, width)` of the video: as given, or the image's rounded down to whole latent cells.
+
+        Raises:
+          UserError: if a given number is not a multiple of the codec's downscale.
+        """
         down = self.codec.downscale
-        default = (max(n // down, 1) * down for n in image.shape[:2])
-        size = tuple(given or own for given, own in zip((height, width), default, strict=True))
+        own_height, own_width = (max(n // down, 1) * down for n in image.shape[:2])
+        size = (height or own_height, width or own_width)
         for name, n in zip(("height", "width"), size, strict=True):
             if n % down or n < down:
                 near = [m for m in (n // down * down, n // down * down + down) if m > 0]
@@ -217,7 +237,7 @@ class Sampler:
         return size
 
     def _embed(self, images: Sequence[np.ndarray], size: tuple[int, int]) -> Array:
-        # CLIP sees the original, as in diffusers; the patch codec's embedding is defined at the size of the video.
+        # CLIP embeds the original, as in diffusers; the patch codec's embedding is defined at the size of the video.
         patches = isinstance(self.codec, PatchCodec)
         originals = [resize(image, size) for image in images] if patches else images
         alike = len({image.shape for image in originals}) == 1
@@ -241,12 +261,12 @@ class Sampler:
         return {"cond_latent": latent, "image_embed": embed, "ids": jnp.tile(jnp.float32(ids), (len(embed), 1))}
 
     def _rows(self, count: int) -> np.ndarray:
-        """Indices that fill a batch up to what the mesh divides, with copies of the last sample."""
+        """Returns indices that extend a batch with copies of its last sample until the mesh divides it."""
         parts = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return np.minimum(np.arange(-(-count // parts) * parts), count - 1)
 
     def _raise_nonfinite(self, checks: dict[str, Array], count: int) -> None:
-        """Reads the flags `[b]` of the stages in their order and raises for the first that has a bad sample."""
+        """Raises NonFiniteError for the first stage of `checks` (in their order) with False among its flags `[b]`."""
         for stage, flags in checks.items():
             bad = np.flatnonzero(~np.asarray(flags)[:count])
             if not len(bad):
@@ -257,7 +277,7 @@ class Sampler:
             advice = {
                 "float16": f"fp16 overflows at 65504: load with {option} bfloat16 or float32",
                 "bfloat16": f"try {option} float32, and check the weights",
-                "float32": f"the weights of the {network} or what it was given are damaged",
+                "float32": f"the weights or the inputs of the {network} are damaged",
             }
             videos = ", ".join(map(str, bad))
             raise NonFiniteError(f"{stage} of video {videos} not finite ({network} in {dtype}): {advice[dtype]}")
@@ -267,7 +287,11 @@ class Sampler:
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 `[height, width, 3]`: Lanczos, aspect ratio not kept, as StableVideoDiffusionPipeline does it."""
+    """Resizes `image` to uint8 `[height, width, 3]` by Lanczos, without cropping, as StableVideoDiffusionPipeline does.
+
+    Raises:
+      UserError: if the image is not uint8 `[h, w, 3]`.
+    """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise UserError(f"an image must be uint8 [h, w, 3], got {image.dtype} {image.shape}")
     if image.shape[:2] == size:

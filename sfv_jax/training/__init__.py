@@ -1,1 +1,1 @@
-"""A training run: what goes in, the compiled step, the loop, and what watches it."""
+"""Training runs: inputs, the compiled step, the loop, metrics, alarms and previews."""

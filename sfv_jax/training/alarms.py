@@ -1,44 +1,48 @@
-"""Says early when training goes wrong: numbers that are not finite, a discriminator that has won, frames that stand
+"""Early detection of failed training: numbers that are not finite, a discriminator that has won, frames that stand
 still, an accelerator that waits for data.
 
-Works on the metrics of a run alone, so it can be tried on any sequence of them.
+The functions need only the metrics of a run, so they apply to any sequence of these.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from sfv_jax.errors import UserError
 
-# Gradients flow in this order, so the first block that is not finite is nearest to the cause.
+# In the order of the backward pass: the first block that is not finite is nearest to the cause.
 GROUPS = ("batch", "generator_gradient", "heads_gradient", "generator", "heads")
 BACKWARD = ("conv_out", "conv_norm_out", "up_blocks", "mid_block", "down_blocks", "conv_in")
 
 
 class Alarm(NamedTuple):
-    """What went wrong (`kind`: "discriminator", "motion" or "data") and a line that says so with numbers and advice."""
+    """Failure of one `kind` ("discriminator", "motion" or "data"), with a line of numbers and advice."""
 
     kind: str
     message: str
 
 
 class TrainingStopped(UserError):
-    """Training stopped by an alarm; the message is one line with the step, the cause and how to go on."""
+    """Training stopped by an alarm; the message is one line with the step, the cause and how to continue."""
 
 
 class Alarms:
-    """Compares the metrics of every log interval with the thresholds of `config.alarms`.
+    """Comparison of the metrics of every log interval with the thresholds of `config.alarms`.
 
-    An alarm is given once, after `patience` intervals in a row beyond its threshold, and again only after an interval
-    within it. Metrics that a method does not report are not watched.
+    An alarm is raised once, after `patience` intervals in a row beyond its threshold, and again only after an interval
+    within it. Metrics that a method does not report cause no alarm.
+
+    Args:
+      config: the section `config.alarms`.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ConfigDict):
         self.config, self.count = config, dict.fromkeys(("discriminator", "motion", "data"), 0)
 
     def check(self, values: Mapping[str, float]) -> list[Alarm]:
-        """Alarms that `values`, the metrics of one interval, complete."""
+        """Returns the alarms raised by `values`, the metrics of the next interval."""
         found = {
             "discriminator": self._discriminator(values),
             "motion": self._motion(values),
@@ -55,7 +59,7 @@ class Alarms:
         live, gap = mean_of(values, "live/"), mean_of(values, "gap/")
         advice = "lower config.heads_optimizer.lr or raise the R1 weight"
         if live is not None and live < self.config.min_live:
-            return f"saturated discriminator ({advice}): {live:.2g} of its losses' slope is left"
+            return f"saturated discriminator ({advice}): only {live:.2g} of its loss gradient is active"
         if gap is not None and self.config.max_gap and gap > self.config.max_gap:
             return f"saturated discriminator ({advice}): logits of real and fake are {gap:.3g} apart"
         return None
@@ -73,22 +77,23 @@ class Alarms:
         if not self.config.max_data_wait or not {"time/step", "time/data_wait", "time/device"} <= values.keys():
             return None
         wait, device = (values[name] / values["time/step"] for name in ("time/data_wait", "time/device"))
-        # Waiting costs nothing while the device is still busy: then the host waits for it afterwards.
+        # Waiting costs nothing while the device is busy: then the host waits for the device afterwards.
         if wait <= self.config.max_data_wait or device > 0.05:
             return None
         return f"data starvation (a faster disk, or a smaller batch): {wait:.0%} of the time is spent waiting for data"
 
 
 def mean_of(values: Mapping[str, float], prefix: str) -> float | None:
-    """Mean of all metrics with a prefix; None without any."""
+    """Returns the mean of all metrics with a prefix; None if there is none."""
     found = [v for k, v in values.items() if k.startswith(prefix)]
     return sum(found) / len(found) if found else None
 
 
 def not_finite(metrics: Mapping[str, float]) -> str | None:
-    """What is not finite in the metrics of one step, the likeliest cause first; None if nothing is.
+    """Finds numbers that are not finite; returns the first cause and the number of others, None if all are finite.
 
-    `metrics`: `loss/*`, and `nonfinite/GROUP/BLOCK` flags as `state.watch` makes them.
+    Args:
+      metrics: `loss/*` of one step, and the flags `nonfinite/GROUP/BLOCK` of `methods.common.watch`.
     """
     bad = [k.removeprefix("nonfinite/") for k, v in metrics.items() if k.startswith("nonfinite/") and v]
     losses = [k for k, v in metrics.items() if k.startswith("loss/") and not np.isfinite(v)]

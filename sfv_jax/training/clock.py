@@ -1,6 +1,7 @@
-"""How fast training is: where the time of a step goes, FLOP/s against what the device could do, memory."""
+"""Speed of training: parts of the time of a step, FLOP/s in relation to the peak of the device, profiler traces."""
 
 import time
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,21 +9,22 @@ import jax
 
 
 class Clock:
-    """Time per step between calls of `lap`, and what it was spent on.
+    """Time per step between calls of `lap`, and its parts.
 
     Args:
-      step: steps finished when it starts.
-      flops: FLOPs of a step per device, None to leave speed out.
-      peak: FLOP/s of a device, None to leave the share of it out.
+      step: number of steps finished at the start.
+      flops: FLOPs of a step per device; None leaves out `speed/*`.
+      peak: peak FLOP/s of a device; None leaves out `speed/mfu`.
     """
 
     def __init__(self, step: int, flops: float | None = None, peak: float | None = None):
-        self.step, self.began, self.flops, self.peak = step, None, flops, peak
+        self.step, self.flops, self.peak = step, flops, peak
+        self.began: float | None = None
         self.spent = {"data_wait": 0.0, "device": 0.0}
 
     @contextmanager
-    def measure(self, name: str):
-        """Context of the wait for a batch ("data_wait"), or of starting a step or waiting for one ("device")."""
+    def measure(self, name: str) -> Generator[None, None, None]:
+        """Adds the time of its block to "data_wait" (waiting for a batch) or "device" (starting or awaiting a step)."""
         start = time.monotonic()
         try:
             yield
@@ -30,16 +32,19 @@ class Clock:
             self.spent[name] += time.monotonic() - start
 
     def pause(self) -> None:
-        """Leaves what happened since the last lap out of the next one."""
+        """Excludes the time since the last lap; the next lap returns nothing."""
         self.began = None
 
     def lap(self, step: int) -> dict[str, float]:
-        """Seconds per step since the last lap; empty for the first, which compiled, and after a pause.
+        """Ends a lap after `step` finished steps.
 
-        `time/step` is all of it; `time/host` is what is left of it after `time/data_wait` and `time/device`. With it
-        `speed/tflops` and `speed/mfu` per device, if FLOPs are known.
+        Returns:
+          Seconds per step since the last lap: `time/step`, the sum of `time/data_wait`, `time/device` and the remainder
+          `time/host`; and per device `speed/tflops` and `speed/mfu`, if FLOPs and peak are known. Empty for the first
+          lap, which compiled, and after a pause.
         """
-        now, values = time.monotonic(), {}
+        now = time.monotonic()
+        values: dict[str, float] = {}
         if self.began is not None and step > self.step:
             steps = step - self.step
             seconds = (now - self.began) / steps
@@ -54,13 +59,13 @@ class Clock:
 
 
 class Trace:
-    """A jax.profiler trace of `steps` steps after step `start`, under `folder`; TensorBoard and Perfetto show it."""
+    """Trace by jax.profiler of the `steps` steps after step `start`, in `folder`, for TensorBoard or Perfetto."""
 
     def __init__(self, folder: Path, start: int, steps: int):
         self.folder, self.start, self.end, self.running = folder, start, start + steps, False
 
     def at(self, step: int, state) -> None:
-        """To be called before each step (1-based) with the state it starts from; waits for it at both ends."""
+        """Starts or ends the trace; call it before each step (1-based) with the state, for which both ends wait."""
         if self.start < step <= self.end and not self.running:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.folder))
@@ -70,7 +75,7 @@ class Trace:
             self.close()
 
     def close(self) -> None:
-        """Ends a trace under way."""
+        """Ends a running trace."""
         if self.running:
             jax.profiler.stop_trace()
             self.running = False

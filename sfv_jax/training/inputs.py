@@ -9,16 +9,16 @@ from sfv_jax import config as configs
 from sfv_jax.checkpoints.base import Base, load_generator
 from sfv_jax.checkpoints.model_folder import encoders_identity
 from sfv_jax.config import ConfigError
-from sfv_jax.data.loader import encoders_of, latent_source, world_source
+from sfv_jax.data.loader import LatentSource, WorldSource, encoders_of, latent_source, world_source
 from sfv_jax.models.networks import Networks
 from sfv_jax.runtime.sharding import param_shardings
 
 
 def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
-    """Where training starts: `config.init`, or random weights on the procedural world's codec; placed on `mesh`.
+    """Loads `config.init`, or initializes a UNet for the procedural world; parameters are placed on `mesh`.
 
     Raises:
-      ConfigError: if `config.unet` would change parameters that `config.init` brings.
+      ConfigError: if `config.unet` would change the parameters of `config.init`, or `config.init` is missing.
     """
     if not config.init:
         unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
@@ -27,7 +27,7 @@ def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
         networks = Networks(unet)
         place = param_shardings(mesh, networks.abstract["generator"])
         init = networks.init_generator
-        if mesh.size > 1:  # compiling this takes longer than running it, so only where there is something to place
+        if mesh.size > 1:  # on one device, compilation would take longer than initialization
             init = jax.jit(init, static_argnums=0, out_shardings=place)
         params = init(config.seed)
         return Base(unet, params, codec, None, None)
@@ -36,15 +36,17 @@ def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
     return replace(base, unet=configs.same_unet(base.unet, config))
 
 
-def open_source(config: ConfigDict, base: Base, split: str):
-    """Random-access examples of `config.data`.
+def open_source(config: ConfigDict, base: Base, split: str) -> LatentSource | WorldSource:
+    """Opens the examples of `config.data` for random access.
 
     Raises:
       ConfigError: if latents and UNet do not fit, or the source is unknown.
     """
     data = config.data
     if data.source == "world":
-        source = world_source(configs.world_of(config), split, data.world_size, base.codec)
+        # The protocol names numpy arrays; our codecs are annotated with jax arrays and accept both.
+        codec = base.codec
+        source = world_source(configs.world_of(config), split, data.world_size, codec)  # pyrefly: ignore[bad-argument-type]
     elif data.source == "latents":
         source = latent_source(data.path, split, base.codec.scaling_factor)
         check_encoders(config, base)
@@ -57,15 +59,18 @@ def open_source(config: ConfigDict, base: Base, split: str):
         advice = "prepare the cache with that model" if data.source == "latents" else "change config.unet"
         raise ConfigError(
             f"config.data: latents have {channels[0]} channels and image embeddings {channels[1]} numbers, the UNet of "
-            f"config.init={config.init!r} wants {expected[0]} and {expected[1]}: {advice}"
+            f"config.init={config.init!r} takes {expected[0]} and {expected[1]}: {advice}"
         )
     return source
 
 
 def check_encoders(config: ConfigDict, base: Base) -> None:
-    """Raises ConfigError if the cache was made by another VAE or CLIP tower than those the model will be sampled with.
+    """Checks that the VAE and CLIP tower that made the cache are those of the base model, which sampling uses.
 
-    Nothing is checked where either side is not recorded, or with `config.data.any_encoders`.
+    Nothing is checked if the identity of either is not recorded, or with `config.data.any_encoders`.
+
+    Raises:
+      ConfigError: if the identities differ.
     """
     if base.model is None or config.data.any_encoders:
         return

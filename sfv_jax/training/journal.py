@@ -1,9 +1,10 @@
-"""The metrics of a run on their way from the device to the person: late, checked, averaged, written."""
+"""Path of the metrics of a run from device to disk and terminal: fetched late, checked, averaged, written."""
 
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from sfv_jax.runtime.device import peak_memory
 from sfv_jax.runtime.progress import ProgressReport
@@ -13,31 +14,45 @@ from sfv_jax.training.metrics import MetricWriter
 
 
 class Journal:
-    """Keeps the metrics of steps until they can be fetched without waiting for the device: one log interval late.
+    """Buffer of the metrics of steps. They are fetched one log interval late, so that the device never waits.
 
     Args:
-      saved: step of the newest checkpoint, or None; called when a run stops.
+      config: config of the run.
+      clock: clock of the steps.
+      writer: receiver of metrics and alarms.
+      report: line or bar on the terminal.
+      saved: function that returns the step of the newest checkpoint or None; called when a run stops.
     """
 
-    def __init__(self, config, clock: Clock, writer: MetricWriter, report: ProgressReport, saved: Callable):
+    def __init__(
+        self,
+        config: ConfigDict,
+        clock: Clock,
+        writer: MetricWriter,
+        report: ProgressReport,
+        saved: Callable[[], int | None],
+    ):
         self.alarms, self.on_alarm = Alarms(config.alarms), config.alarms.on_alarm
         self.clock, self.writer, self.report, self.saved = clock, writer, report, saved
         self.first, self.running, self.finished = report.first + 1, [], []
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the next step."""
+        """Appends the metrics of the next step."""
         self.running.append(metrics)
 
     def end_interval(self) -> None:
-        """Writes the interval before this one, which the device finished long ago."""
+        """Writes the previous interval, which the device has finished, and starts the next one."""
         self.flush()
         self.finished, self.running = self.running, []
 
     def flush(self, everything: bool = False) -> None:
-        """Writes the last interval that ended; `everything`: and checks the steps after it, which waits for the device.
+        """Writes the last finished interval.
+
+        Args:
+          everything: also check the steps after it, which waits for the device.
 
         Raises:
-          TrainingStopped: if a number is not finite, or an alarm is to stop the run.
+          TrainingStopped: if a number is not finite, or an alarm stops the run.
         """
         with self.clock.measure("device"):
             finished = jax.device_get(self.finished)
@@ -47,7 +62,7 @@ class Journal:
                 self._stop(self.first + offset, "nan", f"not finite: {cause}")
         self.finished = []
         if everything:
-            self.clock.pause()  # the device ran dry: neither this interval nor the next tells the time of a step
+            self.clock.pause()  # the device became idle: times of this interval and the next would be too long
         if finished:
             self.first += len(finished)
             self._write(self.first - 1, summary(finished))
@@ -59,7 +74,7 @@ class Journal:
         self.writer.scalars(step, values)
         self.report.note(step, line(values))
         for alarm in self.alarms.check(values):
-            if self.on_alarm == "stop" and alarm.kind != "data":  # times differ between processes, all must stop alike
+            if self.on_alarm == "stop" and alarm.kind != "data":  # times differ between processes, and all must stop
                 self._stop(step, *alarm)
             self.writer.alarm(step, *alarm)
             self.report.print(f"ALARM at step {step}: {alarm.message}")
@@ -78,9 +93,9 @@ class Journal:
 
 
 def summary(steps: Sequence[dict]) -> dict[str, float]:
-    """Means over an interval's steps; NaN marks what a step did not measure.
+    """Returns the means over the steps of an interval; NaN marks values that a step did not measure.
 
-    `nonfinite/*` flags are left out, and `motion/ratio` of the means is added.
+    The flags `nonfinite/*` are left out; `motion/ratio` is the ratio of the means.
     """
     values = {}
     for name in steps[0]:
@@ -93,7 +108,7 @@ def summary(steps: Sequence[dict]) -> dict[str, float]:
 
 
 def line(values: dict[str, float]) -> str:
-    """What the terminal shows of an interval: step time, losses, and how the two players stand."""
+    """Returns the terminal line of an interval: step time, losses, and the state of the adversarial game."""
     parts = []
     if "time/step" in values:
         parts.append(f"{values['time/step']:.3f} s/step")

@@ -1,4 +1,4 @@
-"""The training loop, from a config to the last checkpoint."""
+"""Training loop, from a config to the last checkpoint."""
 
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from sfv_jax.config import ConfigError
 from sfv_jax.data.loader import make_loader
 from sfv_jax.errors import UserError
 from sfv_jax.methods import METHODS
+from sfv_jax.models.codec import PatchCodec
 from sfv_jax.runtime.device import peak_flops
 from sfv_jax.runtime.processes import agree, once
 from sfv_jax.runtime.progress import ProgressReport
@@ -22,12 +23,19 @@ from sfv_jax.training.clock import Clock, Trace
 from sfv_jax.training.inputs import load_base, open_source
 from sfv_jax.training.journal import Journal
 from sfv_jax.training.metrics import MetricWriter
-from sfv_jax.training.previews import Pictures
+from sfv_jax.training.previews import Previews
 from sfv_jax.training.step import jit_train_step, step_flops
 
 
 def train(config: ConfigDict, workdir: Path) -> dict:
-    """Trains until `config.steps`; returns the final state (nested dict of arrays)."""
+    """Trains until `config.steps`, or continues a run, and returns the last state (nested dict of arrays).
+
+    Raises:
+      ConfigError: if the config cannot be run.
+      WorkdirError: if `workdir` contains another run, or a checkpoint cannot be written or read.
+      ProcessError: if the processes were started with different settings.
+      TrainingStopped: if a number is not finite, or an alarm stops the run.
+    """
     agree(flat(config.to_dict()))
     if config.method not in METHODS:
         raise ConfigError(f"config.method={config.method!r}: choose one of {', '.join(METHODS)}")
@@ -51,18 +59,24 @@ def train(config: ConfigDict, workdir: Path) -> dict:
 
     abstract = jax.eval_shape(init, base.params)
     shardings = param_shardings(mesh, abstract)
-    params, base = base.params, replace(base, params=None)  # the state replaces them
+    params, base = base.params, replace(base, params={})  # the state replaces them
     try:
-        loader = make_loader(source, global_batch_size=config.batch_size, seed=config.seed, rows=rows)
+        loader = make_loader(
+            source,  # pyrefly: ignore[bad-argument-type]  # of a sequence, grain needs only `len` and `[]`
+            global_batch_size=config.batch_size,
+            seed=config.seed,
+            rows=rows,
+        )
     except UserError as error:
         raise ConfigError(f"config.batch_size={config.batch_size}: {error}") from error
 
-    def claim():  # after all that can refuse the config
+    def claim() -> None:  # after all checks of the config
         claim_workdir(workdir, config.to_dict())
-        describe_run(workdir, base.unet, None if base.model else base.codec, base.model.path if base.model else None)
+        codec = base.codec if isinstance(base.codec, PatchCodec) else None
+        describe_run(workdir, base.unet, codec, base.model.path if base.model else None)
 
     once(claim)
-    with ExitStack() as stack:  # on the way out, saves under way are waited for, whatever happened
+    with ExitStack() as stack:  # its end waits for unfinished checkpoints, also after an error
         checkpoints = stack.enter_context(
             closing(Checkpoints(workdir, config.keep_checkpoints, config.keep_every, config.to_dict()))
         )
@@ -81,18 +95,18 @@ def train(config: ConfigDict, workdir: Path) -> dict:
         del params
 
         step_fn = jit_train_step(method, networks, config, mesh, shardings)
-        pictures = None
+        previews = None
         if config.sample_every and (latest or 0) < config.steps:
             held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
-            pictures = Pictures(config, base, held_out, workdir, writer, mesh)
+            previews = Previews(config, base, held_out, workdir, writer, mesh)
         report = stack.enter_context(closing(ProgressReport(config.steps, latest or 0, chief, config.method)))
-        flops = None  # on CPU nobody asks
+        flops = None  # not reported on CPU
         if jax.default_backend() != "cpu":
             flops = step_flops(config, base.unet, source[0]) / jax.device_count()
         clock = Clock(report.first, flops, peak_flops(jax.devices()[0].device_kind))
         out = Outputs(
             Journal(config, clock, writer, report, checkpoints.latest),
-            pictures,
+            previews,
             checkpoints,
             stack.enter_context(closing(Trace(workdir / "profile", config.profile_start, config.profile_steps))),
         )
@@ -109,22 +123,31 @@ def train(config: ConfigDict, workdir: Path) -> dict:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a run fills besides its state."""
+    """Outputs of a run besides its state."""
 
     journal: Journal
-    pictures: Pictures | None
+    previews: Previews | None
     checkpoints: Checkpoints
     trace: Trace
 
 
 def loop(config, step_fn, state, loader, put, out: Outputs, stop: StopRequest) -> dict:
-    """Steps from where the report starts to `config.steps`, or until asked to `stop`; returns the last state.
+    """Trains from the first step of the report to `config.steps`, or until a stop is requested.
 
     Args:
+      config: config of the run.
       step_fn: `(state, batch) -> (state, metrics)`.
-      put: from a batch of `loader` to one on devices.
+      state: the state before the first step; donated.
+      loader: iterator over the batches of this process, with `get_state`.
+      put: function from a batch of `loader` to a global batch on devices.
+      out: outputs of the run.
+      stop: requests to stop.
+
+    Returns:
+      The last state.
+
     Raises:
-      TrainingStopped: if something went wrong; checkpoints are sound.
+      TrainingStopped: if a number is not finite, or an alarm stops the run; checkpoints remain sound.
     """
     journal, report = out.journal, out.journal.report
     for step in range(report.first + 1, config.steps + 1):
@@ -140,11 +163,11 @@ def loop(config, step_fn, state, loader, put, out: Outputs, stop: StopRequest) -
         if step % config.log_every == 0 or last:
             journal.end_interval()
         if step % config.checkpoint_every == 0 or last:
-            # A run resumed here writes no line for the steps before, and nothing bad may be saved.
+            # A run that resumes here writes no metrics of earlier steps, and only finite numbers may be saved.
             journal.flush(everything=True)
             out.checkpoints.save(step, state, loader.get_state())
-        if out.pictures and (step % config.sample_every == 0 or last):
-            out.pictures.draw(state["generator"], state["ema"], step)
+        if out.previews and (step % config.sample_every == 0 or last):
+            out.previews.draw(state["generator"], state["ema"], step)
             journal.clock.pause()
         if stopped:
             report.print(f"asked to stop: saved step {step}; run the same command again to continue")

@@ -1,4 +1,4 @@
-"""Where numbers go: JSONL always, TensorBoard beside it, and one line or a progress bar for the person who waits."""
+"""Writer of metrics and pictures: JSONL, TensorBoard and, if configured, Weights & Biases."""
 
 import json
 import math
@@ -13,13 +13,19 @@ from sfv_jax.runtime.files import replacing
 
 
 class MetricWriter:
-    """Scalars and pictures of a run, written by process 0 only.
+    """Writer of the scalars and pictures of a run.
 
-    `workdir/metrics.jsonl` gets one object per call of `scalars` (null where a number is not finite) and per alarm;
-    `workdir/tensorboard` the same plus the pictures, and so does the Weights & Biases project `wandb_project`, if any.
+    `workdir/metrics.jsonl` receives one object per call of `scalars` (null for a number that is not finite) and per
+    alarm. `workdir/tensorboard` and the Weights & Biases project receive the same and the pictures.
+
+    Args:
+      workdir: the workdir of the run.
+      active: whether to write anything; True in process 0 only.
+      wandb_project: project of Weights & Biases; "" for none.
+      config: config of the run, for Weights & Biases.
 
     Raises:
-      ConfigError: if wandb is wanted but not installed.
+      ConfigError: if `wandb_project` is given and wandb is not installed.
     """
 
     def __init__(self, workdir: Path, active: bool = True, wandb_project: str = "", config: dict | None = None):
@@ -31,14 +37,14 @@ class MetricWriter:
             self.board = SummaryWriter(str(workdir / "tensorboard"))
 
     def resume(self, step: int) -> None:
-        """Drops lines after `step` that a crashed run left behind, so that every step appears once; alarms stay."""
+        """Removes lines after `step`, left by a crashed run, so that every step appears once; alarms remain."""
         if not self.active or not self.path.exists():
             return
         kept = []
         for line in self.path.read_text().splitlines():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # the line the crash cut
+            except json.JSONDecodeError:  # a line truncated by the crash
                 continue
             if entry["step"] <= step or "alarm" in entry:
                 kept.append(line)
@@ -46,7 +52,7 @@ class MetricWriter:
             temporary.write_text("".join(f"{line}\n" for line in kept))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """`values` at `step` (1-based count of finished steps)."""
+        """Writes `values` at `step`, the number of finished steps."""
         if self.active:
             self._append({"step": step} | {k: float(v) if math.isfinite(v) else None for k, v in values.items()})
             for name, value in values.items():
@@ -56,7 +62,7 @@ class MetricWriter:
                 self.wandb.log(values, step=step)
 
     def alarm(self, step: int, kind: str, message: str) -> None:
-        """`{"step", "alarm", "message"}` to metrics.jsonl, and a text to TensorBoard."""
+        """Writes `{"step", "alarm", "message"}` to metrics.jsonl, and a text to TensorBoard."""
         if self.active:
             self._append({"step": step, "alarm": kind, "message": message})
             self.board.add_text(f"alarm/{kind}", message, step)
@@ -69,13 +75,14 @@ class MetricWriter:
             file.write(json.dumps(entry) + "\n")
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """`image [h, w, 3]` uint8 to TensorBoard."""
+        """Writes `image`, uint8 `[h, w, 3]`, to TensorBoard."""
         if self.active:
             self.board.add_image(name, image, step, dataformats="HWC")
             if self.wandb:
                 self.wandb.log({name: self.wandb.Image(image)}, step=step)
 
     def close(self) -> None:
+        """Ends the TensorBoard file and the run of Weights & Biases."""
         if self.active:
             self.board.close()
             if self.wandb:
@@ -83,13 +90,13 @@ class MetricWriter:
 
 
 def open_wandb(project: str, workdir: Path, config: dict):
-    """The wandb module with a run of `project` open; the same run again for the same workdir.
+    """Opens a run of a Weights & Biases project, always the same one for a workdir, and returns the wandb module.
 
     Raises:
       ConfigError: if wandb is not installed.
     """
     try:
-        import wandb
+        import wandb  # pyrefly: ignore[missing-import]  # optional
     except ImportError as error:
         advice = "pip install wandb, or leave it empty"
         raise ConfigError(f"config.wandb_project={project!r}, but wandb is not installed: {advice}") from error

@@ -1,4 +1,4 @@
-"""The compiled train step of a method, and its FLOPs."""
+"""Compiled train step of a method, and its FLOPs."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,14 @@ from sfv_jax.runtime.sharding import batch_sharding, replicated_sharding
 
 
 def jit_train_step(method, networks: Networks, config: ConfigDict, mesh: Mesh, shardings: tuple) -> Callable:
-    """`(state, frozen, batch) -> (state, metrics)` of `method` on `mesh`; the old state is given up for the new one.
+    """Returns the jitted step `(state, frozen, batch) -> (state, metrics)` of a method; it donates the state.
 
     Args:
-      shardings: of (state, frozen).
+      method: module of `sfv_jax.methods`.
+      networks: networks of the method.
+      config: config of the run.
+      mesh: mesh of the batch and of the metrics.
+      shardings: shardings of state and frozen parameters.
     """
     return jax.jit(
         method.make_train_step(networks, config),
@@ -29,13 +33,15 @@ def jit_train_step(method, networks: Networks, config: ConfigDict, mesh: Mesh, s
 
 
 def step_flops(config: ConfigDict, unet: UNetConfig, example: dict) -> float:
-    """FLOPs of a train step on all devices together: matrix products and convolutions, from its jaxpr.
+    """Returns the FLOPs of a train step on all devices together: matrix products and convolutions, from its jaxpr.
 
-    Recomputation (`remat`) is not counted, as is usual for model FLOPs; a step in which the generator waits
-    (`sfv.generator_every`) counts like one in which it learns.
+    Recomputation (`remat`) is not counted, as is usual for model FLOPs; a step without an update of the generator
+    (`sfv.generator_every`) counts like one with an update.
 
     Args:
-      example: one example of the data, numpy.
+      config: config of the run.
+      unet: config of the UNet.
+      example: one example of the data, numpy arrays.
     """
     method = METHODS[config.method]
     networks = method.make_networks(configs.plain_unet(unet), config)

@@ -1,4 +1,4 @@
-"""What every command does alike: exit codes, one line for what a user can put right, and names to choose from."""
+"""Common behavior of all commands: exit codes, one line for errors the user can correct, and values of enum flags."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def test_a_bug_keeps_its_traceback():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_needs_no_jax(name):
-    """A command that prints its flags imports neither JAX nor transformers, and succeeds."""
+    """A command prints its flags with exit code 0, without imports of JAX and other large packages."""
     code = (
         f"import runpy, sys; sys.argv = ['{name}.py', '--help']\n"
         f"try: runpy.run_module('sfv_jax.{name}', run_name='__main__')\n"

@@ -1,4 +1,4 @@
-"""Two processes on loopback, each with four devices, against one with eight; and continuing on fewer of both."""
+"""Two processes on loopback with four devices each, compared with one with eight; continuation on fewer of both."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from sfv_jax.training import loop
 from tests.support import small_run
 
 ROOT = Path(__file__).parents[2]
-# The first steps of SM3 move parameters by 0.016. Its state holds normalised gradients, up to 30 in size.
+# The first steps of SM3 move parameters by 0.016. Its state consists of normalized gradients of up to 30.
 BOUNDS = {"generator": 2e-5, "ema": 2e-5, "opt_g": 1e-3, "step": 0}
 
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("compile_little")
 
 
 def launch(workdir: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Two processes of four devices each."""
+    """Trains in two processes of four devices each."""
     environment = os.environ | dict(
         PYTHON=sys.executable,
         PYTHONPATH=str(ROOT),
@@ -42,7 +42,7 @@ def launch(workdir: Path, *flags: str) -> subprocess.CompletedProcess:
 
 
 def run(workdir: Path, devices: int, steps: int, **mesh) -> dict:
-    """Final state of the same run in this process, on the first `devices`."""
+    """Trains in this process on the first `devices`; returns the last state."""
     config = small_run.get_config()
     config.update(dict(steps=steps, mesh=mesh, sample_every=0))
     with pytest.MonkeyPatch.context() as patch:
@@ -63,14 +63,14 @@ def assert_close(found, expected) -> None:
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory) -> tuple[Path, dict]:
-    """Workdir and state after four steps in one process on eight devices."""
+    """Returns the workdir and the state after four steps in one process on eight devices."""
     workdir = tmp_path_factory.mktemp("eight") / "run"
     return workdir, run(workdir, 8, 4, fsdp=2)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """Workdir of two processes after two steps."""
+    """Returns the workdir of two processes after two steps."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     done = launch(workdir, "--config.steps=2", "--config.mesh.fsdp=2")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -97,7 +97,7 @@ def test_two_processes_continue_as_four_devices_and_those_as_one(eight, two, tmp
 
 
 def test_processes_stop_together():
-    """Three of them, without training: the first fails at what it does for all, then the second has other settings."""
+    """Three processes without training: the action of the first fails, then the second has other settings."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -113,7 +113,7 @@ def test_processes_stop_together():
     started = [
         subprocess.Popen([*command, str(n)], env=environment, stdout=subprocess.PIPE, text=True) for n in range(3)
     ]
-    # Gloo writes lines of its own before.
+    # Gloo prints other lines before these.
     first, second, third = (process.communicate(timeout=120)[0].splitlines()[-2:] for process in started)
     assert first[0] == "KeyError('workdir')"
     assert second[0] == third[0] == "ProcessError(\"process 0 stopped: KeyError: 'workdir'\")"
@@ -143,7 +143,7 @@ def test_which_environments_are_clusters():
 
 
 def test_many_sharded_arrays_are_fingerprinted_on_fake_devices():
-    """Programs with collectives, all in flight at once, used to wait for each other's threads until XLA gave up."""
+    """Programs with collectives that are all in flight would block each other's threads until XLA gives up."""
     code = (
         "import jax, numpy as np\nfrom sfv_jax.checkpoints.run import fingerprints\n"
         "from sfv_jax.runtime import sharding\n"

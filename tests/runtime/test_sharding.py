@@ -1,4 +1,4 @@
-"""Placement: which array lies where, and that a step computes the same numbers on every mesh, by the intended means.
+"""Placement of arrays, and equal numbers of a step on every mesh, by the intended collectives.
 
 The heights are chosen so that rows divide over two devices and not over eight.
 """
@@ -32,7 +32,7 @@ UNET = UNetConfig(
     norm_groups=4,
     temporal_conv="matmul",
 )
-LOCAL = ("all-to-all", "collective-permute")  # what moves activations about
+LOCAL = ("all-to-all", "collective-permute")  # collectives that move activations
 
 
 pytestmark = pytest.mark.usefixtures("small_things_in_parts")
@@ -44,7 +44,7 @@ def batch(step: int) -> dict:
 
 
 class Steps:
-    """`count` steps of a method on a mesh: `states` and `metrics` of each, `shardings`, the `compiled` step."""
+    """Runs `count` steps of a method on a mesh. Attributes: `states` and `metrics` of the steps, `shardings`."""
 
     def __init__(self, *shape: int, count: int = 20, method: str = "sfv"):
         config = getattr(configs, method)()
@@ -75,7 +75,7 @@ class Steps:
         call = sharding.on_mesh(mesh, lambda state, batch: self.step(state, frozen, batch))
         for n in range(count):
             placed = sharding.put_batch(mesh, batch(n))
-            with jax.transfer_guard("disallow"):  # nothing crosses between host and devices unasked
+            with jax.transfer_guard("disallow"):  # no implicit transfer between host and devices
                 state, metrics = call(state, placed)
             self.states.append(jax.device_get(state))
             self.metrics.append(jax.device_get(metrics))
@@ -84,7 +84,7 @@ class Steps:
 
 
 def assert_same(found: Steps, expected: Steps, rtol: float, atol: float, first: int | None = None) -> None:
-    """Of the `first` steps or all: metrics, and the parameters after the last of them."""
+    """Compares the metrics of all steps, or of the `first`, and the parameters after the last of these."""
     for a, b in zip(found.metrics[:first], expected.metrics[:first], strict=True):
         for name in b:
             if name.startswith(("loss/", "norm/")):
@@ -103,7 +103,7 @@ def one_device() -> Steps:
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 def test_any_mesh_gives_the_numbers_of_one_device(one_device, shape):
-    """Twenty adversarial steps; after the first, parameters agree ten times better."""
+    """Parameters agree to 1e-5 after twenty adversarial steps, and to 1e-6 after the first."""
     steps = Steps(*shape)
     assert_same(steps, one_device, rtol=1e-5, atol=1e-5)
     assert_same(steps, one_device, rtol=1e-5, atol=1e-6, first=1)
@@ -113,7 +113,7 @@ def test_any_mesh_gives_the_numbers_of_one_device(one_device, shape):
 
 
 def check_fsdp(steps: Steps) -> None:
-    """Weights are gathered, activations stay; the state is updated in place."""
+    """Checks that weights are gathered, activations stay in place, and the state is updated in place."""
     compiled = steps.lowered().compile()
     text = compiled.as_text()
     assert not [name for name in LOCAL if re.search(rf"\b{name}(-start)?\(", text)]
@@ -122,7 +122,7 @@ def check_fsdp(steps: Steps) -> None:
     placed = jax.tree.leaves((steps.shardings[0]["generator"], steps.shardings[1]))
     sharded = [x for x, s in zip(stored, placed, strict=True) if "fsdp" in s.spec]
     assert len(sharded) > 20 and gathers
-    # Each sharded weight once. SM3 gathers its accumulators, which are vectors, to compare axes.
+    # Each sharded weight is gathered once. SM3 gathers its accumulators, which are vectors, to compare axes.
     sizes = [np.prod([int(n) for n in re.search(r"\[([\d,]*)\]", g)[1].split(",")]) for g in gathers]
     assert sum(sizes) <= 1.25 * sum(x.size for x in sharded)
     local = sum(
@@ -136,7 +136,7 @@ def check_fsdp(steps: Steps) -> None:
 @pytest.mark.parametrize("layer", [Upsample, partial(Downsample, padding=1)], ids=["up", "down"])
 @pytest.mark.parametrize("size", [(6, 4), (5, 8), (3, 16)], ids=str)
 def test_resizing_where_rows_do_not_divide(layer, size):
-    """In value and gradient; some by columns, some whole. Left to XLA, kernels got gradients wrong by whole factors."""
+    """Values and gradients are equal, by columns or whole; XLA's own choice gave kernel gradients wrong by a factor."""
     graphdef, _ = tree.abstract(partial(layer, dtype=np.float32, param_dtype=np.float32), 2)
 
     def resize(x, kernel):
@@ -150,7 +150,7 @@ def test_resizing_where_rows_do_not_divide(layer, size):
 
 
 def test_levels_share_one_side_of_their_frames(monkeypatch):
-    """The longer side if it divides: for SVD it does at every level, rows only at the first. On GPU rows come first."""
+    """The longer side is shared if divisible, as at every level of SVD (rows only at the first); on GPU, rows first."""
     sizes = [(72, 128), (36, 64), (18, 32), (9, 16)]
     shared = sharding.on_mesh(sharding.make_mesh(1, 1, 8), partitioning.shared_axis)
     assert [shared(*size) for size in sizes] == [3] * 4
@@ -164,7 +164,7 @@ def test_levels_share_one_side_of_their_frames(monkeypatch):
     ("shape", "frames", "heads"), [((1, 1, 8), 3, 5), ((2, 1, 4), 8, 1), ((1, 1, 8), 1, 3)], ids=str
 )
 def test_attention_over_shared_rows(shape, frames, heads):
-    """In value and gradient; whole frames are exchanged where they share out, else keys and values are gathered."""
+    """Values and gradients are equal; frames are exchanged if they divide evenly, else keys and values are gathered."""
     args = [noise(n, frames, 16, heads, 4) for n in range(3)]
     expected = value_and_gradients(attention, *args)
     mesh = sharding.make_mesh(*shape)
@@ -178,7 +178,7 @@ def test_attention_over_shared_rows(shape, frames, heads):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(6, 8), (8, 3)], ids=str)
 def test_a_transformer_by_rows_or_columns(size):
-    """Tokens are laid out as devices hold them: in value and gradient, and nothing is gathered."""
+    """Values and gradients are equal, and nothing is gathered: the order of tokens follows the devices."""
     kw = dict(groups=2, kernel="auto", remat=False, dtype=np.float32, param_dtype=np.float32)
     graphdef, shapes = tree.abstract(lambda _, **k: TransformerSpatioTemporal(8, 2, 4, **kw, **k), None)
     leaves, structure = jax.tree.flatten(shapes)
@@ -201,7 +201,7 @@ def test_a_transformer_by_rows_or_columns(size):
 
 @pytest.mark.slow
 def test_full_network_is_stored_in_parts():
-    """Every array of the full SF-V state has a rule; an eighth of it is an eighth, but for biases and norms."""
+    """Every array of the full SF-V state has a rule; each of eight devices stores less than 1.01 eighths."""
     mesh = sharding.make_mesh(1, 8, 1)
     networks = Networks(UNetConfig.svd())
     optimizer = optim.make_optimizer(configs.sfv().generator_optimizer)
@@ -217,7 +217,7 @@ def test_full_network_is_stored_in_parts():
     kernels = {k: s.spec for k, s in tree.flatten(placed["generator"]).items()}
     assert kernels["conv_in.kernel"] == jax.P(None, None, None, "fsdp")
     assert not any(kernels["conv_in.bias"]) and not any(kernels["down_blocks.0.resnets.0.time_mixer.mix_factor"])
-    # Accumulator r of SM3 lies like axis r of its parameter.
+    # Accumulator r of SM3 is placed like axis r of its parameter.
     accumulators = tree.flatten(placed["opt_g"][1].accumulators)
     specs = {axis: tuple(accumulators[f"conv_in.kernel.{axis}"].spec) for axis in range(4)}
     assert specs == {0: (None,), 1: (None,), 2: (None,), 3: ("fsdp",)}

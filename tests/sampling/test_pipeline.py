@@ -1,4 +1,4 @@
-"""From images to frames: our sampler against the whole of StableVideoDiffusionPipeline, with the same noise."""
+"""Images to frames: our sampler compared with the whole StableVideoDiffusionPipeline, with the same noise."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +27,7 @@ def start() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def condition(sampler, images) -> dict:
-    """Ours, with the pixel noise the pipeline was given."""
+    """Returns our conditions, with the pixel noise of the pipeline."""
     return sampler.condition(images, SIZE, None, IDS, noise=golden.pipeline_noise()[1])
 
 
@@ -43,7 +43,7 @@ def test_latents(sampler, condition, start, name):
 
 
 def test_frames(sampler, pipe, reference):
-    """The pipeline's own decoding of its one-step latents."""
+    """Our decoding of the pipeline's one-step latents equals its own."""
     import torch
 
     latents = golden.load("pipeline")["one_step"]
@@ -55,7 +55,7 @@ def test_frames(sampler, pipe, reference):
 
 
 def test_call_is_its_parts(sampler, images, start):
-    """`Sampler(...)` conditions, denoises and decodes with fps - 1, and images of other sizes make no difference."""
+    """`Sampler(...)` equals condition, denoising and decoding with fps - 1; sizes of other images have no effect."""
     call = dict(noise=start, height=SIZE[0], width=SIZE[1], fps=7, motion_bucket_id=90, noise_aug_strength=0.0)
     frames = sampler(images, **call)
     assert frames.shape == (2, FRAMES, *SIZE, 3) and frames.dtype == np.uint8

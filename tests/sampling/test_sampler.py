@@ -1,4 +1,4 @@
-"""The sampler's promises: seeds, compilation, and errors a person can act on."""
+"""Guarantees of the sampler: seeds, compilation, and errors with a remedy."""
 
 from dataclasses import replace
 
@@ -58,7 +58,7 @@ def pair(sampler) -> np.ndarray:
 
 
 def assert_same_frames(found, expected):
-    """At most one grey level apart: programs for other batch sizes round differently."""
+    """Checks that pixels differ by at most one gray level: programs for other batch sizes round differently."""
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
@@ -87,13 +87,13 @@ def test_known_shapes_are_not_compiled_again(sampler, pair):
         lambda name, seconds, **_: compilations.append(name) if "backend_compile" in name else None
     )
     sampler(IMAGES[::-1], seed=[1, 2], fps=12, noise_aug_strength=0.1)
-    assert not compilations  # of any stage
+    assert not compilations  # in no stage
     sampler(IMAGES, num_frames=2)
     assert compilations
 
 
 def test_any_batch_and_length(sampler):
-    """Shapes, types, and that a permuted batch is the permuted result, for lengths and batches as they come."""
+    """For any length and batch, shape and dtype are right, and a permuted batch gives the permuted result."""
 
     @settings(max_examples=6, deadline=None, derandomize=True)
     @given(t=st.integers(1, 3), order=st.permutations(range(3)), size=st.sampled_from([(8, 8), (4, 16)]))
@@ -108,8 +108,8 @@ def test_any_batch_and_length(sampler):
 
 
 def test_a_mesh_changes_nothing(sampler, monkeypatch):
-    """Three images over eight devices, a batch filled up to four, parameters over two: one device's frames."""
-    monkeypatch.setattr("sfv_jax.runtime.sharding.SMALL", 0)  # these parameters are too small to be worth sharding
+    """Three images on eight devices (a batch padded to four, parameters over two) give the frames of one device."""
+    monkeypatch.setattr("sfv_jax.runtime.sharding.SMALL", 0)  # these parameters are too small to be sharded
     images = np.concatenate([IMAGES, IMAGES[:1]])
     mesh = make_mesh(data=2, fsdp=2, spatial=2)
     params = jax.device_put(sampler.params, param_shardings(mesh, sampler.params))
@@ -121,7 +121,7 @@ def test_a_mesh_changes_nothing(sampler, monkeypatch):
 
 @pytest.mark.slow
 def test_a_video_over_eight_devices():
-    """CLIP, VAE and two-level UNet with `spatial=8`: one device's frames.
+    """CLIP, VAE and a two-level UNet with `spatial=8` give the frames of one device.
 
     Devices share the rows of 24 x 16 pixels, the columns of 12 x 8 cells and nothing at 6 x 4.
     """
@@ -145,12 +145,12 @@ def test_a_video_over_eight_devices():
 
 
 def linear(gain: float):
-    """A network whose raw output is linear in its input and its context: samplers can be followed by hand."""
+    """Returns a network whose raw output is linear in input and context, so that samplers can be computed by hand."""
     return lambda x, c_noise, context, ids: gain * x[..., :2] + context[:, None, None, None, :]
 
 
 def by_hand(start, sigmas, network, condition, weights, fresh):
-    """The sampler in numpy, float64, one level after another."""
+    """Computes the sampler in numpy, float64, one level after the other."""
     x = np.float64(start) * np.sqrt(sigmas[0] ** 2 + 1)
     for n, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         inputs = np.concatenate(

@@ -1,4 +1,4 @@
-"""Whole videos: `Sampler(...)` against StableVideoDiffusionPipeline on 14 frames, and AnimateLCM's loop in torch."""
+"""Videos of 14 frames: `Sampler(...)` against StableVideoDiffusionPipeline, and AnimateLCM's loop in torch."""
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ def sampler(model_folder) -> Sampler:
 @pytest.mark.short
 @pytest.mark.parametrize(("steps", "guidance"), [(1, None), (4, (1.0, 3.0)), (25, (1.5, 3.0))])
 def test_frames_are_the_pipelines(sampler, pipe, reference, images, start, steps, guidance):
-    """After rounding, no value of any frame is more than one grey level of 255 apart."""
+    """After rounding, no pixel differs by more than one gray level of 255."""
     import torch
     from PIL import Image
 
@@ -66,7 +66,7 @@ def test_frames_are_the_pipelines(sampler, pipe, reference, images, start, steps
 
 
 def test_animatelcm(sampler, pipe, reference, images, start):
-    """The published loop in torch: x0 by EDM's preconditioning, then fresh noise; on every tenth of 40 levels."""
+    """Latents equal those of the published loop in torch (x0 by EDM, then fresh noise) on every tenth of 40 levels."""
     import torch
     from diffusers import EDMEulerScheduler
 
@@ -119,7 +119,7 @@ def test_nan_in_a_network_is_named(sampler, images, start, monkeypatch, message)
 
 @pytest.mark.slow
 def test_a_mesh_makes_the_same_frames(sampler, model_folder, images, monkeypatch, compile_little):
-    """Two devices share the batch and two more all parameters, those of VAE and CLIP as well."""
+    """Two devices share the batch and two the parameters, also those of VAE and CLIP."""
     monkeypatch.setattr("sfv_jax.runtime.sharding.SMALL", 0)
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     meshed = Sampler.load(model_folder, mesh=mesh, decode_pixels=0)

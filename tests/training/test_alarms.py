@@ -1,4 +1,4 @@
-"""Alarms on metric streams made to provoke them, the journal between device and disk, and what a step costs."""
+"""Alarms on artificial metrics, the journal between device and disk, and the cost of a step."""
 
 import json
 import sys
@@ -46,7 +46,7 @@ def alarm_config(**changes):
 
 
 def alarms_of(stream, **changes) -> list[list[str]]:
-    """Kinds of the alarms at each interval of a stream of changes to healthy metrics."""
+    """Returns the kinds of alarms at each interval of a stream of changes to healthy metrics."""
     alarms = Alarms(alarm_config(**changes).alarms)
     return [[alarm.kind for alarm in alarms.check(HEALTHY | change)] for change in stream]
 
@@ -60,10 +60,10 @@ def test_alarm_after_patience_once_and_again_after_recovery(kind, change):
 
 def test_no_alarm_without_cause():
     assert alarms_of([{}] * 5, patience=1) == [[]] * 5
-    # The host waits for data while the device is busy: nothing is lost.
+    # The host waits for data while the device is busy, which costs no time.
     assert alarms_of([{"time/data_wait": 0.85, "time/device": 0.1}], patience=1) == [[]]
     assert Alarms(alarm_config(patience=1).alarms).check({"loss/denoising": 1.0}) == []
-    # One head that has won is not a discriminator that has.
+    # One saturated head does not make a saturated discriminator.
     assert alarms_of([{"live/spatial_0": 0.0}], patience=1) == [[]]
 
 
@@ -135,7 +135,7 @@ def test_no_times_around_a_wait_for_the_device(tmp_path):
 
 @pytest.mark.parametrize("everything", [True, False])
 def test_nothing_bad_is_saved(tmp_path, everything):
-    """A step after the last interval is looked at before a checkpoint, and only then."""
+    """Steps after the last interval are checked before a checkpoint, and only then."""
     log = journal(tmp_path, saved=6)
     log.add(step())
     log.end_interval()
@@ -225,7 +225,7 @@ def test_flops_of_products_convolutions_loops_and_branches():
 
 
 def test_flops_of_xla():
-    """XLA counts elementwise work as well, so a little more."""
+    """XLA also counts elementwise operations, so its number is a little larger."""
     f = jax.jit(lambda x, w: jnp.sum((x @ w) @ (w.T @ w)))
     x, w = jnp.ones((64, 32)), jnp.ones((32, 48))
     xla = f.lower(x, w).compile().cost_analysis()["flops"]

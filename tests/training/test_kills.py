@@ -1,4 +1,4 @@
-"""A few deaths by SIGKILL; `python -m tests.support.kills` deals out many."""
+"""Runs that SIGKILL ends and the same command continues; `python -m tests.support.kills` kills many more."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The train loop from outside: what a run leaves behind, resuming, sharding, and what it refuses."""
+"""The train loop from outside: files of a run, resuming, sharding, and refusals."""
 
 import importlib.util
 import json
@@ -68,10 +68,10 @@ pytestmark = pytest.mark.usefixtures("compile_little")
 
 
 def run(config, workdir: Path, devices: int = 1, *, fail_at: int = 0, stop_at: int = 0, poison_at: int = 0) -> dict:
-    """`loop.train` on the first `devices`.
+    """Runs `loop.train` on the first `devices`.
 
-    The loop dies before step `fail_at`, the step before it saved; it is told to stop during step `stop_at`; the batch
-    of step `poison_at` holds a NaN.
+    The loop fails before step `fail_at`, after the checkpoint of the step before; receives SIGTERM in step `stop_at`;
+    and has a NaN in the batch of step `poison_at`.
     """
     batches = 0
 
@@ -95,14 +95,14 @@ def run(config, workdir: Path, devices: int = 1, *, fail_at: int = 0, stop_at: i
 
 
 def metrics(workdir: Path) -> list[dict]:
-    """All lines but their times."""
+    """Returns all lines without times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, dict]:
-    """Workdir and final state of an uninterrupted run."""
+    """Returns the workdir and the last state of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     return workdir, run(tiny(), workdir)
 
@@ -125,7 +125,7 @@ def test_what_a_run_leaves(whole):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
-    """Workdir of a run that died in its third step, while it wrote a metric line and a checkpoint."""
+    """Returns the workdir of a run that failed in its third step, with an incomplete metric line and checkpoint."""
     workdir = tmp_path_factory.mktemp("runs") / "killed"
     with pytest.raises(KeyboardInterrupt):
         run(tiny(), workdir, fail_at=3)
@@ -145,7 +145,7 @@ def test_resumed_run_is_the_uninterrupted_one(whole, killed):
     assert load_generator(killed).step == 4
 
 
-def without_optimiser(step, state, data):
+def without_optimizer(step, state, data):
     return step, state | {"opt_g": jax.tree.map(jax.numpy.zeros_like, state["opt_g"])}, data
 
 
@@ -162,9 +162,9 @@ def a_batch_again(step, state, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", [without_optimiser, a_step_too_far, counter_one_behind, a_batch_again])
+@pytest.mark.parametrize("mistake", [without_optimizer, a_step_too_far, counter_one_behind, a_batch_again])
 def test_mistakes_of_resuming_show(whole, tmp_path, monkeypatch, mistake):
-    """Each would go unnoticed but for the comparison with an uninterrupted run."""
+    """Only the comparison with an uninterrupted run shows each of these mistakes."""
     workdir = tmp_path / "run"
     shutil.copytree(whole[0], workdir)
     shutil.rmtree(workdir / "checkpoints" / "4")
@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(whole, tmp_pa
     workdir, expected = tmp_path / "run", whole[1]
     shutil.copytree(whole[0], workdir)
     damage(workdir / "checkpoints" / "4")
-    if damage is cut_short:  # the others may leave the moving average whole
+    if damage is cut_short:  # the others need not damage the moving average
         assert load_generator(workdir).step == 2
         assert "checkpoint 4 is damaged" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, run(tiny(), workdir), expected)
@@ -269,7 +269,7 @@ def test_a_bad_number_stops_the_run_and_is_never_saved(whole, tmp_path, monkeypa
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
     assert [(e["step"], e.get("alarm")) for e in metrics(tmp_path / "run")] == [(1, None), (2, None), (3, "nan")]
     jax.tree.map(np.testing.assert_array_equal, run(tiny(), tmp_path / "run"), expected)  # the same command, healthy
-    assert isinstance(error.value, UserError)  # the command ends with this line and a bad exit code
+    assert isinstance(error.value, UserError)  # the command ends with this line and exit code 1
 
 
 @pytest.mark.slow
@@ -313,7 +313,7 @@ def test_unknown_variant():
         (dict(init="no/such/model"), WeightsError, "no/such/model"),
         (dict(method="gan"), ConfigError, "config.method='gan': choose one of sfv, teacher"),
         (dict(data=dict(source="latents")), ConfigError, "config.init is empty"),
-        (dict(unet=dict(cross_attention_dim=13)), ConfigError, "embeddings 12 numbers, the UNet .* wants 27 and 13"),
+        (dict(unet=dict(cross_attention_dim=13)), ConfigError, "embeddings 12 numbers, the UNet .* takes 27 and 13"),
         (dict(trainable="temporel"), ConfigError, "config: trainable 'temporel' finds no parameter"),
         (dict(sfv=dict(gan_loss="relativistic", shared_noise=False)), ConfigError, "set sfv.shared_noise=True"),
         (dict(sfv=dict(r1_form="exact")), ConfigError, "sfv.r1_form='exact': choose one of gradient, perturbation"),
@@ -336,7 +336,7 @@ def test_a_cache_of_other_encoders(tmp_path):
     digests = {"vae/model.safetensors": "1" * 64, "vae/config.json": "3" * 64, "unet/model.safetensors": "4" * 64}
     model = {"format": "sfv_jax", "version": 1, "configs": {}, "source": {"sha256": digests}}
     (tmp_path / "model.json").write_text(json.dumps(model))
-    base = SimpleNamespace(model=tmp_path)
+    base = SimpleNamespace(model=store.read_model(tmp_path))
     config = get_config("sfv")
     config.data.path = str(tmp_path)
     for made_by, refused in (("1" * 64, False), ("2" * 64, True), ("", False)):
