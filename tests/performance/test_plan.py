@@ -230,10 +230,8 @@ def test_jobs_that_cannot_be(what, changes, options, message):
 def test_the_command_says_in_one_line_what_is_wrong():
     command = [sys.executable, "-m", "sfv_jax.plan", "--config", "configs/sfv.py", "--target", "v5e:4x4", "--what=fly"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.returncode == 1
-        and done.stderr.splitlines()[-1] == "plan: --what=fly: choose one of train, sample, prepare"
-    )
+    message = "plan: flag --what=fly: value should be one of <train|sample|prepare>; see --help"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == message
 
 
 def test_planning_prepares_the_full_size_networks_of_a_config_without_a_model():
