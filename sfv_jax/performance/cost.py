@@ -36,7 +36,7 @@ class Cost:
       memory: bytes by content: parts of the arguments, "outputs" (those that replace no argument), "temporaries",
         "code", "padding" (the arguments in the chip's layout, less their plain size).
       needed: sum of `memory`; if the compiler refused, the bytes that it reported instead.
-      limit: bytes of the chip.
+      limit: bytes available on the chip.
       alias: bytes of the outputs that replace donated arguments.
       peak: the compiler's own peak; None if not reported.
       model_flops: matrix products and convolutions of the model, without recomputation and padding.

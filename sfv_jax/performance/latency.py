@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 STAGES = {
     "clip": "image embedding by the CLIP tower",
     "encode": "conditioning latent by the VAE's encoder",
-    "unet": "all calls of the UNet, from noise to latents: what the SF-V paper reports",
+    "unet": "all calls of the UNet, from noise to latents: the time in the SF-V paper",
     "decode": "frames by the VAE's decoder",
     "end to end": "image to frames in host memory",
 }

@@ -207,7 +207,7 @@ def devices(target: Target) -> list:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except Exception as error:  # libtpu raises XlaRuntimeError, RuntimeError or ValueError
         reason = str(error).splitlines()[0][:200]
-        text = f"target {target.name!r} is no slice that libtpu knows ({reason}): choose {known()}"
+        text = f"target {target.name!r} is not a slice that libtpu supports ({reason}): choose {known()}"
         raise TargetError(text) from None
 
 

@@ -97,7 +97,7 @@ PAIRS = 13  # (output, tap) pairs that meet a sample: 5 outputs, 3 taps, 5 sampl
 def test_collectives_are_counted_once_and_with_their_loops():
     found = hlo.collectives(hlo.parse(EXCHANGES), devices=8)
     assert found == {
-        "all-gather": {"count": 3, "bytes": 3 * 8 * 4 * 2 * 3},  # three loops, three neighbours in a group of four
+        "all-gather": {"count": 3, "bytes": 3 * 8 * 4 * 2 * 3},  # three loops, three neighbors in a group of four
         "all-reduce": {"count": 1, "bytes": 256 * 2 * 7 / 8},  # no groups: all eight devices
         "reduce-scatter": {"count": 1, "bytes": 256 * 3 / 4},
         "all-to-all": {"count": 1, "bytes": 128},
