@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -17,6 +16,7 @@ from sfv_jax.performance import programs, targets
 from sfv_jax.performance.cost import Cost, measure, planner_rss
 from sfv_jax.performance.programs import Program, SampleOptions
 from sfv_jax.performance.targets import GIB, Target
+from sfv_jax.runtime import compilation
 from sfv_jax.runtime.sharding import make_mesh
 
 QUICK = -1.0  # default compile effort for TPUs: compiles about ten times faster than a run does
@@ -116,7 +116,7 @@ def plan(config: ConfigDict, target: Target, request: Request, say=print, *, tri
         "planner": {
             "seconds": time.monotonic() - began,
             "rss": planner_rss(),
-            "effort": jax.config.jax_exec_time_optimization_effort,
+            "effort": compilation.current_effort(),
             "versions": targets.versions(target),
         },
     }

@@ -10,6 +10,14 @@ from pathlib import Path
 
 import jax
 
+# XLA's levels and the efforts from -1 to 1 that they replaced (jax 0.11.1 removed the options for these). XLA
+# describes both alike (openxla.org/xla/effort_levels; xla/service/hlo_module_config.h): O0 and -1 compile soonest, O1
+# and -0.5 compile faster than production, O2 and 0 are for production, O3 and positive efforts turn on what is costly
+# or experimental. libtpu 0.0.42.1 compiles a UNet to one program at -1 and O0, to one at -0.5 and O1, and to one at
+# 0, 1, O2 and O3. "UNKNOWN" is JAX's default: on TPU it compiles as O2 does; on GPU as O0 does, without the passes
+# for collectives and loops that O1 turns on.
+EFFORTS = {"O0": -1.0, "O1": -0.5, "UNKNOWN": 0.0, "O2": 0.0, "O3": 1.0}
+
 
 def set_up(effort: float | None = None, memory_effort: float | None = None, *, runs: bool = True) -> None:
     """Prepares a command to compile: sets the compiler's effort and the cache of compiled programs.
@@ -17,16 +25,22 @@ def set_up(effort: float | None = None, memory_effort: float | None = None, *, r
     A command that `runs` the programs also keeps its memory (`keep_memory`).
 
     Args:
-      effort, memory_effort: for fast programs, and for programs that need less memory; from -1 to 1, None for XLA's 0.
+      effort: effort for fast programs, from -1 to 1 (see `EFFORTS`); None leaves JAX's configuration as it is.
+      memory_effort: the same for programs that need less memory.
+      runs: whether the command runs what it compiles.
 
     The cache is `cache_folder()`, or what JAX_COMPILATION_CACHE_DIR names; JAX_ENABLE_COMPILATION_CACHE=false turns it
     off. A folder that cannot be written is reported on stderr and costs nothing but the compilation.
     """
     if runs:
         keep_memory()
-    for name, value in (("jax_exec_time_optimization_effort", effort), ("jax_memory_fitting_effort", memory_effort)):
+    # At effort 0 both options return to JAX's defaults, which differ.
+    for name, value, default in (
+        ("jax_optimization_level", effort, "UNKNOWN"),
+        ("jax_memory_fitting_level", memory_effort, "O2"),
+    ):
         if value is not None:
-            jax.config.update(name, value)
+            jax.config.update(name, _level(value) or default)
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
     folder = cache_folder()
@@ -39,6 +53,18 @@ def set_up(effort: float | None = None, memory_effort: float | None = None, *, r
         jax.config.update("jax_compilation_cache_dir", str(folder))
     else:
         print(f"cannot write {folder}: compiled programs are not kept; see JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
+
+
+def _level(effort: float) -> str | None:
+    """Returns the level of an effort: the nearest one if negative, O3 if positive, None for 0, the default."""
+    if effort == 0:
+        return None
+    return "O3" if effort > 0 else "O1" if effort > -0.75 else "O0"
+
+
+def current_effort() -> float:
+    """Returns the effort for fast programs that JAX's configuration has: -1, -0.5, 0 or 1."""
+    return EFFORTS[jax.config.jax_optimization_level]
 
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # parameters of glibc's mallopt

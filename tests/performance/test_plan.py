@@ -291,11 +291,11 @@ import re, sys, jax, jax.numpy as jnp
 from sfv_jax.models import tree
 from sfv_jax.models.attention import FeedForward
 from sfv_jax.performance import job, targets
-from sfv_jax.runtime import sharding
+from sfv_jax.runtime import compilation, sharding
 
 target = targets.parse(sys.argv[1])
 targets.prepare(target)
-jax.config.update("jax_exec_time_optimization_effort", job.QUICK)
+compilation.set_up(job.QUICK, runs=False)
 mesh = sharding.make_mesh(1, 4, 1, devices=targets.devices(target))
 graph, params = tree.abstract(FeedForward, 512, dtype=jnp.bfloat16)
 params = sharding.with_shardings(params, sharding.param_shardings(mesh, params))

@@ -21,7 +21,7 @@ def main():
     hits = []
     jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("/cache_hits")))
     jax.jit(lambda x: jax.numpy.sort(x) @ x)(jax.numpy.arange(9.0))
-    print(jax.config.jax_compilation_cache_dir, any(hits), jax.config.jax_exec_time_optimization_effort)
+    print(jax.config.jax_compilation_cache_dir, any(hits), compilation.current_effort())
 
 commands.run(main, commands.define_compiler_flags)
 """
@@ -101,8 +101,40 @@ def config(monkeypatch):
 def test_a_cache_that_was_named_stays(config):
     config["jax_compilation_cache_dir"] = "mine"
     compilation.set_up(memory_effort=0.5)
-    assert config.jax_compilation_cache_dir == "mine" and config.jax_memory_fitting_effort == 0.5
-    assert "jax_exec_time_optimization_effort" not in config
+    assert config.jax_compilation_cache_dir == "mine" and config.jax_memory_fitting_level == "O3"
+    assert "jax_optimization_level" not in config
+
+
+@pytest.mark.parametrize(
+    ("effort", "level", "back"),
+    [
+        (-1, "O0", -1),
+        (-0.8, "O0", -1),
+        (-0.5, "O1", -0.5),
+        (-0.1, "O1", -0.5),
+        (0, None, 0),
+        (0.2, "O3", 1),
+        (1, "O3", 1),
+    ],
+)
+def test_an_effort_is_one_of_the_levels_that_xla_has(config, effort, level, back):
+    config.update("jax_compilation_cache_dir", "mine")
+    compilation.set_up(effort, effort, runs=False)
+    assert (config.jax_optimization_level, config.jax_memory_fitting_level) == (level or "UNKNOWN", level or "O2")
+    assert compilation.current_effort() == back
+
+
+def test_the_levels_and_their_defaults_are_those_of_jax():
+    """At effort 0 the levels are JAX's own defaults, so that a command without flags shares its programs."""
+    code = """
+import jax
+from sfv_jax.runtime import compilation
+print(jax.config.jax_optimization_level, jax.config.jax_memory_fitting_level)
+for level in compilation.EFFORTS:
+    jax.config.update("jax_optimization_level", level)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["UNKNOWN", "O2"]
 
 
 def test_no_cache_where_it_cannot_be_written(config, monkeypatch, tmp_path, capsys):
