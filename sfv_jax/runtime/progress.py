@@ -31,13 +31,13 @@ def progress(total: int, what: str) -> Generator[Callable[[int], None], None, No
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
         return
-    done, said = 0, time.monotonic()
+    done, printed = 0, time.monotonic()
 
     def advance(count: int) -> None:
-        nonlocal done, said
+        nonlocal done, printed
         done += count
-        if done == total or time.monotonic() - said > 30:
-            said = time.monotonic()
+        if done == total or time.monotonic() - printed > 30:
+            printed = time.monotonic()
             print(f"{done} of {total} {what}", file=sys.stderr, flush=True)
 
     yield advance
@@ -71,7 +71,7 @@ class ProgressReport:
             self.began = time.monotonic()
 
     def note(self, step: int, text: str) -> None:
-        """Shows `text` (step time, losses) beside the bar, or prints it with step and ETA."""
+        """Shows `text` (step time, losses) next to the bar, or prints it with step and ETA."""
         if self.bar:
             self.bar.update(self.task, note=text)
         elif self.active:
@@ -103,7 +103,7 @@ class ByteReport:
 
     def __init__(self, total: int, active: bool = True, label: str = "read"):
         self.total, self.active, self.label, self.done = total, active, label, 0
-        self.began = self.said = time.monotonic()
+        self.began = self.printed = time.monotonic()
         self.bar = None
         if active and sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -117,8 +117,8 @@ class ByteReport:
         now = time.monotonic()
         if self.bar:
             self.bar.update(self.task, completed=min(self.done, self.total))
-        elif self.active and now - self.said > self.PAUSE:
-            self.said = now
+        elif self.active and now - self.printed > self.PAUSE:
+            self.printed = now
             left = int((now - self.began) / self.done * max(self.total - self.done, 0))
             print(
                 f"{self.label} {self.done / 1e9:.1f}/{self.total / 1e9:.1f} GB  eta {left // 60}m{left % 60:02d}s",
