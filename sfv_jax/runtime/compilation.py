@@ -7,6 +7,7 @@ import platform
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -41,7 +42,7 @@ def set_up(effort: float | None = None, memory_effort: float | None = None, *, r
     ):
         if value is not None:
             jax.config.update(name, _level(value) or default)
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    if _config("jax_compilation_cache_dir") or not _config("jax_enable_compilation_cache"):
         return
     folder = cache_folder()
     try:
@@ -55,6 +56,11 @@ def set_up(effort: float | None = None, memory_effort: float | None = None, *, r
         print(f"cannot write {folder}: compiled programs are not kept; see JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
 
 
+def _config(name: str) -> Any:
+    """Returns `jax.config.NAME`, whose type is declared only from jax 0.11 on."""
+    return getattr(jax.config, name)
+
+
 def _level(effort: float) -> str | None:
     """Returns the level of an effort: the nearest one if negative, O3 if positive, None for 0, the default."""
     if effort == 0:
@@ -64,7 +70,7 @@ def _level(effort: float) -> str | None:
 
 def current_effort() -> float:
     """Returns the effort for fast programs that JAX's configuration has: -1, -0.5, 0 or 1."""
-    return EFFORTS[jax.config.jax_optimization_level]
+    return EFFORTS[_config("jax_optimization_level")]
 
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # parameters of glibc's mallopt
@@ -88,7 +94,7 @@ def keep_memory() -> None:
 
 def _has_accelerator() -> bool:
     """Whether JAX may find one, told without starting it: several processes have to meet before that."""
-    if platforms := jax.config.jax_platforms:
+    if platforms := _config("jax_platforms"):
         return platforms != "cpu"
     return any(find_spec(module) for module in ("libtpu", "jax_plugins"))
 
