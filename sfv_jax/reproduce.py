@@ -43,7 +43,7 @@ def request() -> "Request":
     return Request(
         Path(FLAGS.workdir),
         only=tuple(FLAGS.only),
-        seeds=tuple(map(int, FLAGS.seeds)),
+        seeds=commands.seeds(FLAGS.seeds),
         share=share_of(FLAGS.share),
         settings=tuple(FLAGS.set),
         arguments=tuple(sys.argv[1:]),

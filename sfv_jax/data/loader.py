@@ -12,7 +12,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from sfv_jax.data.latents import ARRAYS, MANIFEST, SCHEMA, LatentError, count_records, read_json, shard_path
 from sfv_jax.data.worlds import World
 from sfv_jax.errors import UserError
+from sfv_jax.models.codec import PatchCodec, SVDCodec
 
 Example = dict[str, np.ndarray]
 REMAKE = "delete that file and run `python -m sfv_jax.prepare` as before: it makes missing files again"
@@ -112,18 +113,6 @@ def encoders_of(data_dir: str | os.PathLike) -> str:
     return (read_json(Path(data_dir) / MANIFEST) or {}).get("settings", {}).get("model", "")
 
 
-class Codec(Protocol):
-    """Interface of a codec for `world_source`: from batches of uint8 pixels to unscaled float32 arrays."""
-
-    scaling_factor: float
-
-    def encode(self, frames: np.ndarray) -> np.ndarray:
-        """Encodes frames `[b, t, h, w, 3]` to latents `[b, t, h', w', c]`."""
-
-    def embed(self, images: np.ndarray) -> np.ndarray:
-        """Embeds images `[b, h, w, 3]` as `[b, d]`."""
-
-
 @dataclasses.dataclass(frozen=True)
 class WorldSource:
     """`size` clips of a procedural world, rendered on access; example i is always the same.
@@ -134,7 +123,7 @@ class WorldSource:
     world: World
     split: str
     size: int
-    codec: Codec
+    codec: PatchCodec | SVDCodec
 
     def __len__(self) -> int:
         return self.size
@@ -150,7 +139,7 @@ class WorldSource:
         }
 
 
-def world_source(world: World, split: str, size: int, codec: Codec) -> WorldSource:
+def world_source(world: World, split: str, size: int, codec: PatchCodec | SVDCodec) -> WorldSource:
     """Returns the first `size` clips of `split` of a procedural world, encoded by `codec`."""
     return WorldSource(world, split, size, codec)
 

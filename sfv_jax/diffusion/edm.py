@@ -20,10 +20,10 @@ def karras_sigmas(n: int, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO) -> 
     """`[n]` float32 noise levels of Eq. 5, INCREASING with the index: s_0 = sigma_min, s_{n-1} = sigma_max.
 
     Raises:
-      ValueError: if n < 2 (the schedule has two fixed ends).
+      UserError: if n < 2 (the schedule has two fixed ends).
     """
     if n < 2:
-        raise ValueError(f"a noise schedule needs at least 2 levels, got {n}")
+        raise UserError(f"a noise schedule needs at least 2 levels, got {n}")
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return ((low + np.arange(n) / (n - 1) * (high - low)) ** rho).astype(np.float32)
 

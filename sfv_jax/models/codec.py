@@ -27,7 +27,7 @@ ENCODE_PIXELS = 2**20
 WHOLE = 8
 
 
-def to_signed(pixels: Array) -> Array:
+def to_signed(pixels: Array | np.ndarray) -> Array:
     """Returns uint8 pixels of any shape as fp32 in [-1, 1]."""
     return jnp.asarray(pixels).astype(jnp.float32) / 127.5 - 1.0
 
@@ -154,7 +154,7 @@ class SVDCodec:
         other.params = params
         return other
 
-    def encode(self, frames: Array, chunk_size: int | None = None) -> Array:
+    def encode(self, frames: Array | np.ndarray, chunk_size: int | None = None) -> Array:
         """Returns unscaled posterior means fp32 `[b, t, h/8, w/8, 4]` of `frames` uint8 `[b, t, h, w, 3]`.
 
         Args:
@@ -169,7 +169,7 @@ class SVDCodec:
         """Returns `cond_latent` of `condition`, given `noise` fp32 `[b, h, w, 3]`."""
         return self._encode_image(self.params["vae"], images, noise, jnp.asarray(noise_aug_strength, jnp.float32))
 
-    def embed(self, images: Array) -> Array:
+    def embed(self, images: Array | np.ndarray) -> Array:
         """Returns CLIP embeddings fp32 `[b, d]`, not normalized, of `images` uint8 `[b, h, w, 3]` of any size."""
         return self._embed(self.params["image_encoder"], images)
 
@@ -256,12 +256,12 @@ class PatchCodec:
         return 3 * self.patch**2
 
     @partial(jax.jit, static_argnums=0)
-    def encode(self, frames: Array) -> Array:
+    def encode(self, frames: Array | np.ndarray) -> Array:
         """Returns unscaled fp32 `[b, t, h/patch, w/patch, 3 patch^2]` of `frames` uint8 `[b, t, h, w, 3]`."""
         return self._fold(to_signed(frames))
 
     @partial(jax.jit, static_argnums=0)
-    def embed(self, images: Array) -> Array:
+    def embed(self, images: Array | np.ndarray) -> Array:
         """Returns coarse images fp32 `[b, d]` of `images` uint8 `[b, h, w, 3]`."""
         n = self.embed_cell
         return rearrange(

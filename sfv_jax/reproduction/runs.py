@@ -124,7 +124,6 @@ def cost_of_step(config: ConfigDict, base: Path) -> float:
     """Returns the FLOPs of a train step of `config` on its data; `base` is the folder of its base model."""
     if config.data.source == "world":
         unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
-        # pyrefly: ignore[bad-argument-type]  # nothing writes to the codec's frozen field `scaling_factor`
         example = world_source(world_of(config), config.data.split, 1, codec)[0]
     else:
         unet = read_run(base)[0] if is_run(base) else read_model(base).configs["unet"]

@@ -77,6 +77,17 @@ def values(*names: str) -> dict[str, Any]:
     return {name: flags.FLAGS[name].value for name in names}
 
 
+def seeds(given: list[str]) -> tuple[int, ...]:
+    """Converts the value of the list flag `seeds` to numbers.
+
+    Raises:
+      UserError: if it has something else than whole numbers from 0.
+    """
+    if not all(text.isdecimal() for text in given):
+        raise UserError(f"--seeds={','.join(given)}: give whole numbers from 0, e.g. 0,1,2")
+    return tuple(map(int, given))
+
+
 def numbers(name: str, given: list[str] | None) -> tuple | None:
     """Parses the list flag `name`, a key of `NUMBERS`.
 

@@ -44,9 +44,7 @@ def open_source(config: ConfigDict, base: Base, split: str) -> LatentSource | Wo
     """
     data = config.data
     if data.source == "world":
-        # The protocol names numpy arrays; our codecs are annotated with jax arrays and accept both.
-        codec = base.codec
-        source = world_source(configs.world_of(config), split, data.world_size, codec)  # pyrefly: ignore[bad-argument-type]
+        source = world_source(configs.world_of(config), split, data.world_size, base.codec)
     elif data.source == "latents":
         source = latent_source(data.path, split, base.codec.scaling_factor)
         check_encoders(config, base)

@@ -18,7 +18,7 @@ from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.networks import Networks
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
-from sfv_jax.runtime.commands import numbers
+from sfv_jax.runtime.commands import numbers, seeds
 from sfv_jax.runtime.sharding import make_mesh, param_shardings
 from sfv_jax.sampling.sampler import NonFiniteError, Sampler
 from tests.conftest import noise
@@ -270,6 +270,13 @@ def test_images_must_be_pixels(sampler):
 def test_unknown_dtype(tmp_path):
     with pytest.raises(ValueError, match="float32, bfloat16, float16"):
         Sampler.load(tmp_path, dtype="int8")
+
+
+def test_seeds_of_a_flag():
+    assert seeds(["0", "12"]) == (0, 12)
+    for values in (["a"], ["-1"], ["1.5"], ["0", ""]):
+        with pytest.raises(UserError, match=f"--seeds={','.join(values)}: give whole numbers"):
+            seeds(values)
 
 
 def test_numbers_of_a_flag():
