@@ -5,7 +5,7 @@
 
 Compiles the real programs (the train step of a config; the stages of sampling or of preparing a cache) for the target
 and prints memory, FLOPs, collectives and a lower bound of the time. `--fit` searches for settings with which the job
-fits. Needs `pip install 'sfv_jax[plan-tpu]'` or `[plan-gpu]`; `--target cpu:N` needs neither.
+fits. Needs `pip install -e '.[plan-tpu]'` or `[plan-gpu]`; `--target cpu:N` needs neither.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Scores of motion: energy, frozen videos, optical flow and the pixels that it cannot match.
 
 Frames are uint8 `[t, h, w, 3]` RGB, t >= 2. Optical flow is DIS (Kroeger et al., arXiv 1603.03590) from OpenCV, an
-optional dependency: `pip install "sfv_jax[eval]"`.
+optional dependency: `pip install -e ".[eval]"`.
 """
 
 from typing import Any
@@ -86,7 +86,7 @@ def opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        message = 'optical flow needs OpenCV: pip install "sfv_jax[eval]", or leave flow out with --noflow'
+        message = 'optical flow needs OpenCV: pip install -e ".[eval]", or leave flow out with --noflow'
         raise FlowError(message) from error
     return cv2
 

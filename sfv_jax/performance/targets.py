@@ -150,7 +150,7 @@ def prepare(target: Target) -> None:
     missing = [module for module in modules if not _installed(module)]
     if missing:
         raise TargetError(
-            f"target {target.name!r} needs {', '.join(missing)}, not installed here: pip install 'sfv_jax[{extra}]'"
+            f"target {target.name!r} needs {', '.join(missing)}, not installed here: pip install -e '.[{extra}]'"
         )
     # Otherwise libtpu queries a metadata server, warns that this is no TPU host, and rejects a second process.
     host = dict(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-1")

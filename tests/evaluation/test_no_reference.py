@@ -151,7 +151,7 @@ def test_what_cannot_be_scored(folder, tmp_path, monkeypatch):
     with pytest.raises(VideoError, match="have one name"):
         clips.find_clips(tmp_path / "twice")
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(motion.FlowError, match=r'pip install "sfv_jax\[eval\]"'):
+    with pytest.raises(motion.FlowError, match=r'pip install -e "\.\[eval\]"'):
         motion.flow_scores(sliding())
 
 

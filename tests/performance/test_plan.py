@@ -207,7 +207,7 @@ def test_target_names():
 def test_a_missing_plugin_is_named_with_its_extra(name, monkeypatch):
     monkeypatch.setattr(targets, "_installed", lambda module: False)
     extra = {"v5e:2x2": "plan-tpu", "h100:1": "plan-gpu"}[name]
-    with pytest.raises(targets.TargetError, match=rf"pip install 'sfv_jax\[{extra}\]'"):
+    with pytest.raises(targets.TargetError, match=rf"pip install -e '.\[{extra}\]'"):
         targets.prepare(targets.parse(name))
 
 
@@ -247,7 +247,7 @@ def needs(platform: str) -> None:
     """Skips a test if the compiler of `platform` is not installed."""
     modules, extra = targets.PLUGINS[platform]
     if not all(map(targets._installed, modules)):
-        pytest.skip(f"needs pip install 'sfv_jax[{extra}]'")
+        pytest.skip(f"needs pip install -e '.[{extra}]'")
 
 
 FEED_FORWARD = """
