@@ -1,4 +1,4 @@
-"""What the commands tell XLA: where compiled programs are kept, how hard to try, whose memory to use."""
+"""Settings of the compiler for commands: effort, the cache of compiled programs, and memory kept between calls."""
 
 import ctypes
 import hashlib
@@ -77,12 +77,12 @@ MMAP_MAX, TRIM_THRESHOLD = -4, -1  # parameters of glibc's mallopt
 
 
 def keep_memory() -> None:
-    """Lets a process on CPU keep what it frees. To be called before JAX has made a device; elsewhere it does nothing.
+    """Makes a process on a Linux CPU keep the memory that it frees; elsewhere it does nothing.
 
-    XLA asks for the temporary memory of a program at every call. glibc takes large pieces from the system and gives
-    them back at once, so each of their pages is cleared again: a fifth of the time of a mid-size UNet's gradient.
-    It is told to use its heap for them. Threads have heaps of their own that cannot grow, so programs run in the thread
-    that calls them; there is nothing else the CPU could do meanwhile.
+    Call it before JAX has made a device. XLA allocates the temporary memory of a program at every call. By default
+    glibc takes large pieces from the system and returns them at once, so each of their pages is cleared again: a fifth
+    of the time of a mid-size UNet's gradient. Here glibc uses its heap for them instead. The heaps of other threads
+    cannot grow, so programs run in the thread that calls them; the CPU has nothing else to do meanwhile.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if _has_accelerator() or not hasattr(libc, "mallopt"):  # glibc's alone
@@ -93,17 +93,17 @@ def keep_memory() -> None:
 
 
 def _has_accelerator() -> bool:
-    """Whether JAX may find one, told without starting it: several processes have to meet before that."""
+    """Returns whether JAX may find an accelerator; does not start JAX, since processes of one run must meet first."""
     if platforms := _config("jax_platforms"):
         return platforms != "cpu"
     return any(find_spec(module) for module in ("libtpu", "jax_plugins"))
 
 
 def cache_folder() -> Path:
-    """`sfv_jax/compiled/MACHINE` in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+    """Returns `sfv_jax/compiled/MACHINE` in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
 
-    JAX's key knows jaxlib, accelerator and options but not the CPU: a program compiled for one may use instructions
-    that another, with the same home, has not. So each kind of CPU has its own folder.
+    JAX's key covers jaxlib, accelerator and options but not the CPU: a program compiled for one CPU may use
+    instructions that another one with the same home lacks. So each kind of CPU has its own folder.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     features = hashlib.sha256(_cpu().encode()).hexdigest()[:8]
@@ -111,7 +111,7 @@ def cache_folder() -> Path:
 
 
 def _cpu() -> str:
-    """What the kernel tells of the instructions of this CPU; where it tells nothing, the CPU's name."""
+    """Returns the kernel's list of the instruction sets of this CPU; where there is none, the CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
