@@ -36,6 +36,7 @@ class Clip:
 
     @property
     def key(self) -> str:
+        """Name of the clip in records and reports."""
         return f"{self.source}@{self.start:.3f}"
 
 
@@ -51,10 +52,12 @@ class Shard:
 
     @property
     def path(self) -> Path:
+        """The shard."""
         return latents.shard_path(self.out, self.split, self.index, self.total)
 
     @property
     def report_path(self) -> Path:
+        """The file of `report`."""
         return self.out / "progress" / f"{self.split}-{self.index:05d}.json"
 
     def report(self) -> dict | None:

@@ -47,4 +47,4 @@ class Settings:
         if min(self.num_frames, self.clips_per_video, self.shard_size) < 1 or self.fps <= 0 or self.seed < 0:
             raise PrepareError("num_frames, clips_per_video, shard_size and fps must be positive, seed at least 0")
         if not 0 <= self.heldout_fraction < 1 or self.noise_aug_strength < 0:
-            raise PrepareError("heldout_fraction must lie in [0, 1) and noise_aug_strength be at least 0")
+            raise PrepareError("heldout_fraction must be in [0, 1) and noise_aug_strength be at least 0")

@@ -78,6 +78,7 @@ class Results:
     shown: dict[str, dict[str, np.ndarray]] = field(default_factory=lambda: defaultdict(dict))
 
     def groups(self) -> list[str]:
+        """Returns the sorted names of the groups."""
         return sorted({row.group for row in self.rows})
 
     def values(self, group: str, score: str) -> np.ndarray:

@@ -150,9 +150,9 @@ def track(world: World, label: Label, frames: np.ndarray) -> Track:
     best = explained.argmax(1)
     rows = np.arange(len(frames))
     energy = np.square(rest).sum((1, 2))
-    colour = background + overlap[rows, best] / weight[best, None]
+    color = background + overlap[rows, best] / weight[best, None]
     palette = np.array([PALETTE[name] for name in world.colours], np.float32)
-    nearest = np.square(colour[:, None] - palette).sum(-1).argmin(1)
+    nearest = np.square(color[:, None] - palette).sum(-1).argmin(1)
     return Track(
         positions=places[best % len(places)],
         shapes=[world.shapes[n] for n in best // len(places)],

@@ -38,7 +38,7 @@ def download(source: str, variant: str | None = None) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
     except errors.GatedRepoError as error:
         page = f"https://huggingface.co/{repo}"
-        raise WeightsError(f"{source} is gated: accept the licence on {page}, then run: hf auth login") from error
+        raise WeightsError(f"{source} is gated: accept the license on {page}, then run: hf auth login") from error
     except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
         raise WeightsError(f"{source} is not on the hub, or private and you are not logged in") from error
     except errors.HFValidationError as error:

@@ -24,10 +24,12 @@ class Lazy:
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.size * np.dtype(self.dtype).itemsize
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:

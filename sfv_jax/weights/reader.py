@@ -73,9 +73,11 @@ class Tensors:
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def names(self) -> list[str]:
+        """Returns the names of the tensors."""
         return list(self.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
         return self.entries[name].shape
 
     def dtype(self, name: str) -> str:

@@ -152,7 +152,7 @@ def test_what_cannot_be_read(root, tmp_path):
         (folder / "dataset_info.json").write_text(json.dumps(info | changes))
         with pytest.raises(VideoError, match=message):
             ucf101.videos(folder)
-    del info["configName"]  # the path tells it too
+    del info["configName"]  # the path contains it too
     (folder / "dataset_info.json").write_text(json.dumps(info))
     assert ucf101.videos(folder, "trainlist01")[1]["config"] == "ucf101_1"
     (folder / "dataset_info.json").write_text("{")

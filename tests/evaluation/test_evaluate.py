@@ -44,12 +44,12 @@ def mean_and_motion(x):
 ABOUT = {"kind": "function", "function": "test"}
 
 
-def colours(x: np.ndarray) -> np.ndarray:
+def colors(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float32)
     return np.concatenate([x.mean((1, 2, 3)), np.abs(np.diff(x, axis=1)).mean((1, 2, 3))], -1)
 
 
-COLOURS = Extractor(colours, ABOUT)
+COLORS = Extractor(colors, ABOUT)
 
 
 def write_avi(path: Path, frames: np.ndarray) -> None:
@@ -135,12 +135,12 @@ def test_the_protocol_cuts_and_resizes():
 
 def test_features_of_real_clips_are_kept_and_belong_to_their_settings(dataset, tmp_path):
     protocol, kept = Protocol(n=20, **SMALL), tmp_path / "statistics.npz"
-    found = features.features_of(dataset, protocol, COLOURS, kept=kept)
+    found = features.features_of(dataset, protocol, COLORS, kept=kept)
     assert found.features.shape == (20, 6) and len(set(found.names)) == 20
     assert all("too short" in line for line in found.dropped)
     # The features are those of the clip that is named, resampled to 7 fps.
     path = next(clip.path for clip in dataset.clips if features.label(clip) == found.names[5])
-    direct = colours(protocol.real(read_clip(path, 14, 7.0))[None])[0]
+    direct = colors(protocol.real(read_clip(path, 14, 7.0))[None])[0]
     np.testing.assert_allclose(found.features[5], direct, rtol=1e-5)
 
     def unused(x):
@@ -166,10 +166,10 @@ def test_features_of_real_clips_are_kept_and_belong_to_their_settings(dataset, t
         kept.write_bytes(content)
         with pytest.raises(features.StatisticsError, match="holds no features: .*remove it"):
             features.features_of(dataset, protocol, stored, kept=kept)
-    everything = features.features_of(dataset, Protocol(n=0, **SMALL), COLOURS)
+    everything = features.features_of(dataset, Protocol(n=0, **SMALL), COLORS)
     assert len(everything.names) == USABLE and len(everything.dropped) == SHORT
     with pytest.raises(VideoError, match="fake: 22 of 24 clips are usable, fewer than n = 23\n.*too short"):
-        features.features_of(dataset, Protocol(n=23, **SMALL), COLOURS)
+        features.features_of(dataset, Protocol(n=23, **SMALL), COLORS)
 
 
 def test_features_of_generated_clips_are_kept(tmp_path):
@@ -180,7 +180,7 @@ def test_features_of_generated_clips_are_kept(tmp_path):
 
     def counted(x):
         seen.append(len(x))
-        return colours(x)
+        return colors(x)
 
     def run(some=files, **about):
         seen.clear()
@@ -188,7 +188,7 @@ def test_features_of_generated_clips_are_kept(tmp_path):
         return features.compute_kept(Extractor(counted, ABOUT | {"sha256": "weights"} | about), some, read, kept)
 
     first = run()
-    direct = colours(np.stack([read_strip(file, 2) for file in files]))
+    direct = colors(np.stack([read_strip(file, 2) for file in files]))
     np.testing.assert_allclose(first, direct, rtol=1e-6)
     assert len(seen) == 9  # batches of 8
     assert np.array_equal(run(), first) and not seen  # a second run computes none
@@ -308,7 +308,7 @@ def test_a_checkpoint_is_measured_against_the_clips_it_started_from(dataset, tmp
     for name, shift in (("still", 0), ("bright", 40)):
         out = tmp_path / name
         model = Model(echo, {"checkpoint": "echo"}, Options(steps=shift + 1), batch_size=8)
-        report = scoring.checkpoint_on_videos(model, dataset, out, protocol, COLOURS, extras=extras)
+        report = scoring.checkpoint_on_videos(model, dataset, out, protocol, COLORS, extras=extras)
         report.write(out)
         found[name] = json.loads((out / "scores.json").read_text())
     distances = {name: record["distances"]["generated"] for name, record in found.items()}
@@ -338,20 +338,20 @@ def test_folders_of_different_sizes_are_compared_at_equal_n(tmp_path):
                 )
     (tmp_path / "v/moving/0.mp4").write_bytes(b"")
     args = (tmp_path / "v", tmp_path / "v" / "moving")
-    report = scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), COLOURS, shown=1)
+    report = scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), COLORS, shown=1)
     distances = report.record["distances"]
     assert [distances[name]["n"] for name in ("moving", "frozen")] == [21, 21]
     assert distances["moving"]["value"] < 1e-6 < distances["frozen"]["value"]
-    repeated = Extractor(lambda x: np.repeat(colours(x), 5, 1), ABOUT)
+    repeated = Extractor(lambda x: np.repeat(colors(x), 5, 1), ABOUT)
     lots = scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), repeated)
     assert "21 clips are fewer than 30 features" in lots.page() and "fewer than" not in report.page()
     assert len(report.record["dropped"]["moving"]) == 1 and "0.mp4" in report.record["dropped"]["moving"][0]
     with pytest.raises(VideoError, match="v/frozen: 21 of 21 clips are usable, fewer than n = 25"):
-        scoring.folder_against_folder(*args, Protocol(n=25, **SMALL), COLOURS)
+        scoring.folder_against_folder(*args, Protocol(n=25, **SMALL), COLORS)
     for n in range(2):
         (tmp_path / f"v/frozen/{n}.mp4").unlink()
     with pytest.raises(VideoError, match="v/frozen: 19 of 19 clips .* the 20 that a distance needs"):
-        scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), COLOURS)
+        scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), COLORS)
 
 
 def test_features_that_are_none():

@@ -304,7 +304,7 @@ def test_hub_errors(monkeypatch):
     cases = [
         (
             error(errors.GatedRepoError),
-            "is gated: accept the licence on https://huggingface.co/a/b, then run: hf auth login",
+            "is gated: accept the license on https://huggingface.co/a/b, then run: hf auth login",
         ),
         (error(errors.RepositoryNotFoundError), "is not on the hub, or private and you are not logged in"),
         (errors.OfflineModeIsEnabled("offline mode"), r"cannot be downloaded \(offline mode\)"),
