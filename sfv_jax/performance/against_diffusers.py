@@ -27,7 +27,13 @@ from sfv_jax.weights.pipeline import FEATURE_EXTRACTOR, SCHEDULER
 
 
 def against_diffusers(
-    sizes: Sizes, size: tuple[int, int], batch: int, dtype: str, repeats: int, backward: bool
+    sizes: Sizes,
+    size: tuple[int, int],
+    batch: int,
+    dtype: str,
+    repeats: int,
+    backward: bool,
+    done: Callable[[str, dict], None] = lambda stage, times: None,
 ) -> dict:
     """Times UNet, VAE decoder and whole pipeline of diffusers and of this package, on the same weights and inputs.
 
@@ -41,6 +47,7 @@ def against_diffusers(
       dtype: compute dtype, a name of `networks.DTYPES`.
       repeats: timed calls.
       backward: times the UNet alone instead: its forward pass, and its forward and backward pass.
+      done: called with each stage and its times as soon as they are measured.
 
     Returns:
       `{stage: {"sfv_jax": seconds per call, "diffusers": seconds per call, ..., "difference": d}}`; d is the largest
@@ -66,6 +73,7 @@ def against_diffusers(
         if gpu:
             calls["torch.compile"] = partial(peer, compiled(plain))
         result[stage] = _in_turns(stage, calls, repeats)
+        done(stage, result[stage])
         jax.clear_caches()
 
     for name, config in configs.items():

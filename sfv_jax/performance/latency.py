@@ -15,7 +15,6 @@ import numpy as np
 from sfv_jax.performance.timing import Timing, warm
 from sfv_jax.runtime.device import count_flops, peak_flops, peak_memory
 from sfv_jax.runtime.sharding import on_mesh
-from sfv_jax.sampling.generator import Generator
 
 if TYPE_CHECKING:
     from sfv_jax.sampling.sampler import Sampler
@@ -120,6 +119,8 @@ def measure(
 
 def count_denoising(sampler: "Sampler", condition: dict, noise: jax.Array, keys: jax.Array, how: dict) -> float:
     """Counts the FLOPs of `sampler.latents(condition, noise, **how)` on its jaxpr, with attention as plain products."""
+    from sfv_jax.sampling.generator import Generator  # needs flax, which nothing else here does
+
     plain = Generator(dataclasses.replace(sampler.unet, attention_kernel="einsum"), sampler.dtype)
 
     def denoise(params, condition, noise, keys):

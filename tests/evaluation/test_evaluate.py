@@ -437,7 +437,7 @@ def test_timings_are_what_they_say():
 def test_latency_needs_the_array_libraries_only():
     code = "import sys, sfv_jax.performance.latency; print(sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    others = ("PIL", "av", "orbax", "grain", "ml_collections", "tensorflow_datasets", "torch")  # flax imports optax
+    others = ("PIL", "av", "orbax", "optax", "grain", "ml_collections", "tensorflow_datasets", "absl", "torch")
     assert not {name for name in others if f"'{name}'" in loaded}
 
 
