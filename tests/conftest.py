@@ -16,7 +16,7 @@ import pytest
 from sfv_jax.models import tree
 from sfv_jax.runtime import compilation, sharding
 from tests.support import golden
-from tests.support.golden import CONFIGS, noise
+from tests.support.golden import CONFIGS, error, noise
 
 ROOT = Path(__file__).parents[1]
 CACHE_LIMIT = 2 * 2**30  # bytes; a larger cache of compiled programs is begun anew
@@ -77,18 +77,8 @@ def pipeline_folder(request, tmp_path_factory):
         return request.getfixturevalue("reference").save(request.getfixturevalue("pipe"), folder)
     from sfv_jax.weights.pipeline import SIGMAS, save_pipeline
 
-    save_pipeline(folder, ours, CONFIGS, SIGMAS)
+    save_pipeline(folder, golden.component_params, CONFIGS, SIGMAS)
     return folder
-
-
-def ours(component: str) -> tree.Params:
-    """The random weights of a component in our layout."""
-    from sfv_jax.weights.components import COMPONENTS
-    from sfv_jax.weights.diffusers import their_name, to_ours
-
-    weights = golden.component_weights(component)
-    _, shapes = tree.abstract(COMPONENTS[component].module, CONFIGS[component])
-    return tree.unflatten({path: to_ours(path, weights[their_name(path)]) for path in tree.flatten(shapes)})
 
 
 @pytest.fixture(scope="session")
@@ -146,12 +136,6 @@ def decoder_case(stored) -> Case:
 @pytest.fixture(scope="session")
 def clip_case(stored) -> Case:
     return Case(golden.clip_inputs(), stored["clip"])
-
-
-def error(found, expected: np.ndarray) -> tuple[float, float]:
-    """(max, rms) difference in units of the expected output's standard deviation."""
-    difference = np.abs(np.asarray(found, np.float64) - expected) / expected.std()
-    return float(difference.max()), float(np.sqrt(np.mean(difference**2)))
 
 
 def value_and_gradients(function, *args) -> tuple:

@@ -33,6 +33,7 @@ from sfv_jax.runtime.versions import package_versions
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parents[2]
+BY_VALUE = ("denoise", "decode", "clip", "encode")  # programs of sampling, most valuable first
 LEAST = 10.0  # seconds below which a stage is not started
 AHEAD = ("sampling", "train")  # stages whose programs are compiled while parity runs
 
@@ -91,15 +92,14 @@ def sampling(found: Figures, tiny: bool) -> None:
     import jax
 
     from sfv_jax.performance import random_arrays
-    from sfv_jax.performance.programs import sample_programs
     from sfv_jax.performance.timing import warm
     from sfv_jax.runtime.device import peak_memory
 
     sizes, size, mesh = _networks(tiny)
     repeats = 2 if tiny else 10
-    programs = {p.name: p for p in sample_programs(mesh, sizes, size, 1, _options(tiny))}
+    programs = _stages_of(mesh, sizes, size, _options(tiny))
     weights, inputs, compiled = {}, {}, {}
-    for name in ("denoise", "decode", "clip", "encode"):
+    for name in BY_VALUE:
         program = programs[name]
         held, *given = program.args
         weights |= {k: random_arrays.random_arrays(part) for k, part in held.items() if k not in weights}
@@ -118,8 +118,7 @@ def sampling(found: Figures, tiny: bool) -> None:
 
     found["image to frames"] = {"seconds": warm(whole, repeats).seconds}
     found["memory"] = peak_memory()
-    guided = replace(_options(tiny), guidance=(1.0, 3.0))
-    program = {p.name: p for p in sample_programs(mesh, sizes, size, 1, guided)}["denoise"]
+    program = _stages_of(mesh, sizes, size, _guided(tiny))["denoise"]
     arguments = ({"unet": weights["unet"]}, *inputs["denoise"])
     found["denoise, guided"], _ = _measured(program, arguments, mesh, repeats)
 
@@ -153,13 +152,12 @@ def extras(found: Figures, tiny: bool) -> None:
     import jax
 
     from sfv_jax.performance import random_arrays
-    from sfv_jax.performance.programs import sample_programs
 
     sizes, size, mesh = _networks(tiny)
     repeats = 1 if tiny else 5
 
     def denoise(sizes, batch: int):
-        program = {p.name: p for p in sample_programs(mesh, sizes, size, batch, _options(tiny))}["denoise"]
+        program = _stages_of(mesh, sizes, size, _options(tiny), batch)["denoise"]
         arguments = random_arrays.random_arrays(program.args)
         figures, compiled = _measured(program, arguments, mesh, repeats)
         return figures, lambda: compiled(*arguments)
@@ -200,6 +198,17 @@ def _options(tiny: bool):
 
     dtype = "float32" if tiny else "bfloat16"
     return SampleOptions(dtype=dtype, vae_dtype=dtype)
+
+
+def _guided(tiny: bool):
+    return replace(_options(tiny), guidance=(1.0, 3.0))
+
+
+def _stages_of(mesh, sizes, size: tuple[int, int], options, batch: int = 1) -> dict:
+    """Returns the programs of sampling by name."""
+    from sfv_jax.performance.programs import sample_programs
+
+    return {program.name: program for program in sample_programs(mesh, sizes, size, batch, options)}
 
 
 def _train_step(tiny: bool):
@@ -251,19 +260,18 @@ def _target():
     """Returns the planner's description of the device at hand; None if it has none."""
     import jax
 
-    from sfv_jax.performance.targets import CHIPS, parse
+    from sfv_jax.performance.targets import parse
 
     kind = jax.devices()[0].device_kind.lower()
     if jax.default_backend() == "cpu":
         return parse("cpu:1")
     known = {"h200": "h200", "h100": "h100", "a100": "a100-80"}
     name = next((name for part, name in known.items() if part in kind), None)
-    return parse(f"{name}:1") if name in CHIPS else None
+    return parse(f"{name}:1") if name else None
 
 
 def compile_ahead(stage: str, tiny: bool) -> None:
     """Compiles the programs of a stage into the compilation cache; nothing is run."""
-    from sfv_jax.performance.programs import sample_programs
     from sfv_jax.runtime.sharding import on_mesh
 
     if stage == "train":
@@ -271,10 +279,9 @@ def compile_ahead(stage: str, tiny: bool) -> None:
         programs = [program]
     else:
         sizes, size, mesh = _networks(tiny)
-        guided = replace(_options(tiny), guidance=(1.0, 3.0))
-        plain = {p.name: p for p in sample_programs(mesh, sizes, size, 1, _options(tiny))}
-        programs = [plain[name] for name in ("denoise", "decode", "clip", "encode")]
-        programs.append({p.name: p for p in sample_programs(mesh, sizes, size, 1, guided)}["denoise"])
+        plain = _stages_of(mesh, sizes, size, _options(tiny))
+        programs = [plain[name] for name in BY_VALUE]
+        programs.append(_stages_of(mesh, sizes, size, _guided(tiny))["denoise"])
     for program in programs:
         began = time.monotonic()
         on_mesh(mesh, program.function.lower)(*program.args).compile()
@@ -315,9 +322,8 @@ def run(out: Path, minutes: float, tiny: bool, only: list[str] | None = None) ->
         if left < LEAST:
             outcomes[name] = Outcome("skipped", reason="no time left")
         else:
-            for process in ahead if name != "parity" else []:  # what was compiled so far is in the cache
-                _end(process, max(min(left / 3, 60.0), 1.0))
-            ahead = ahead if name == "parity" else []
+            while ahead and name != "parity":  # programs compiled so far are in the cache
+                _end(ahead.pop(), max(min(left / 3, 60.0), 1.0))
             outcomes[name] = _finish(_start(out, name, tiny), out / f"{name}.log", min(limit, left))
         print(f"{name}: {outcomes[name].status} {outcomes[name].reason}", flush=True)
         write_results(out, outcomes)

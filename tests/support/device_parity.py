@@ -18,7 +18,6 @@ from sfv_jax.methods import sfv
 from sfv_jax.models import tree
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.weights.components import COMPONENTS
-from sfv_jax.weights.diffusers import their_name, to_ours
 from tests.support import golden
 
 BOUNDS = {"float32": 2e-4, "bfloat16": 0.25}  # of the largest difference
@@ -47,11 +46,8 @@ def compare() -> Iterator[tuple[str, dict]]:
 
 def network(component: str, dtype: str):
     """Returns a network with the random weights of the golden files and compute dtype `dtype`."""
-    config, module = golden.CONFIGS[component], COMPONENTS[component].module
-    graph, shapes = tree.abstract(module, config, dtype=jnp.dtype(dtype))
-    weights = golden.component_weights(component)
-    flat = {path: jnp.asarray(to_ours(path, weights[their_name(path)])) for path in tree.flatten(shapes)}
-    return tree.build(graph, tree.unflatten(flat))
+    graph, _ = tree.abstract(COMPONENTS[component].module, golden.CONFIGS[component], dtype=jnp.dtype(dtype))
+    return tree.build(graph, jax.tree.map(jnp.asarray, golden.component_params(component)))
 
 
 def gradients(device: jax.Device) -> dict[str, np.ndarray]:
@@ -88,9 +84,7 @@ def gradients(device: jax.Device) -> dict[str, np.ndarray]:
 
 def figures(found, expected: np.ndarray, dtype: str) -> dict:
     """Returns the largest and the root mean square difference, the bound of the former, and whether it is kept."""
-    difference = np.abs(np.asarray(found, np.float64) - expected) / np.asarray(expected, np.float64).std()
-    largest = float(difference.max())
-    rms = float(np.sqrt(np.mean(difference**2)))
+    largest, rms = golden.error(found, np.asarray(expected, np.float64))
     return {"max": largest, "rms": rms, "bound": BOUNDS[dtype], "sound": largest <= BOUNDS[dtype]}
 
 

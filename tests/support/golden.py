@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
-from sfv_jax.weights.diffusers import manifest
+from sfv_jax.weights.components import COMPONENTS
+from sfv_jax.weights.diffusers import manifest, their_name, to_ours
 
 FOLDER = Path(__file__).parents[1] / "golden"
 CONFIGS = {"unet": UNetConfig.tiny(), "vae": VAEConfig.tiny(), "image_encoder": CLIPConfig.tiny()}
@@ -66,6 +68,13 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 def component_weights(component: str, config=None) -> dict[str, np.ndarray]:
     """Returns `random_weights` of a network, by default of the tiny one of the golden files."""
     return random_weights(manifest(component, config or CONFIGS[component]), seed=list(CONFIGS).index(component) + 1)
+
+
+def component_params(component: str) -> tree.Params:
+    """Returns `component_weights` of a tiny network in our layout."""
+    weights = component_weights(component)
+    _, shapes = tree.abstract(COMPONENTS[component].module, CONFIGS[component])
+    return tree.unflatten({path: to_ours(path, weights[their_name(path)]) for path in tree.flatten(shapes)})
 
 
 def unet_inputs() -> tuple[np.ndarray, ...]:
@@ -161,6 +170,12 @@ def fresh() -> dict[str, dict[str, np.ndarray]]:
         },
         "weights": weight_sums(),
     }
+
+
+def error(found, expected: np.ndarray) -> tuple[float, float]:
+    """Returns (maximum, rms) of the difference in units of the standard deviation of `expected`."""
+    difference = np.abs(np.asarray(found, np.float64) - expected) / expected.std()
+    return float(difference.max()), float(np.sqrt(np.mean(difference**2)))
 
 
 def distance(found: np.ndarray, expected: np.ndarray) -> float:
