@@ -19,7 +19,7 @@ from sfv_jax.performance.targets import GIB, Target
 from sfv_jax.runtime import compilation
 from sfv_jax.runtime.sharding import make_mesh
 
-QUICK = -1.0  # default compile effort for TPUs: compiles about ten times faster than a run does
+QUICK = -1.0  # default compile effort for TPUs: minutes instead of tens of minutes
 WHAT = {"train": (448, 768), "sample": (576, 1024), "prepare": (448, 768)}  # {job: default (height, width)}
 
 

@@ -4,14 +4,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from sfv_jax import config as configs
 from sfv_jax.diffusion import edm
@@ -111,7 +113,7 @@ class Row:
     temporary_bytes: int | None = None
 
 
-def measure(program: Program, args: tuple, mesh: Mesh, repeats: int) -> tuple[Row, Callable]:
+def measure(program: Program, args: tuple, mesh: Mesh, repeats: int) -> tuple[Row, Compiled]:
     """Compiles and times `program` on the arrays `args`.
 
     If the program donates its first argument, the next call gets the first result in its place, as in training.
@@ -135,42 +137,55 @@ def measure(program: Program, args: tuple, mesh: Mesh, repeats: int) -> tuple[Ro
     return Row(program.name, timed, flops, seconds, memory.temp_size_in_bytes), compiled
 
 
-def sampling(mesh: Mesh, sizes: Sizes, size: tuple[int, int], batch: int, dtype: str, repeats: int) -> list[Row]:
-    """Measures each stage of a one-step video, and all stages one after another.
+def sampling(
+    mesh: Mesh,
+    sizes: Sizes,
+    size: tuple[int, int],
+    batch: int,
+    options: SampleOptions,
+    repeats: int,
+    order: Sequence[str] = ("clip", "encode", "denoise", "decode"),
+) -> Iterator[tuple[Row, Program | None, Compiled | None]]:
+    """Measures each stage of a one-step video, then all of them one after another up to frames in host memory.
 
     Args:
       mesh: one device.
       sizes: configs of the networks.
       size: (height, width) of the videos in pixels.
       batch: videos per call.
-      dtype: compute dtype of all stages.
+      options: of sampling; one step.
       repeats: timed warm calls.
+      order: the stages in the order of their measurement.
+
+    Yields:
+      The measurement of each program, the program and its compiled form; at last, with None for both, that of the
+      whole, "image to frames".
     """
-    rows: list[Row] = []
-    compiled: dict[str, Callable] = {}
+    programs = {program.name: program for program in sample_programs(mesh, sizes, size, batch, options)}
     weights: dict[str, Any] = {}
-    programs = sample_programs(mesh, sizes, size, batch, SampleOptions(dtype=dtype, vae_dtype=dtype))
-    inputs = {}
-    for program in programs:
-        held, *given = program.args
-        for name, part in held.items():
-            weights.setdefault(name, random_arrays.random_arrays(part))
-        inputs[program.name] = random_arrays.random_arrays(tuple(given))
-        args = ({name: weights[name] for name in held}, *inputs[program.name])
-        row, compiled[program.name] = measure(program, args, mesh, repeats)
-        rows.append(row)
+    inputs: dict[str, tuple] = {}
+    compiled: dict[str, Compiled] = {}
+    rows: list[Row] = []
 
     def run(name: str, *given):
-        return compiled[name]({k: weights[k] for k in next(p for p in programs if p.name == name).args[0]}, *given)
+        return compiled[name]({part: weights[part] for part in programs[name].args[0]}, *given)
 
-    def whole():
-        embed = run("clip", inputs["clip"][0])
-        latent = run("encode", *inputs["encode"])
+    def whole() -> np.ndarray:
         noise, condition = inputs["denoise"]
-        return run("decode", run("denoise", noise, condition | {"image_embed": embed, "cond_latent": latent}))
+        made = {"image_embed": run("clip", inputs["clip"][0]), "cond_latent": run("encode", *inputs["encode"])}
+        frames, _ = run("decode", run("denoise", noise, condition | made))
+        return jax.device_get(frames)
 
+    for name in order:
+        held, *given = programs[name].args
+        weights |= {part: random_arrays.random_arrays(held[part]) for part in held if part not in weights}
+        inputs[name] = random_arrays.random_arrays(tuple(given))
+        arguments = ({part: weights[part] for part in held}, *inputs[name])
+        row, compiled[name] = measure(programs[name], arguments, mesh, repeats)
+        rows.append(row)
+        yield row, programs[name], compiled[name]
     total = timing.warm(whole, repeats)
-    return [*rows, Row("image to frames", total, sum(row.flops for row in rows))]
+    yield Row("image to frames", total, sum(row.flops for row in rows)), None, None
 
 
 def training(config: configs.ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int, int], repeats: int) -> list[Row]:
@@ -267,14 +282,19 @@ def record(row: Row) -> dict:
 
 
 def surroundings() -> dict:
-    """Returns date, device, processor, versions and command line of a measurement, for JSON."""
+    """Returns date, device, processor and versions of a measurement, for JSON."""
     device = jax.devices()[0]
     about = {"date": time.strftime("%Y-%m-%d"), "device": device.device_kind, "devices": jax.device_count()}
     about |= {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    return about | {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+
+
+def command_line() -> str:
+    """Returns the command that is running, without folders of the machine."""
     command = " ".join(["python -m sfv_jax.benchmark", *sys.argv[1:]])
     if tunables := os.environ.get("GLIBC_TUNABLES"):
         command = f"GLIBC_TUNABLES={tunables} {command}"
-    return about | {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "command": command}
+    return command
 
 
 def run(request: Request) -> dict:
@@ -288,7 +308,7 @@ def run(request: Request) -> dict:
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     limit = timing.matmul_limit(request.dtype)
     about = surroundings()
-    result: dict[str, Any] = {"surroundings": about, "matmul_flops": limit}
+    result: dict[str, Any] = {"surroundings": about | {"command": command_line()}, "matmul_flops": limit}
     result["peak_flops"] = peak_flops(about["device"])
     print(f"{about['device']}: {limit / 1e12:.3g} TFLOP/s in {request.dtype} matrix products", flush=True)
     if request.compare:
@@ -313,7 +333,8 @@ def run(request: Request) -> dict:
 def _rows(request: Request, mesh: Mesh, sizes: Sizes) -> list[Row]:
     """Measures sampling or the SF-V step."""
     if not request.train:
-        return sampling(mesh, sizes, request.size, request.batch_size, request.dtype, request.repeats)
+        options = SampleOptions(dtype=request.dtype, vae_dtype=request.dtype)
+        return [row for row, *_ in sampling(mesh, sizes, request.size, request.batch_size, options, request.repeats)]
     config = configs.sfv()
     config.update(dict(batch_size=request.batch_size, accumulation_steps=1, dtype=request.dtype))
     if request.networks == "tiny":

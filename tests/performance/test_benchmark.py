@@ -14,7 +14,7 @@ import pytest
 
 from sfv_jax import config
 from sfv_jax.performance import measurement, random_arrays, timing
-from sfv_jax.performance.programs import Program, Sizes
+from sfv_jax.performance.programs import Program, SampleOptions, Sizes
 from sfv_jax.runtime import plain_config, sharding
 
 ROOT = Path(__file__).parents[2]
@@ -100,8 +100,11 @@ def test_a_measurement_says_how_it_was_made(monkeypatch):
     """The command line is recorded without folders of the machine."""
     monkeypatch.setattr(sys, "argv", ["/home/me/sfv_jax/benchmark.py", "--train", "--repeats=3"])
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    assert (
+        measurement.command_line()
+        == "GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m sfv_jax.benchmark --train --repeats=3"
+    )
     about = measurement.surroundings()
-    assert about["command"] == "GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m sfv_jax.benchmark --train --repeats=3"
     assert about["cores"] == os.cpu_count() and about["device"] == "cpu" and len(about["date"]) == 10
 
 
@@ -149,7 +152,8 @@ def test_sampling_from_end_to_end():
     sizes = measurement.NETWORKS["tiny"]
     sizes = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, num_frames=2, temporal_conv="matmul"))
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    rows = measurement.sampling(mesh, sizes, (64, 64), 1, "float32", 1)
+    options = SampleOptions(dtype="float32", vae_dtype="float32")
+    rows = [row for row, *_ in measurement.sampling(mesh, sizes, (64, 64), 1, options, 1)]
     assert [row.name for row in rows] == ["clip", "encode", "denoise", "decode", "image to frames"]
     assert rows[-1].flops == sum(row.flops for row in rows[:-1]) > 0
     assert all(row.compile_seconds > 0 and row.temporary_bytes > 0 for row in rows[:-1])
