@@ -3,8 +3,8 @@
     python -m sfv_jax.performance.accelerator_check --out DIR [--minutes 8] [--tiny]
 
 Stages run one after the other in the order of their value, each in a process of its own with a time limit: device,
-parity, sampling, diffusers, train, extras. While parity runs, the programs of later stages are compiled ahead in
-parallel processes, into the compilation cache `DIR/compiled`. A stage writes `DIR/STAGE.json` after each figure, and
+parity, sampling, diffusers, train, extras. While the first two run, the programs of later stages are compiled ahead in
+parallel processes, into the folder `DIR/compiled`. A stage writes `DIR/STAGE.json` after each figure, and
 after each stage `DIR/results.json` and `DIR/results.md` hold all that is known, so a cut loses nothing. A stage that
 fails, hangs or runs out of memory does not touch the results of the others.
 
@@ -39,7 +39,7 @@ LIMITS = {  # seconds of each stage, in the order of value
     "extras": 120.0,
 }
 LEAST = 10.0  # seconds below which a stage is not started
-AHEAD = ("sampling", "train")  # stages whose programs are compiled while parity runs
+AHEAD = {"device": "train", "parity": "sampling"}  # {stage: later stage whose programs are compiled meanwhile}
 
 
 @dataclass
@@ -56,19 +56,27 @@ def run(out: Path, minutes: float, tiny: bool, only: list[str] | None = None) ->
     out.mkdir(parents=True, exist_ok=True)
     for name in only or LIMITS:  # figures of an earlier run
         (out / f"{name}.json").unlink(missing_ok=True)
+    compiled = out / "compiled"
+    compiled.mkdir(exist_ok=True)
+    for path in (*compiled.glob("*.pickle"), *compiled.glob("*.json")):  # of another size, perhaps
+        path.unlink()
     deadline = time.monotonic() + 60 * minutes
     outcomes: dict[str, Outcome] = {}
     ahead: list[subprocess.Popen] = []
     for name, limit in LIMITS.items():
+        limit *= 2 if tiny else 1  # CPUs compile slowly
         if only and name not in only:
             continue
-        if name == "parity":  # after the limits were measured on an idle device; nothing is timed meanwhile
-            ahead = [_start(out, later, tiny, ahead=True) for later in AHEAD if not only or later in only]
+        later = AHEAD.get(
+            name
+        )  # nothing is timed meanwhile but the device's limits; tracing the train step takes longer
+        if later and (not only or later in only):
+            ahead.append(_start(out, later, tiny, ahead=True))
         left = deadline - time.monotonic()
         if left < LEAST:
             outcomes[name] = Outcome("skipped", reason="no time left")
         else:
-            while ahead and name != "parity":  # programs compiled so far are in the cache
+            while ahead and name not in AHEAD:  # what is compiled so far can be loaded
                 _end(ahead.pop(), max(min(left / 3, 60.0), 1.0))
             outcomes[name] = _finish(_start(out, name, tiny), out / f"{name}.log", min(limit, left))
         print(f"{name}: {outcomes[name].status} {outcomes[name].reason}", flush=True)
@@ -137,8 +145,9 @@ def write_results(out: Path, outcomes: dict[str, Outcome], command: str) -> None
         figures[name] = json.loads(path.read_text()) if path.is_file() else {}
     stages = {name: asdict(outcome) for name, outcome in outcomes.items()}
     write_json(out / "results.json", {"command": command, "stages": stages, "figures": figures})
+    note = ": tiny networks on small frames, a rehearsal" if "--tiny" in command else ""
     with replacing(out / "results.md") as temporary:
-        temporary.write_text(f"`{command}`\n\n{markdown(stages, figures)}\n")
+        temporary.write_text(f"`{command}`{note}\n\n{markdown(stages, figures)}\n")
 
 
 # Label, place in the results, goal or anchor.

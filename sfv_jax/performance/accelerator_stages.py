@@ -6,18 +6,22 @@ A stage writes its figures to `DIR/NAME.json` after each of them. `sfv_jax.perfo
 stages one after another.
 """
 
+import json
 import os
+import pickle
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
@@ -28,12 +32,12 @@ from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.performance import measurement, random_arrays, targets
 from sfv_jax.performance.cost import read
-from sfv_jax.performance.measurement import NETWORKS, Row, measure
+from sfv_jax.performance.measurement import NETWORKS, Built, Row, build, measure
 from sfv_jax.performance.programs import Program, SampleOptions, Sizes, sample_programs, train_program
 from sfv_jax.performance.timing import matmul_limit, warm
 from sfv_jax.runtime import commands
-from sfv_jax.runtime.device import peak_flops, peak_memory
-from sfv_jax.runtime.files import write_json
+from sfv_jax.runtime.device import count_flops, peak_flops, peak_memory
+from sfv_jax.runtime.files import replacing, write_json
 from sfv_jax.runtime.sharding import make_mesh, on_mesh
 from sfv_jax.runtime.versions import package_versions
 
@@ -80,10 +84,9 @@ def parity(found: Figures, tiny: bool) -> None:
     Raises:
       UserError: if a difference is over its bound; all differences are in the figures.
     """
-    del tiny
     from tests.support import device_parity  # the golden files and their inputs are part of the tests
 
-    for name, figures in device_parity.compare():
+    for name, figures in device_parity.compare(in_bf16=["clip"] if tiny else None):
         found[name] = figures
     if over := [name for name, figures in found.items() if not figures["sound"]]:
         raise UserError(f"parity is over its bound: {', '.join(over)}")
@@ -93,10 +96,13 @@ def sampling(found: Figures, tiny: bool) -> None:
     """Times the programs of a one-step video, most valuable first, then all in a row, then the UNet with guidance."""
     sizes, size, mesh = _networks(tiny)
     repeats = 2 if tiny else 10
-    for row, program, compiled in measurement.sampling(mesh, sizes, size, 1, _options(tiny), repeats, BY_VALUE):
+    load = partial(load_or_build, found.path.parent)
+    rows = measurement.sampling(mesh, sizes, size, 1, _options(tiny), repeats, BY_VALUE, load)
+    for row, program, compiled in rows:
         found[row.name] = _figures(row, program, compiled)
     found["memory"] = peak_memory()
-    found["denoise, guided"] = _denoise(mesh, sizes, size, _guided(tiny), 1, repeats)[0]
+    program = _guided(mesh, sizes, size, tiny)
+    found[program.name], _ = _timed(found, program, mesh, repeats)
 
 
 def diffusers(found: Figures, tiny: bool) -> None:
@@ -115,9 +121,7 @@ def diffusers(found: Figures, tiny: bool) -> None:
 def train(found: Figures, tiny: bool) -> None:
     """Times the SF-V step on one video of 448x768, with its MFU, its memory and the plan's account."""
     program, mesh = _train_step(tiny)
-    arguments = random_arrays.random_arrays(program.args)
-    row, compiled = measure(program, arguments, mesh, 1 if tiny else 5)
-    found["train step"] = _figures(row, program, compiled)
+    found[program.name], _ = _timed(found, program, mesh, 1 if tiny else 5)
     found["memory"] = peak_memory()
 
 
@@ -125,14 +129,15 @@ def extras(found: Figures, tiny: bool) -> None:
     """Profiles one UNet call, then times 25 frames and batch 2. A tiny decoder and int8 are not in this version."""
     sizes, size, mesh = _networks(tiny)
     repeats = 1 if tiny else 5
-    found["denoise"], call = _denoise(mesh, sizes, size, _options(tiny), 1, repeats)
+    denoise = partial(_denoise, mesh, size=size, options=_options(tiny))
+    found["denoise"], call = _timed(found, denoise(sizes), mesh, repeats)
     with jax.profiler.trace(str(found.path.parent / "profile")):
         jax.block_until_ready(call())
     found["profile"] = {"folder": "profile", "of": "one call of the UNet"}
     del call
     longer = replace(sizes, unet=replace(sizes.unet, num_frames=2 * sizes.unet.num_frames if tiny else 25))
-    found["denoise, 25 frames"] = _denoise(mesh, longer, size, _options(tiny), 1, repeats)[0]
-    found["denoise, batch 2"] = _denoise(mesh, sizes, size, _options(tiny), 2, repeats)[0]
+    for program in (denoise(longer, name="denoise, 25 frames"), denoise(sizes, name="denoise, batch 2", batch=2)):
+        found[program.name], _ = _timed(found, program, mesh, repeats)
 
 
 def _networks(tiny: bool) -> tuple[Sizes, tuple[int, int], Mesh]:
@@ -152,13 +157,14 @@ def _options(tiny: bool) -> SampleOptions:
     return SampleOptions(dtype=dtype, vae_dtype=dtype)
 
 
-def _guided(tiny: bool) -> SampleOptions:
-    return replace(_options(tiny), guidance=(1.0, 3.0))
+def _denoise(mesh: Mesh, sizes: Sizes, size, options: SampleOptions, name: str = "denoise", batch: int = 1) -> Program:
+    """Returns the program of one UNet call under another name."""
+    programs = sample_programs(mesh, sizes, size, batch, options)
+    return replace(next(program for program in programs if program.name == "denoise"), name=name)
 
 
-def _stages_of(mesh: Mesh, sizes: Sizes, size, options: SampleOptions, batch: int = 1) -> dict[str, Program]:
-    """Returns the programs of sampling by name."""
-    return {program.name: program for program in sample_programs(mesh, sizes, size, batch, options)}
+def _guided(mesh: Mesh, sizes: Sizes, size: tuple[int, int], tiny: bool) -> Program:
+    return _denoise(mesh, sizes, size, replace(_options(tiny), guidance=(1.0, 3.0)), "denoise, guided")
 
 
 def _train_step(tiny: bool) -> tuple[Program, Mesh]:
@@ -171,12 +177,12 @@ def _train_step(tiny: bool) -> tuple[Program, Mesh]:
     return train_program(config, mesh, sizes, (64, 64) if tiny else (448, 768)), mesh
 
 
-def _denoise(mesh: Mesh, sizes: Sizes, size, options: SampleOptions, batch: int, repeats: int) -> tuple[dict, Callable]:
-    """Times one call of the UNet on random arrays; returns its figures and the call."""
-    program = _stages_of(mesh, sizes, size, options, batch)["denoise"]
+def _timed(found: Figures, program: Program, mesh: Mesh, repeats: int) -> tuple[dict, Callable]:
+    """Times a program on random arrays; returns its figures and the call."""
+    built = load_or_build(found.path.parent, program, mesh)
     arguments = random_arrays.random_arrays(program.args)
-    row, compiled = measure(program, arguments, mesh, repeats)
-    return _figures(row, program, compiled), lambda: compiled(*arguments)
+    row = measure(program, arguments, built, repeats)
+    return _figures(row, program, built.compiled), lambda: built.compiled(*arguments)
 
 
 def _figures(row: Row, program: Program | None = None, compiled: Compiled | None = None) -> dict:
@@ -215,20 +221,43 @@ def _target() -> targets.Target | None:
     return targets.parse(f"{name}:1") if name else None
 
 
-def compile_ahead(stage: str, tiny: bool) -> None:
-    """Compiles the programs of a stage into the compilation cache; nothing is run."""
+def compile_ahead(out: Path, stage: str, tiny: bool) -> None:
+    """Compiles the programs of a stage into `out`, then counts their FLOPs; nothing is run.
+
+    A process that loads such a program does not trace it: of the full train step that takes longer than the compiler.
+    """
     if stage == "train":
         program, mesh = _train_step(tiny)
         programs = [program]
     else:
         sizes, size, mesh = _networks(tiny)
-        plain = _stages_of(mesh, sizes, size, _options(tiny))
-        programs = [plain[name] for name in BY_VALUE]
-        programs.append(_stages_of(mesh, sizes, size, _guided(tiny))["denoise"])
+        plain = {program.name: program for program in sample_programs(mesh, sizes, size, 1, _options(tiny))}
+        programs = [*(plain[name] for name in BY_VALUE), _guided(mesh, sizes, size, tiny)]
     for program in programs:
         began = time.monotonic()
-        on_mesh(mesh, program.function.lower)(*program.args).compile()
+        compiled = on_mesh(mesh, program.function.lower)(*program.args).compile()
+        with replacing(_ahead(out, program)) as temporary:
+            temporary.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
         print(f"compiled ahead: {stage} {program.name} in {time.monotonic() - began:.0f} s", flush=True)
+    for program in programs:
+        write_json(_ahead(out, program).with_suffix(".json"), {"flops": count_flops(program.plain, *program.args)})
+
+
+def load_or_build(out: Path, program: Program, mesh: Mesh) -> Built:
+    """Loads a program that was compiled ahead, or compiles it."""
+    path = _ahead(out, program)
+    if not path.is_file():
+        return build(program, mesh)
+    began = time.monotonic()
+    compiled = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+    seconds = time.monotonic() - began
+    counted = path.with_suffix(".json")
+    flops = json.loads(counted.read_text())["flops"] if counted.is_file() else count_flops(program.plain, *program.args)
+    return Built(compiled, seconds, flops)
+
+
+def _ahead(out: Path, program: Program) -> Path:
+    return out / "compiled" / f"{program.name}.pickle"
 
 
 STAGES: dict[str, Callable[[Figures, bool], None]] = {
@@ -243,7 +272,7 @@ STAGES: dict[str, Callable[[Figures, bool], None]] = {
 
 def main() -> None:
     if FLAGS.ahead:
-        compile_ahead(FLAGS.stage, FLAGS.tiny)
+        compile_ahead(Path(FLAGS.out), FLAGS.stage, FLAGS.tiny)
     else:
         STAGES[FLAGS.stage](Figures(Path(FLAGS.out) / f"{FLAGS.stage}.json"), FLAGS.tiny)
 

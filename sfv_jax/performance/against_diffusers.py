@@ -60,7 +60,8 @@ def against_diffusers(
         import diffusers  # noqa: F401
         import torch
     except ImportError as error:
-        raise ConfigError("--compare diffusers needs torch and diffusers: pip install torch diffusers") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot import torch and diffusers: pip install torch diffusers ({reason})") from error
     gpu = torch.cuda.is_available()
     configs: dict[str, Any] = {"unet": sizes.unet}
     if not backward:

@@ -113,28 +113,45 @@ class Row:
     temporary_bytes: int | None = None
 
 
-def measure(program: Program, args: tuple, mesh: Mesh, repeats: int) -> tuple[Row, Compiled]:
-    """Compiles and times `program` on the arrays `args`.
+@dataclass(frozen=True)
+class Built:
+    """Compiled program.
+
+    Attributes:
+      compiled: the program.
+      seconds: time of tracing and compilation.
+      flops: as in `Row`.
+    """
+
+    compiled: Compiled
+    seconds: float
+    flops: float
+
+
+def build(program: Program, mesh: Mesh) -> Built:
+    """Traces and compiles `program` and counts its FLOPs."""
+    began = time.perf_counter()
+    compiled = on_mesh(mesh, program.function.lower)(*program.args).compile()
+    return Built(compiled, time.perf_counter() - began, count_flops(program.plain, *program.args))
+
+
+def measure(program: Program, args: tuple, built: Built, repeats: int) -> Row:
+    """Times a compiled `program` on the arrays `args`.
 
     If the program donates its first argument, the next call gets the first result in its place, as in training.
-
-    Returns:
-      The measurement and the compiled program.
     """
-    began = time.perf_counter()
-    compiled = on_mesh(mesh, program.function.lower)(*args).compile()
-    seconds = time.perf_counter() - began
     held = list(args)
 
     def call():
-        out = compiled(*held)
+        out = built.compiled(*held)
         if program.donates:
             held[0], out = out
         return out
 
     timed = timing.warm(call, repeats)
-    flops, memory = count_flops(program.plain, *program.args), compiled.memory_analysis()
-    return Row(program.name, timed, flops, seconds, memory.temp_size_in_bytes), compiled
+    memory = built.compiled.memory_analysis()
+    temporary = memory.temp_size_in_bytes if memory else None
+    return Row(program.name, timed, built.flops, built.seconds, temporary)
 
 
 def sampling(
@@ -145,6 +162,7 @@ def sampling(
     options: SampleOptions,
     repeats: int,
     order: Sequence[str] = ("clip", "encode", "denoise", "decode"),
+    build: Callable[[Program, Mesh], Built] = build,
 ) -> Iterator[tuple[Row, Program | None, Compiled | None]]:
     """Measures each stage of a one-step video, then all of them one after another up to frames in host memory.
 
@@ -156,6 +174,7 @@ def sampling(
       options: of sampling; one step.
       repeats: timed warm calls.
       order: the stages in the order of their measurement.
+      build: called with each program and the mesh, to compile it.
 
     Yields:
       The measurement of each program, the program and its compiled form; at last, with None for both, that of the
@@ -181,9 +200,10 @@ def sampling(
         weights |= {part: random_arrays.random_arrays(held[part]) for part in held if part not in weights}
         inputs[name] = random_arrays.random_arrays(tuple(given))
         arguments = ({part: weights[part] for part in held}, *inputs[name])
-        row, compiled[name] = measure(programs[name], arguments, mesh, repeats)
-        rows.append(row)
-        yield row, programs[name], compiled[name]
+        built = build(programs[name], mesh)
+        compiled[name] = built.compiled
+        rows.append(measure(programs[name], arguments, built, repeats))
+        yield rows[-1], programs[name], built.compiled
     total = timing.warm(whole, repeats)
     yield Row("image to frames", total, sum(row.flops for row in rows)), None, None
 
@@ -230,12 +250,9 @@ def training(config: configs.ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[i
         "gradients without R1": (gradients(0.0), everything),
         "gradients": (gradients(config.sfv.r1_weight or 1e-5), everything),
     }
-    rows = [
-        measure(Program(name, jax.jit(function), args, {}, function), args, mesh, repeats)[0]
-        for name, (function, args) in calls.items()
-    ]
-    step, _ = measure(program, (state, frozen, batch), mesh, repeats)
-    return [*rows, step]
+    parts = [Program(name, jax.jit(function), args, {}, function) for name, (function, args) in calls.items()]
+    rows = [measure(part, part.args, build(part, mesh), repeats) for part in parts]
+    return [*rows, measure(program, (state, frozen, batch), build(program, mesh), repeats)]
 
 
 def split(rows: list[Row]) -> dict[str, float]:

@@ -54,7 +54,7 @@ def test_a_broken_stage_leaves_the_figures_of_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(
         accelerator_check, "stage_command", lambda out, stage, *_: [sys.executable, str(script), stage, str(out)]
     )
-    monkeypatch.setitem(accelerator_check.LIMITS, "sampling", 2.0)
+    monkeypatch.setitem(accelerator_check.LIMITS, "sampling", 1.0)
     ended = accelerator_check.run(out, 1.0, tiny=True)
     assert {stage: outcome.status for stage, outcome in ended.items()} == {
         "device": "done",

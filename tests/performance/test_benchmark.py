@@ -84,7 +84,8 @@ def test_a_program_is_compiled_once_timed_and_counted(monkeypatch):
     program = Program(
         "train step", jax.jit(step, donate_argnums=0), (jnp.zeros(()), x), {}, lambda state, x: x @ x, donates=True
     )
-    row, compiled = measurement.measure(program, (jnp.zeros(()), x), mesh, 3)
+    built = measurement.build(program, mesh)
+    row, compiled = measurement.measure(program, (jnp.zeros(()), x), built, 3), built.compiled
     assert len(traced) == 1 and len(row.timing.seconds) == 3 and row.flops == 2 * size**3
     assert float(compiled(jnp.zeros(()), x)[0]) == 1
     ticks = iter(range(100))

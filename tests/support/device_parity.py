@@ -9,7 +9,8 @@ seen, and an error in a network is of the order of 1).
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,24 +24,29 @@ from sfv_jax.weights.components import COMPONENTS
 from tests.support import golden
 
 BOUNDS = {"float32": ("max", 2e-4), "bfloat16": ("rms", 0.15)}  # of the largest or the root mean square difference
+NETWORKS = {  # {name in the golden file: (component, call, its inputs)}
+    "unet": ("unet", lambda unet, *inputs: unet(*inputs), golden.unet_inputs),
+    "encoder": ("vae", lambda vae, x: vae.encode(x), golden.encoder_inputs),
+    "decoder": ("vae", lambda vae, z: vae.decode(z), golden.decoder_inputs),
+    "clip": ("image_encoder", lambda tower, x: tower(x), golden.clip_inputs),
+}
 GRADIENT = golden.FOLDER / "gradient.npz"
 
 
-def compare() -> Iterator[tuple[str, dict]]:
-    """Yields `(name, {"max", "rms", "bound", "sound"})` of each comparison."""
+def compare(in_bf16: Collection[str] | None = None) -> Iterator[tuple[str, dict]]:
+    """Yields `(name, {"max", "rms", "bound", "sound"})` of each comparison.
+
+    Args:
+      in_bf16: networks to compare in bf16 as well; None for all.
+    """
     golden.check_weights()
     stored = golden.load("networks")
     for dtype in BOUNDS:
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-            unet = network("unet", dtype)
-            yield f"unet {dtype}", figures(jax.jit(unet)(*golden.unet_inputs()), stored["unet"], dtype)
-            vae = network("vae", dtype)
-            encoded = jax.jit(lambda x, vae=vae: vae.encode(x))(*golden.encoder_inputs())
-            yield f"vae encoder {dtype}", figures(encoded, stored["encoder"], dtype)
-            decoded = jax.jit(lambda x, vae=vae: vae.decode(x))(*golden.decoder_inputs())
-            yield f"vae decoder {dtype}", figures(decoded, stored["decoder"], dtype)
-            tower = network("image_encoder", dtype)
-            yield f"clip {dtype}", figures(jax.jit(tower)(*golden.clip_inputs()), stored["clip"], dtype)
+            for name, (component, call, inputs) in NETWORKS.items():
+                if dtype == "float32" or in_bf16 is None or name in in_bf16:
+                    found = jax.jit(partial(call, network(component, dtype)))(*inputs())
+                    yield f"{name} {dtype}", figures(found, stored[name], dtype)
     for name, found in gradients().items():
         yield f"{name} float32", figures(found, golden.load("gradient")[name], "float32")
 
