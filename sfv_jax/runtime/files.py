@@ -4,8 +4,11 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
+
+from sfv_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -24,6 +27,40 @@ def write_json(path: Path, content: dict) -> None:
     """Writes `content` to `path` as JSON, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Checks that a folder for results exists or can be made, and takes files: before the work, not after it.
+
+    Args:
+      folder: the folder.
+      flag: how the message names the folder, such as "--out".
+    Raises:
+      UserError: if it is no folder, or no file can be written there.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=there):  # the only proof: access rights do not show a read-only or full disk
+            pass
+    except OSError as error:
+        cause = "is no folder" if not there.is_dir() else f"takes no files: {error.strerror}"
+        raise UserError(
+            f"{flag}={one_line(folder)} cannot be a folder for results: {one_line(there)} {cause}"
+        ) from error
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Checks that a file for results can be written or replaced: before the work, not after it.
+
+    Args:
+      path: the file.
+      flag: how the message names the file, such as "--json".
+    Raises:
+      UserError: if it is a folder, or no file can be written to its folder.
+    """
+    if path.is_dir():
+        raise UserError(f"{flag}={one_line(path)} is a folder: name a file, such as {one_line(path / 'NAME')}")
+    check_folder(path.parent, flag)
 
 
 def is_alive(process: int) -> bool:
@@ -45,3 +82,8 @@ def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:
             digest.update(block)
             done(len(block))
     return digest.hexdigest()
+
+
+def one_line(text: object) -> str:
+    r"""Returns a path or text with everything unprintable escaped: line ends, escape codes, bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
