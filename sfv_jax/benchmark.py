@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     if FLAGS.json:
-        check_file(Path(FLAGS.json), "--json")
+        check_file(Path(FLAGS.json), f"--json={FLAGS.json}")
     from dataclasses import fields
 
     from sfv_jax.performance.measurement import Request, run

@@ -63,7 +63,7 @@ def check() -> None:
         refuse_existing(path, args.overwrite)
         if path.exists() and path.is_dir() == single:
             raise WeightsError(f"{path} is a {'folder' if single else 'file'}: choose another destination")
-    check_folder(dst.parent, "--dst in")
+    check_folder(dst.parent, f"--dst={dst}")
     commands.check_inputs(*(["base"] if args.src.startswith("hub:") else ["src", "base"]))
 
 

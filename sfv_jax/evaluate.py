@@ -46,6 +46,8 @@ def main() -> None:
     report.record["packages"] = package_versions("jax", "flax", "numpy", "av")
     report.write(FLAGS.out)
     print(f"{FLAGS.out}: open index.html; scores.md and scores.json hold the numbers")
+    if dropped := report.record.get("dropped", {}).get("reference"):
+        print(f"{len(dropped)} real clips could not be read or are too short and were dropped; scores.md lists them")
     if report.missing:
         lines = "".join(f"\n  {line}" for line in report.missing)
         raise UserError(f"{len(report.missing)} clips could not be read and are in no score:{lines}")
@@ -60,9 +62,9 @@ def check() -> None:
     protocol(0)
     for name in ("guidance", "mesh"):
         commands.numbers(name, FLAGS[name].value)
-    check_folder(Path(FLAGS.out), "--out")
+    check_folder(Path(FLAGS.out), f"--out={FLAGS.out}")
     if FLAGS.statistics:
-        check_file(Path(FLAGS.statistics), "--statistics")
+        check_file(Path(FLAGS.statistics), f"--statistics={FLAGS.statistics}")
     commands.check_inputs("videos", "reference", "data", "i3d", "images", "svd", "checkpoint")
 
 

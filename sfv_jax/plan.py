@@ -43,11 +43,11 @@ def check() -> None:
         raise UserError(f"--efficiency={FLAGS.efficiency}: give a fraction above 0 and at most 1")
     for name in ("json", "picture"):
         if value := FLAGS[name].value:
-            check_file(Path(value), f"--{name}")
+            check_file(Path(value), f"--{name}={value}")
     if FLAGS.picture and not FLAGS.picture.lower().endswith(".png"):
         raise UserError(f"--picture={FLAGS.picture}: name a .png file")
     if FLAGS.hlo:
-        check_folder(Path(FLAGS.hlo), "--hlo")
+        check_folder(Path(FLAGS.hlo), f"--hlo={FLAGS.hlo}")
 
 
 def main() -> int:

@@ -46,7 +46,7 @@ def main() -> None:
     if FLAGS.worker >= FLAGS.workers:
         raise PrepareError(f"worker {FLAGS.worker} of {FLAGS.workers}: count from 0")
     commands.check_inputs("videos", "svd")
-    check_folder(Path(FLAGS.out), "--out")
+    check_folder(Path(FLAGS.out), f"--out={FLAGS.out}")
 
     from sfv_jax.checkpoints.base import load_encoders
     from sfv_jax.data.preparation import make_encoder, run

@@ -21,7 +21,7 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
-    check_folder(Path(FLAGS.workdir), "--workdir")
+    check_folder(Path(FLAGS.workdir), f"--workdir={FLAGS.workdir}")
     from sfv_jax.config import world_of
     from sfv_jax.reproduction.strips import compare, picture, table
     from sfv_jax.runtime import compilation

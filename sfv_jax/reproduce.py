@@ -53,7 +53,7 @@ def check() -> None:
         raise UserError(f"--height={FLAGS.height} --width={FLAGS.width}: both must be multiples of 64")
     commands.check_inputs("svd", "data", "real", "i3d")
     if not FLAGS.dry_run:
-        check_folder(Path(FLAGS.workdir), "--workdir")
+        check_folder(Path(FLAGS.workdir), f"--workdir={FLAGS.workdir}")
 
 
 def request() -> "Request":

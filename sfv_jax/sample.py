@@ -24,6 +24,7 @@ def main() -> None:
 
     todo = files.jobs(Path(FLAGS.image), Path(FLAGS.out), FLAGS.format)
     files.check_outputs(todo, FLAGS.fps, FLAGS.overwrite)
+    commands.check_inputs("checkpoint")
     guidance, sizes = (commands.numbers(name, FLAGS[name].value) for name in ("guidance", "mesh"))
 
     from sfv_jax.runtime import compilation

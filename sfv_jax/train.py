@@ -24,7 +24,7 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
-    check_folder(Path(FLAGS.workdir), "--workdir")
+    check_folder(Path(FLAGS.workdir), f"--workdir={FLAGS.workdir}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # before JAX starts
     from sfv_jax.runtime import compilation, processes
     from sfv_jax.training.loop import train

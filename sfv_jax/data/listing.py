@@ -1,6 +1,7 @@
 """The one rule by which all commands list files: which files of a folder count, and in what order."""
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,23 +42,31 @@ def list_files(folder: str | os.PathLike, suffixes: tuple[str, ...]) -> list[Pat
     folder = Path(folder)
     if not folder.is_dir():
         raise ListingError(f"{one_line(folder)}: not a directory")
-    return sorted(path for path in _files(folder, frozenset()) if path.suffix.lower() in suffixes and path.is_file())
+    return sorted(path for path in _files(folder, frozenset()) if path.suffix.lower() in suffixes)
 
 
 def _files(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    """Yields everything below `folder` that is not hidden and no folder; `above` identifies the folders around it."""
+    """Yields the regular files below `folder` that are not hidden; `above` identifies the folders around it."""
     try:
         about = folder.stat()
-        entries = list(folder.iterdir())
+        here = (about.st_dev, about.st_ino)
+        entries = [] if here in above else [(path, _mode(path)) for path in folder.iterdir()]
     except OSError as error:
         raise ListingError(f"{one_line(folder)}: cannot list the folder: {error.strerror}") from error
-    here = (about.st_dev, about.st_ino)
-    if here in above:
-        return
-    for path in entries:
+    for path, mode in entries:
         if path.name.startswith("."):
             continue
-        if path.is_dir():
+        if stat.S_ISDIR(mode):
             yield from _files(path, above | {here})
-        else:
+        elif stat.S_ISREG(mode):
             yield path
+
+
+def _mode(path: Path) -> int:
+    """Returns the mode of a file; 0 for links that lead nowhere or in a circle, and files deleted meanwhile."""
+    try:
+        return path.stat().st_mode
+    except PermissionError:
+        raise
+    except OSError:
+        return 0

@@ -117,7 +117,7 @@ def run(request: Request) -> Report:
       UserError: if the request is impossible, or its files cannot be used.
     """
     kind = mode(request)
-    check_folder(request.out, "--out")  # now, not after hours of sampling
+    check_folder(request.out, f"--out={request.out}")  # now, not after hours of sampling
     if request.checkpoint:
         check(request.options.sampler, request.options.steps, request.options.guidance)
     if request.flow and kind in ("alone", "dataset"):

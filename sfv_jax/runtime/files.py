@@ -29,12 +29,12 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def check_folder(folder: Path, flag: str) -> None:
+def check_folder(folder: Path, given: str) -> None:
     """Checks that a folder for results exists or can be made, and takes files: before the work, not after it.
 
     Args:
       folder: the folder.
-      flag: how the message names the folder, such as "--out".
+      given: the flag and its value, for the message, such as "--out=scores".
     Raises:
       UserError: if it is no folder, or no file can be written there.
     """
@@ -43,24 +43,22 @@ def check_folder(folder: Path, flag: str) -> None:
         with tempfile.TemporaryFile(dir=there):  # the only proof: access rights do not show a read-only or full disk
             pass
     except OSError as error:
-        cause = "is no folder" if not there.is_dir() else f"takes no files: {error.strerror}"
-        raise UserError(
-            f"{flag}={one_line(folder)} cannot be a folder for results: {one_line(there)} {cause}"
-        ) from error
+        cause = f"takes no files: {error.strerror}" if there.is_dir() else "is no folder"
+        raise UserError(f"{one_line(given)} cannot be written: {one_line(there)} {cause}") from error
 
 
-def check_file(path: Path, flag: str) -> None:
+def check_file(path: Path, given: str) -> None:
     """Checks that a file for results can be written or replaced: before the work, not after it.
 
     Args:
       path: the file.
-      flag: how the message names the file, such as "--json".
+      given: as for `check_folder`.
     Raises:
       UserError: if it is a folder, or no file can be written to its folder.
     """
     if path.is_dir():
-        raise UserError(f"{flag}={one_line(path)} is a folder: name a file, such as {one_line(path / 'NAME')}")
-    check_folder(path.parent, flag)
+        raise UserError(f"{one_line(given)} is a folder: name a file")
+    check_folder(path.parent, given)
 
 
 def is_alive(process: int) -> bool:
@@ -85,5 +83,5 @@ def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:
 
 
 def one_line(text: object) -> str:
-    r"""Returns a path or text with everything unprintable escaped: line ends, escape codes, bytes that are not UTF-8."""
+    """Returns a path or text with line ends, escape codes, bytes that are not UTF-8, and the like escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

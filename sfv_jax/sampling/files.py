@@ -103,7 +103,8 @@ def jobs(image: Path, out: Path, kind: str) -> list[Job]:
         return [Job(0, image, out)]
     if out.suffix.lower()[1:] in VIDEO_FORMATS and not out.is_dir():
         raise SampleError(f"--image {image} is a folder, so --out must be a folder too, not {out}; see --format")
-    if f".{kind}" in IMAGE_SUFFIXES and image.resolve() in (out.resolve(), *out.resolve().parents):
+    inside = os.path.commonpath([os.path.realpath(image), os.path.realpath(out)]) == os.path.realpath(image)
+    if inside and f".{kind}" in IMAGE_SUFFIXES:
         raise SampleError(f"--out {out} is in --image {image}: the next run would take each .{kind} for an image")
     images = list_images(image)
     if not images:
@@ -142,8 +143,8 @@ def check_outputs(todo: list[Job], fps: float, overwrite: bool) -> None:
     """
     if fps > GIF_FPS and todo[0].video.suffix.lower() == ".gif":
         raise SampleError(f"--fps {fps:g}: a GIF shows at most {GIF_FPS} frames per second; use less or another format")
-    for folder in {job.video.parent for job in todo}:
-        check_folder(folder, "--out")
+    for folder in sorted({job.video.parent for job in todo}):
+        check_folder(folder, f"--out: {folder}")
     inputs = {_identity(job.image) for job in todo}
     problems = []
     for job in todo:
@@ -172,7 +173,7 @@ def _foreign(job: Job) -> str | None:
     if not os.path.lexists(job.record):
         return f"{job.video} has no record {job.record.name}" if os.path.lexists(job.video) else None
     try:
-        made = json.loads(job.record.read_bytes())
+        made = json.loads(job.record.read_bytes()) if job.record.is_file() else None
     except (OSError, ValueError):
         made = None
     if not isinstance(made, dict) or not {"video", "image_sha256"} <= made.keys():

@@ -317,7 +317,12 @@ def checked_images(images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes uint8 `[h, w, 3]` to `[height, width, 3]` by Lanczos, without cropping, as StableVideoDiffusionPipeline does."""
+    """Resizes `image` to uint8 `[height, width, 3]` by Lanczos, without cropping, as StableVideoDiffusionPipeline does.
+
+    Raises:
+      UserError: if the image is not uint8 `[h, w, 3]`.
+    """
+    [image] = checked_images([image])
     if image.shape[:2] == size:
         return image
     from PIL import Image  # not on bare accelerator images, where the benchmark runs

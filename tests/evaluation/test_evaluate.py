@@ -393,7 +393,7 @@ def test_modes_that_mean_nothing(flags, message):
 def test_a_place_for_results_that_is_none(tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file/below/it"):
-        with pytest.raises(UserError, match="cannot be a folder for results: .*file is no folder"):
+        with pytest.raises(UserError, match="cannot be written: .*file is no folder"):
             request.run(request.Request(out=out, videos=Path("a")))
 
 
