@@ -48,8 +48,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
       ImageError: if the file is not an image, is damaged or too large, or has pixels without a defined white.
     """
     path = Path(path)
-    if not path.is_file():  # a pipe would wait for its writer
-        raise ImageError(f"{one_line(path)}: {'not a regular file' if path.exists() else 'no such file'}")
+    if not os.path.isfile(path):  # a pipe would wait for its writer
+        raise ImageError(f"{one_line(path)}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of damaged metadata and of sizes below its limit

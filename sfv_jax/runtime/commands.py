@@ -145,7 +145,7 @@ def check_inputs(*names: str) -> None:
     """
     for name, value in values(*names).items():
         if value and not Path(value).exists():
-            raise UserError(f"--{name}={value}: no such file or folder")
+            raise UserError(f"{value} does not exist: give another --{name}")
 
 
 def share(text: str | None) -> tuple[int, int] | None:
