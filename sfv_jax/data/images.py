@@ -6,6 +6,7 @@ import warnings
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError, features
@@ -13,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError, features
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import one_line
 
-_UPRIGHT = {  # turn for each EXIF orientation
+_UPRIGHT: dict[Any, Image.Transpose] = {  # turn for each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

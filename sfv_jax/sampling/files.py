@@ -103,7 +103,8 @@ def jobs(image: Path, out: Path, kind: str) -> list[Job]:
         return [Job(0, image, out)]
     if out.suffix.lower()[1:] in VIDEO_FORMATS and not out.is_dir():
         raise SampleError(f"--image {image} is a folder, so --out must be a folder too, not {out}; see --format")
-    inside = os.path.commonpath([os.path.realpath(image), os.path.realpath(out)]) == os.path.realpath(image)
+    real = Path(os.path.realpath(out))
+    inside = Path(os.path.realpath(image)) in (real, *real.parents)
     if inside and f".{kind}" in IMAGE_SUFFIXES:
         raise SampleError(f"--out {out} is in --image {image}: the next run would take each .{kind} for an image")
     images = list_images(image)

@@ -289,7 +289,7 @@ class Sampler:
         return jnp.dtype(getattr(self.codec, "decode_dtype", jnp.float32)).name
 
 
-def checked_images(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+def checked_images(images: Sequence[np.ndarray] | np.ndarray) -> list[np.ndarray]:
     """Returns images as arrays uint8 `[h, w, 3]`.
 
     Raises:
