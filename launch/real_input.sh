@@ -39,7 +39,8 @@ run "${train[@]}"
 image=$out/frame.png
 "$python" - "$videos" "$image" <<'PY'
 import sys
-from sfv_jax.data.video import list_videos, read_clip, write_video
+from sfv_jax.data.listing import list_videos
+from sfv_jax.data.video import read_clip, write_video
 write_video(sys.argv[2], read_clip(list_videos(sys.argv[1])[0], num_frames=1))
 PY
 run "$python" -m sfv_jax.sample --checkpoint "$out/run" --image "$image" --out "$out/video.mp4" $size

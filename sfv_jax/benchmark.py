@@ -18,11 +18,14 @@ from absl import flags
 
 from sfv_jax import choices
 from sfv_jax.runtime import commands
+from sfv_jax.runtime.files import check_file
 
 FLAGS = flags.FLAGS
 
 
 def main() -> None:
+    if FLAGS.json:
+        check_file(Path(FLAGS.json), f"--json={FLAGS.json}")
     from dataclasses import fields
 
     from sfv_jax.performance.measurement import Request, run
@@ -39,8 +42,8 @@ def main() -> None:
 
 def define_flags() -> None:
     flags.DEFINE_enum("networks", "svd", choices.NETWORKS, "sizes of the networks")
-    flags.DEFINE_integer("height", 576, "height of the video in pixels")
-    flags.DEFINE_integer("width", 1024, "width of the video in pixels")
+    commands.define_pixels("height", 576, "height of the video in pixels")
+    commands.define_pixels("width", 1024, "width of the video in pixels")
     flags.DEFINE_integer("num_frames", None, "frames of the video; default that of the networks", lower_bound=1)
     flags.DEFINE_integer("batch_size", 1, "videos per call", lower_bound=1)
     flags.DEFINE_enum("dtype", "bfloat16", choices.DTYPES, "compute dtype, also of the VAE's decoder")

@@ -1,4 +1,4 @@
-"""Values of enum flags, without imports of the modules that define them; a test compares them with those modules."""
+"""Values of flags, without imports of the modules that define the names; a test compares these with the modules."""
 
 DTYPES = ("float32", "bfloat16", "float16")  # models.networks.DTYPES
 SAMPLERS = ("euler", "sfv", "sfv_euler", "animatelcm")  # diffusion.solvers.SAMPLERS
@@ -10,3 +10,9 @@ TABLES = ("table1", "table2", "table3", "losses")  # reproduction.experiments.TA
 DATASETS = ("ucf101", "folder", "world")  # evaluation.request.COUNTS
 UCF101_SPLITS = (*(f"{kind}list0{n}" for kind in ("train", "test") for n in (1, 2, 3)), "all")  # data.ucf101.SPLITS
 JOBS = ("train", "sample", "prepare")  # performance.job.WHAT
+
+MOST_PIXELS = 2**14  # of a side: the limit of H.264 encoders
+FPS = (0.01, 1000.0)  # range of frame rates: WebP counts milliseconds
+MOST_SEED = 2**32 - 1  # JAX uses the lowest 32 bits of a seed
+MOST_MOTION = 1023  # of the motion bucket; SVD was trained on 0 to 255
+MOST_NOISE = 10.0  # standard deviation on the condition, for pixels in [-1, 1]

@@ -14,11 +14,15 @@ Every tensor must have a known name and shape; an interrupted conversion leaves 
 
 import signal
 import sys
+from pathlib import Path
 
 from absl import flags
 
 from sfv_jax import choices
 from sfv_jax.runtime import commands
+from sfv_jax.runtime.files import check_folder
+from sfv_jax.weights.folders import WeightsError, refuse_existing
+from sfv_jax.weights.writer import parse_size
 
 
 def report(folder: str) -> None:
@@ -30,8 +34,8 @@ def report(folder: str) -> None:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("src", None, "folder, file or hub:ORG/NAME to read", required=True)
-    flags.DEFINE_string("dst", None, "folder or file to write", required=True)
+    commands.define_required("src", "folder, file or hub:ORG/NAME to read")
+    commands.define_required("dst", "folder or file to write")
     flags.DEFINE_string("base", None, "model folder with the VAE, CLIP tower and config, where --src is a UNet alone")
     flags.DEFINE_bool("allow_pickle", False, "read .bin and .ckpt files too, by torch, tensors only")
     flags.DEFINE_bool("export", False, "convert a model folder or a training run to other formats")
@@ -40,11 +44,31 @@ def define_flags() -> None:
     flags.DEFINE_bool("fp16", False, "read the fp16 variant of diffusers files, or write it with --export")
     flags.DEFINE_bool("raw", False, "export the trained weights of a run instead of their moving average")
     flags.DEFINE_enum("dtype", "source", choices.STORED_DTYPES, "dtype of the model folder's weights")
-    flags.DEFINE_integer("num_frames", None, "frames per clip of a single file's UNet; default: from header or name")
+    flags.DEFINE_integer("num_frames", None, "frames per clip of a single file's UNet; default: from header or name", 1)
     flags.DEFINE_bool("overwrite", False, "replace an existing --dst")
 
 
+def check() -> None:
+    """Checks flags and paths without JAX.
+
+    Raises:
+      UserError: if a value is impossible, a file to read is missing, or the results cannot be written.
+    """
+    args, dst = flags.FLAGS, Path(flags.FLAGS.dst)
+    parse_size(args.max_shard_size)
+    single = args.export and args.what == "comfyui"
+    if single and dst.suffix != ".safetensors":
+        raise WeightsError(f"{dst}: the name of a single file must end in .safetensors")
+    for path in (dst, dst.with_suffix(".md")) if single else (dst,):
+        refuse_existing(path, args.overwrite)
+        if path.exists() and path.is_dir() == single:
+            raise WeightsError(f"{path} is a {'folder' if single else 'file'}: choose another destination")
+    check_folder(dst.parent, f"--dst={dst}")
+    commands.check_inputs(*(["base"] if args.src.startswith("hub:") else ["src", "base"]))
+
+
 def main() -> None:
+    check()
     from sfv_jax.checkpoints.exporter import export_model
     from sfv_jax.checkpoints.importer import ReadOptions, import_model
 

@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from sfv_jax import choices
-from sfv_jax.evaluation.protocol import Protocol
+from sfv_jax.errors import UserError
+from sfv_jax.evaluation.protocol import CROPS, FILTERS, Protocol
 from sfv_jax.runtime import commands
+from sfv_jax.runtime.files import check_file, check_folder
 
 if TYPE_CHECKING:
     from sfv_jax.evaluation.request import Request
@@ -34,6 +36,7 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
+    check()
     from sfv_jax.evaluation.request import run
     from sfv_jax.runtime import compilation
     from sfv_jax.runtime.versions import package_versions
@@ -43,6 +46,32 @@ def main() -> None:
     report.record["packages"] = package_versions("jax", "flax", "numpy", "av")
     report.write(FLAGS.out)
     print(f"{FLAGS.out}: open index.html; scores.md and scores.json hold the numbers")
+    if dropped := report.record.get("dropped", {}).get("reference"):
+        print(f"{len(dropped)} real clips could not be read or are too short and were dropped; scores.md lists them")
+    if report.missing:
+        lines = "".join(f"\n  {line}" for line in report.missing)
+        raise UserError(f"{len(report.missing)} clips could not be read and are in no score:{lines}")
+
+
+def check() -> None:
+    """Checks flags and paths without JAX.
+
+    Raises:
+      UserError: if a value is impossible, a file to read is missing, or the results cannot be written.
+    """
+    protocol(0)
+    for name in ("guidance", "mesh"):
+        commands.numbers(name, FLAGS[name].value)
+    check_folder(Path(FLAGS.out), f"--out={FLAGS.out}")
+    if FLAGS.statistics:
+        check_file(Path(FLAGS.statistics), f"--statistics={FLAGS.statistics}")
+    commands.check_inputs("videos", "reference", "data", "i3d", "images", "svd", "checkpoint")
+
+
+def protocol(n: int) -> Protocol:
+    """Returns the flags of the protocol; `n` is the default of `--n`."""
+    values = commands.values(*(field.name for field in dataclasses.fields(Protocol)))
+    return Protocol(**values | {"n": n if values["n"] is None else values["n"]})
 
 
 def request() -> "Request":
@@ -50,10 +79,7 @@ def request() -> "Request":
     from sfv_jax.evaluation.generation import Options
     from sfv_jax.evaluation.request import COUNTS, Loading, Request
 
-    names = {kind: [x.name for x in dataclasses.fields(kind)] for kind in (Protocol, Options, Loading)}
-    protocol = commands.values(*names[Protocol])
-    if protocol["n"] is None:
-        protocol["n"] = COUNTS[FLAGS.dataset or "folder"]
+    names = {kind: [x.name for x in dataclasses.fields(kind)] for kind in (Options, Loading)}
     options = commands.values(*names[Options]) | {"guidance": commands.numbers("guidance", FLAGS.guidance)}
     loading = commands.values(*names[Loading]) | {"mesh": commands.numbers("mesh", FLAGS.mesh)}
     files = commands.values("out", "videos", "reference", "data", "i3d", "statistics", "images", "svd")
@@ -62,7 +88,7 @@ def request() -> "Request":
         **paths,
         **commands.values("checkpoint", "dataset", "split", "features", "batch_norm_eps"),
         **commands.values("flow", "shown", "latency", "batch_size"),
-        protocol=Protocol(**protocol),
+        protocol=protocol(COUNTS[FLAGS.dataset or "folder"]),
         options=Options(**options),
         loading=Loading(**loading),
     )
@@ -77,9 +103,9 @@ def define_flags() -> None:
         "data", None, "folder of the dataset; for UCF-101 AVI files and lists, or files prepared by TFDS"
     )
     flags.DEFINE_enum("split", "testlist01", choices.UCF101_SPLITS, "split of UCF-101")
-    flags.DEFINE_string("out", None, "folder for the results", required=True)
+    commands.define_required("out", "folder for the results")
     flags.DEFINE_string("i3d", None, "file of I3D weights, for FVD")
-    flags.DEFINE_float("batch_norm_eps", None, "epsilon of an I3D state dict: 1e-3 (default) or 1e-5")
+    flags.DEFINE_float("batch_norm_eps", None, "epsilon of an I3D state dict: 1e-3 (default) or 1e-5", 1e-9, 1)
     flags.DEFINE_string("features", None, "module:function from uint8 [b, t, h, w, 3] to [b, d], to use instead of I3D")
     flags.DEFINE_string("statistics", None, "file that stores the features of the real clips (.npz)")
     flags.DEFINE_string(
@@ -101,18 +127,18 @@ def _define_protocol_flags() -> None:
         "clips of each set, 0 for all; default: 2048 for ucf101, 256 for world, all of a folder",
         lower_bound=0,
     )
-    flags.DEFINE_integer(
-        "seed", d.seed, "seed of the selection of clips and of the noise of generated ones", lower_bound=0
-    )
+    commands.define_seed(d.seed, "seed of the selection of clips and of the noise of generated ones")
     flags.DEFINE_integer("num_frames", d.num_frames, "frames of a clip", lower_bound=2)
-    flags.DEFINE_float("fps", d.fps, "frames per second of a clip; real videos are resampled by time", lower_bound=1e-3)
-    flags.DEFINE_integer("height", d.height, "height of generated clips in pixels", lower_bound=8)
-    flags.DEFINE_integer("width", d.width, "width of generated clips in pixels", lower_bound=8)
-    flags.DEFINE_integer("score_height", d.score_height, "height at which features are computed", lower_bound=8)
-    flags.DEFINE_integer("score_width", d.score_width, "width at which features are computed", lower_bound=8)
-    flags.DEFINE_string("crop", d.crop, "fit of conditions to the generated shape: none (stretch) or centre (crop)")
-    flags.DEFINE_string("filter", d.filter, "filter for resizing to the score size: bilinear, bicubic, lanczos or box")
-    flags.DEFINE_integer("ddof", d.ddof, "degrees of freedom: covariances divide by n - ddof", lower_bound=0)
+    commands.define_fps(d.fps, "frames per second of a clip; real videos are resampled by time")
+    commands.define_pixels("height", d.height, "height of generated clips in pixels", least=8)
+    commands.define_pixels("width", d.width, "width of generated clips in pixels", least=8)
+    commands.define_pixels("score_height", d.score_height, "height at which features are computed", least=8)
+    commands.define_pixels("score_width", d.score_width, "width at which features are computed", least=8)
+    flags.DEFINE_enum(
+        "crop", d.crop, CROPS, "conditions are stretched to the generated shape (none) or cropped (centre)"
+    )
+    flags.DEFINE_enum("filter", d.filter, [*FILTERS], "filter for resizing to the score size")
+    flags.DEFINE_integer("ddof", d.ddof, "covariances divide by n - ddof", lower_bound=0, upper_bound=1)
 
 
 def _define_sampler_flags() -> None:
@@ -121,8 +147,7 @@ def _define_sampler_flags() -> None:
     flags.DEFINE_list(
         "guidance", None, "first,last weight of the guidance ramp (1.0,3.0 for SVD); default: no guidance"
     )
-    flags.DEFINE_float("motion_bucket_id", 127, "amount of motion, a condition of the model")
-    flags.DEFINE_float("noise_aug_strength", 0.02, "strength of the noise on the condition; 0 in the world")
+    commands.define_micro_conditions("; 0 in the world")
     flags.DEFINE_integer("decode_chunk_size", None, "frames decoded at a time; default: all", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", choices.DTYPES, "compute and parameter dtype of the UNet")
     flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the VAE's decoder")

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from sfv_jax import choices
 from sfv_jax.errors import UserError
 from sfv_jax.runtime import commands
+from sfv_jax.runtime.files import check_file, check_folder
 
 FLAGS = flags.FLAGS
 
@@ -32,14 +33,30 @@ def write(result: dict) -> None:
         plan_report.picture(result, Path(FLAGS.picture))
 
 
+def check() -> None:
+    """Checks flags and paths without JAX.
+
+    Raises:
+      UserError: if a value is impossible, or a file cannot be written.
+    """
+    if not 0 < FLAGS.efficiency <= 1:
+        raise UserError(f"--efficiency={FLAGS.efficiency}: give a fraction above 0 and at most 1")
+    for name in ("json", "picture"):
+        if value := FLAGS[name].value:
+            check_file(Path(value), f"--{name}={value}")
+    if FLAGS.picture and not FLAGS.picture.lower().endswith(".png"):
+        raise UserError(f"--picture={FLAGS.picture}: name a .png file")
+    if FLAGS.hlo:
+        check_folder(Path(FLAGS.hlo), f"--hlo={FLAGS.hlo}")
+
+
 def main() -> int:
+    check()
     from sfv_jax.performance import plan_report, targets
     from sfv_jax.performance.job import QUICK, WHAT, Request, fit, plan
     from sfv_jax.performance.programs import SampleOptions
     from sfv_jax.runtime import compilation
 
-    if not 0 < FLAGS.efficiency <= 1:
-        raise UserError(f"--efficiency={FLAGS.efficiency}: give a fraction above 0 and at most 1")
     target = targets.parse(FLAGS.target)
     targets.prepare(target)
     effort = FLAGS.compile_effort
@@ -77,15 +94,15 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "file for the plan as JSON")
     flags.DEFINE_string("picture", None, "file for a picture of the memory (.png)")
     flags.DEFINE_string("hlo", None, "folder for the text of the compiled programs")
-    flags.DEFINE_integer("height", None, "height in pixels; default 448 (train, prepare), 576 (sample)", lower_bound=1)
-    flags.DEFINE_integer("width", None, "width in pixels; default 768 (train, prepare), 1024 (sample)", lower_bound=1)
+    commands.define_pixels("height", None, "height in pixels; default 448 (train, prepare), 576 (sample)")
+    commands.define_pixels("width", None, "width in pixels; default 768 (train, prepare), 1024 (sample)")
     flags.DEFINE_integer("batch_size", None, "sample, prepare: videos per batch; default one per chip", lower_bound=1)
     flags.DEFINE_integer("steps", 1, "sample: calls of the UNet", lower_bound=1)
     flags.DEFINE_enum("dtype", "bfloat16", choices.DTYPES, "sample: dtype of the UNet")
     flags.DEFINE_enum("vae_dtype", "bfloat16", choices.DTYPES, "sample: compute dtype of the VAE's decoder")
     flags.DEFINE_integer("decode_chunk_size", None, "sample: frames decoded at a time", lower_bound=1)
     flags.DEFINE_integer("decode_pixels", None, "sample: pixels decoded at a time on a device; 0: all", lower_bound=0)
-    flags.DEFINE_float("memory_gib", None, "memory of a chip in GiB; default the target's", lower_bound=0)
+    flags.DEFINE_float("memory_gib", None, "memory of a chip in GiB; default the target's", lower_bound=1e-3)
     flags.DEFINE_float("efficiency", 0.6, "assumed speed of a run as a fraction of the lower bound's")
     flags.mark_flags_as_required(["config", "target"])
     commands.define_compiler_flags()

@@ -11,12 +11,14 @@ finish completes the cache.
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from sfv_jax.data.settings import Settings
+from sfv_jax.data.settings import PrepareError, Settings
 from sfv_jax.runtime import commands
+from sfv_jax.runtime.files import check_folder
 
 FLAGS = flags.FLAGS
 
@@ -26,9 +28,9 @@ def _settings_with_flags() -> list[dataclasses.Field]:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("videos", None, "folder of videos, searched recursively", required=True)
-    flags.DEFINE_string("svd", None, "model folder made by sfv_jax.convert, or diffusers folder", required=True)
-    flags.DEFINE_string("out", None, "folder of the cache", required=True)
+    commands.define_required("videos", "folder of videos, searched recursively")
+    commands.define_required("svd", "model folder made by sfv_jax.convert, or diffusers folder")
+    commands.define_required("out", "folder of the cache")
     flags.DEFINE_integer("batch_size", 1, "clips encoded at a time", lower_bound=1)
     flags.DEFINE_integer("threads", os.cpu_count() or 1, "number of decoding threads", lower_bound=1)
     flags.DEFINE_integer("worker", 0, "index of this worker, from 0", lower_bound=0)
@@ -40,12 +42,17 @@ def define_flags() -> None:
 
 
 def main() -> None:
+    settings = Settings(**commands.values(*(field.name for field in _settings_with_flags())))
+    if FLAGS.worker >= FLAGS.workers:
+        raise PrepareError(f"worker {FLAGS.worker} of {FLAGS.workers}: count from 0")
+    commands.check_inputs("videos", "svd")
+    check_folder(Path(FLAGS.out), f"--out={FLAGS.out}")
+
     from sfv_jax.checkpoints.base import load_encoders
     from sfv_jax.data.preparation import make_encoder, run
     from sfv_jax.runtime import compilation
 
     compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
-    settings = Settings(**commands.values(*(field.name for field in _settings_with_flags())))
     codec, model = load_encoders(FLAGS.svd)
     encode = make_encoder(codec, settings.noise_aug_strength, settings.seed)
     sharing = commands.values("batch_size", "threads", "worker", "workers")

@@ -15,11 +15,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from sfv_jax.runtime import commands
+from sfv_jax.runtime.files import check_folder
 
 FLAGS = flags.FLAGS
 
 
 def main() -> None:
+    check_folder(Path(FLAGS.workdir), f"--workdir={FLAGS.workdir}")
     from sfv_jax.config import world_of
     from sfv_jax.reproduction.strips import compare, picture, table
     from sfv_jax.runtime import compilation
@@ -49,6 +51,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("teacher", "configs/quickstart.py:teacher", "config of the teacher")
     config_flags.DEFINE_config_file("sfv", "configs/quickstart.py:sfv", "config of SF-V")
     flags.DEFINE_string("workdir", "runs/quickstart", "folder for all results")
+    commands.refuse_empty("workdir")
     commands.define_compiler_flags()
 
 

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from sfv_jax import choices
+from sfv_jax.errors import UserError
 from sfv_jax.runtime import commands
+from sfv_jax.runtime.files import check_folder
 
 if TYPE_CHECKING:
     from sfv_jax.reproduction.jobs import Request
@@ -29,6 +31,7 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
+    check()
     from sfv_jax.reproduction import jobs
     from sfv_jax.runtime import compilation
 
@@ -36,15 +39,32 @@ def main() -> None:
     jobs.run(request())
 
 
+def check() -> None:
+    """Checks flags and paths without JAX.
+
+    Raises:
+      UserError: if a value is impossible, a file to read is missing, or the results cannot be written.
+    """
+    commands.seeds(FLAGS.seeds)
+    commands.share(FLAGS.share)
+    if unknown := [name for name in FLAGS.only if name not in choices.TABLES]:
+        raise UserError(f"--only={','.join(unknown)}: choose from {', '.join(choices.TABLES)}")
+    if FLAGS.height % 64 or FLAGS.width % 64:
+        raise UserError(f"--height={FLAGS.height} --width={FLAGS.width}: both must be multiples of 64")
+    commands.check_inputs("svd", "data", "real", "i3d")
+    if not FLAGS.dry_run:
+        check_folder(Path(FLAGS.workdir), f"--workdir={FLAGS.workdir}")
+
+
 def request() -> "Request":
     """Returns the flags as a `Request`."""
-    from sfv_jax.reproduction.jobs import Request, share_of
+    from sfv_jax.reproduction.jobs import Request
 
     return Request(
         Path(FLAGS.workdir),
         only=tuple(FLAGS.only),
         seeds=commands.seeds(FLAGS.seeds),
-        share=share_of(FLAGS.share),
+        share=commands.share(FLAGS.share),
         settings=tuple(FLAGS.set),
         arguments=tuple(sys.argv[1:]),
         **commands.values("scale", "fast", "dry_run", "svd", "data", "real", "i3d"),
@@ -54,6 +74,7 @@ def request() -> "Request":
 
 def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/reproduce", "folder for all results")
+    commands.refuse_empty("workdir")
     flags.DEFINE_enum("scale", "world", ["world", "svd"], "tiny networks in the procedural world, or SVD itself")
     flags.DEFINE_bool("fast", False, "world: less training and fewer conditions")
     flags.DEFINE_list("only", ["table1", "table2", "table3"], f"tables, of {', '.join(choices.TABLES)}")
@@ -63,8 +84,8 @@ def define_flags() -> None:
     flags.DEFINE_string("data", None, "svd: latent cache for training")
     flags.DEFINE_string("real", None, "svd: folder of real videos; their first frames are the conditions")
     flags.DEFINE_string("i3d", None, "svd: I3D weights for FVD")
-    flags.DEFINE_integer("height", 576, "svd: height of sampled videos in pixels, a multiple of 64")
-    flags.DEFINE_integer("width", 1024, "svd: width of sampled videos in pixels, a multiple of 64")
+    commands.define_pixels("height", 576, "svd: height of sampled videos in pixels, a multiple of 64", least=64)
+    commands.define_pixels("width", 1024, "svd: width of sampled videos in pixels, a multiple of 64", least=64)
     flags.DEFINE_integer("batch_size", 8, "svd: videos sampled per call", lower_bound=1)
     flags.DEFINE_integer(
         "jobs", None, "runs at a time; default one, in the world on CPU one per core up to 4", lower_bound=1

@@ -2,9 +2,11 @@
 
     python -m sfv_jax.sample --checkpoint runs/sfv --image in.png --out out.mp4
 
-`--checkpoint` is a model folder or the workdir of a training run. `--image` may be a folder: every image in it becomes
-a video in the folder `--out`, up to `--batch_size` images of one size at a time. The suffix selects the format: .mp4,
-.gif, .webp, or .png for a strip of frames. A .json file next to each video records everything needed to make it again.
+`--checkpoint` is a model folder or the workdir of a training run. `--image` may be a folder: every image under it
+becomes a video in the folder `--out`, up to `--batch_size` images of one size at a time. The suffix selects the format:
+.mp4, .gif, .webp, or .png for a strip of frames. A .json file next to each video records everything needed to make it
+again. Images that cannot be read are listed at the end, with exit code 1. The same command replaces its own results;
+other files are only replaced with `--overwrite`.
 """
 
 from pathlib import Path
@@ -18,27 +20,37 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
+    from sfv_jax.sampling import files
+
+    todo = files.jobs(Path(FLAGS.image), Path(FLAGS.out), FLAGS.format)
+    files.check_outputs(todo, FLAGS.fps, FLAGS.overwrite)
+    commands.check_inputs("checkpoint")
+    guidance, sizes = (commands.numbers(name, FLAGS[name].value) for name in ("guidance", "mesh"))
+
     from sfv_jax.runtime import compilation
     from sfv_jax.runtime.sharding import first_devices
-    from sfv_jax.sampling.files import OPTIONS, batches, jobs, run
+    from sfv_jax.sampling.generator import check
     from sfv_jax.sampling.sampler import Sampler
 
     compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
-    pairs = jobs(Path(FLAGS.image), Path(FLAGS.out), f".{FLAGS.format}")
-    options = commands.values(*OPTIONS)
-    options["guidance"] = commands.numbers("guidance", FLAGS.guidance)
-    mesh = first_devices(commands.numbers("mesh", FLAGS.mesh))
+    check(FLAGS.sampler, FLAGS.steps, guidance)
+    mesh = first_devices(sizes)
     load = commands.values("dtype", "vae_dtype", "decode_pixels", "raw", "check_finite")
     sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
-    origin = {"checkpoint": str(FLAGS.checkpoint), "step": sampler.step, "mesh": FLAGS.mesh} | load
-    for batch, size in batches(sampler, pairs, options, FLAGS.batch_size):
-        run(sampler, batch, size, seed=FLAGS.seed, options=options, origin=origin, timed=FLAGS.times)
+    settings = files.Settings(
+        options=commands.values(*files.OPTIONS) | {"guidance": guidance},
+        origin={"checkpoint": str(FLAGS.checkpoint), "step": sampler.step, "mesh": FLAGS.mesh} | load,
+        timed=FLAGS.times,
+        **commands.values("seed", "batch_size"),
+    )
+    files.run(sampler, todo, settings)
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "model folder, or workdir of a training run", required=True)
-    flags.DEFINE_string("image", None, "image, or folder of images", required=True)
-    flags.DEFINE_string("out", None, "video (.mp4 .gif .webp .png), or folder for a folder of images", required=True)
+    commands.define_required("checkpoint", "model folder, or workdir of a training run")
+    commands.define_required("image", "image, or folder of images")
+    commands.define_required("out", "video (.mp4 .gif .webp .png), or folder for a folder of images")
+    flags.DEFINE_bool("overwrite", False, "replace files at --out that this command did not make")
     flags.DEFINE_enum("format", "mp4", choices.VIDEO_FORMATS, "format of the videos of a folder")
     flags.DEFINE_integer("steps", 1, "calls of the UNet; 1: one forward pass", lower_bound=1)
     flags.DEFINE_enum(
@@ -48,13 +60,12 @@ def define_flags() -> None:
         "euler: for SVD, any number of steps; sfv: up to 3 steps at the training levels of an SF-V generator with fresh"
         " noise in between; sfv_euler: the same without it; animatelcm: up to 40 steps with fresh noise in between",
     )
-    flags.DEFINE_integer("seed", 0, "seed of the first image; seeds of the following ones count up")
+    commands.define_seed(0, "seed of the first image; seeds of the following ones count up")
     flags.DEFINE_integer("num_frames", None, "frames per video; default: the clip length of the model", lower_bound=1)
-    flags.DEFINE_integer("height", None, "pixels; default: height of the image in whole latent cells", lower_bound=1)
-    flags.DEFINE_integer("width", None, "pixels; default: width of the image in whole latent cells", lower_bound=1)
-    flags.DEFINE_float("fps", 7, "frame rate of the video; the condition of the model is fps - 1")
-    flags.DEFINE_float("motion_bucket_id", 127, "condition of the model on the amount of motion")
-    flags.DEFINE_float("noise_aug_strength", 0.02, "standard deviation of noise on the image, pixels in [-1, 1]")
+    commands.define_pixels("height", None, "pixels; default: height of the image in whole latent cells")
+    commands.define_pixels("width", None, "pixels; default: width of the image in whole latent cells")
+    commands.define_fps(7, "frame rate of the video; the condition of the model is fps - 1")
+    commands.define_micro_conditions()
     flags.DEFINE_list("guidance", None, "first,last weight of the guidance ramp (1.0,3.0 for SVD); default: none")
     flags.DEFINE_enum("dtype", "float32", choices.DTYPES, "dtype of the UNet's parameters and computations")
     flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the VAE's decoder")

@@ -18,11 +18,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from sfv_jax.runtime import commands
+from sfv_jax.runtime.files import check_folder
 
 FLAGS = flags.FLAGS
 
 
 def main() -> None:
+    check_folder(Path(FLAGS.workdir), f"--workdir={FLAGS.workdir}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # before JAX starts
     from sfv_jax.runtime import compilation, processes
     from sfv_jax.training.loop import train
@@ -46,9 +48,10 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("workdir", None, "folder of the run, created if absent")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto to let JAX find it")
-    flags.DEFINE_integer("num_processes", None, "number of processes of the run, with --coordinator")
-    flags.DEFINE_integer("process_id", None, "number of this process, from 0, with --coordinator")
+    flags.DEFINE_integer("num_processes", None, "number of processes of the run, with --coordinator", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0, with --coordinator", lower_bound=0)
     flags.mark_flags_as_required(["config", "workdir"])
+    commands.refuse_empty("workdir")
     commands.define_compiler_flags()
 
 

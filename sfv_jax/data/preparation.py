@@ -18,6 +18,7 @@ import numpy as np
 
 from sfv_jax.data import latents, video
 from sfv_jax.data.latents import LatentError
+from sfv_jax.data.listing import VIDEO_SUFFIXES, list_videos
 from sfv_jax.data.settings import PrepareError, Settings
 from sfv_jax.data.video import VideoError
 from sfv_jax.runtime.files import write_json
@@ -123,9 +124,9 @@ def plan(videos: str | os.PathLike, settings: Settings) -> dict[str, list[Clip]]
     Raises:
       VideoError: if there are no video files.
     """
-    files = video.list_videos(videos)
+    files = list_videos(videos)
     if not files:
-        raise VideoError(f"{videos}: no video files ({', '.join(video.VIDEO_SUFFIXES)})")
+        raise VideoError(f"{videos}: no video files ({', '.join(VIDEO_SUFFIXES)})")
     splits: dict[str, list[Clip]] = {"train": [], "heldout": []}
     for file in files:
         source = file.relative_to(videos).as_posix()

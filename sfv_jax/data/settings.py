@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from sfv_jax import choices
 from sfv_jax.errors import UserError
 
 
@@ -44,7 +45,17 @@ class Settings:
                 below = max(side, 0) // 8 * 8
                 nearest = f"{below} and {below + 8}" if below else "8"
                 raise PrepareError(f"{name} {side} is not a positive multiple of 8; nearest: {nearest}")
-        if min(self.num_frames, self.clips_per_video, self.shard_size) < 1 or self.fps <= 0 or self.seed < 0:
-            raise PrepareError("num_frames, clips_per_video, shard_size and fps must be positive, seed at least 0")
-        if not 0 <= self.heldout_fraction < 1 or self.noise_aug_strength < 0:
-            raise PrepareError("heldout_fraction must be in [0, 1) and noise_aug_strength be at least 0")
+            if side > choices.MOST_PIXELS:
+                raise PrepareError(f"{name} {side} is more than {choices.MOST_PIXELS}")
+        if min(self.num_frames, self.clips_per_video, self.shard_size) < 1:
+            raise PrepareError("num_frames, clips_per_video and shard_size must be positive")
+        for name, least, most in (
+            ("fps", *choices.FPS),
+            ("seed", 0, choices.MOST_SEED),
+            ("motion_bucket_id", 0, choices.MOST_MOTION),
+            ("noise_aug_strength", 0, choices.MOST_NOISE),
+        ):
+            if not least <= getattr(self, name) <= most:  # false for NaN
+                raise PrepareError(f"{name} {getattr(self, name)} is not in [{least}, {most}]")
+        if not 0 <= self.heldout_fraction < 1:
+            raise PrepareError(f"heldout_fraction {self.heldout_fraction} is not in [0, 1)")

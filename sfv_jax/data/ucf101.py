@@ -8,6 +8,7 @@ The folder may have any layout: videos are found by their names (`v_Archery_g01_
 from pathlib import Path
 
 from sfv_jax.data import ucf101_tfds
+from sfv_jax.data.listing import list_files
 from sfv_jax.data.ucf101_tfds import Recorded
 from sfv_jax.data.video import VideoError
 
@@ -33,7 +34,7 @@ def videos(folder: str | Path, split: str = "testlist01") -> tuple[dict[str, Pat
     if split not in (*SPLITS, "all"):
         raise VideoError(f"split {split!r}: choose one of {', '.join(SPLITS)}, all")
     # Lists and archives differ in the case of HandstandPushups.
-    found = {path.stem.lower(): path for path in sorted(folder.rglob("v_*.avi"))}
+    found = {path.stem.lower(): path for path in list_files(folder, (".avi",)) if path.name.startswith("v_")}
     if not found and ucf101_tfds.folders(folder):
         return ucf101_tfds.videos(folder, split)
     if not found:
@@ -48,7 +49,7 @@ def videos(folder: str | Path, split: str = "testlist01") -> tuple[dict[str, Pat
 
 def _listed(folder: Path, split: str) -> list[str]:
     """Returns the names in the list of a split, without suffix."""
-    lists = sorted(folder.rglob(f"{split}.txt"))
+    lists = [path for path in list_files(folder, (".txt",)) if path.name == f"{split}.txt"]
     if not lists:
         raise VideoError(f"{folder} holds no {split}.txt; {WHERE}")
     # A line of a train list ends with the number of the class.

@@ -1,4 +1,4 @@
-"""Readers and writers of video and image files (PyAV and Pillow). Frames are uint8 RGB, channels last."""
+"""Readers and writers of video files (PyAV and Pillow). Frames are uint8 RGB, channels last."""
 
 import contextlib
 import math
@@ -13,13 +13,11 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import replacing
 
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _UNSPECIFIED = 2  # value of an absent color tag in a video stream
 _BT709 = 1
 # PyAV up to 18 rejects undecodable metadata unless asked to replace it; PyAV 19 accepts it and has no such option.
@@ -28,19 +26,6 @@ _TOLERANT: dict[str, Any] = {"metadata_errors": "replace"} if hasattr(InputConta
 
 class VideoError(UserError):
     """Unusable file; the message is one line with the file and the cause."""
-
-
-def list_videos(folder: str | os.PathLike) -> list[Path]:
-    """Returns all files under `folder` with a suffix of a video, recursively, sorted, without hidden files.
-
-    Raises:
-      VideoError: if `folder` is not a directory.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise VideoError(f"{folder}: not a directory")
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    return sorted(path for path in files if path.is_file() and not path.name.startswith("."))
 
 
 def duration(path: str | os.PathLike) -> float:
@@ -94,25 +79,6 @@ def read_clip(
         aspect = stream.sample_aspect_ratio or 1
         clip = np.stack([_to_rgb(frame, aspect) for frame in picked])
     return clip if height is None or width is None else cover_resize_crop(clip, height, width)
-
-
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Reads a still image upright, transparency over white: uint8 `[h, w, 3]` RGB.
-
-    Raises:
-      VideoError: if the file is not an image or has more than 8 bits per channel.
-    """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":
-                raise VideoError(f"{path}: {image.mode} pixels are not supported; save the image with 8 bits a channel")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path}: cannot read the image: {_reason(error)}") from error
 
 
 def cover_resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:

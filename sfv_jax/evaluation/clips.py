@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from sfv_jax.data.images import ImageError, read_image
+from sfv_jax.data.listing import IMAGE_SUFFIXES, list_images, list_videos
 from sfv_jax.data.ucf101_tfds import Recorded
-from sfv_jax.data.video import IMAGE_SUFFIXES, VideoError, list_videos, read_clip, read_image
+from sfv_jax.data.video import VideoError, read_clip
+from sfv_jax.runtime.files import one_line
 
 FILES: dict[str, Any] = {"form": "video files"}  # default `Dataset.source`
 _SEED = re.compile(r"^(.+)-seed(\d+)$")
@@ -106,12 +109,12 @@ def find_clips(folder: str | Path) -> list[Clip]:
         name, seed = match.groups() if match else (stem, None)
         clips.append(Clip(path, group, name, None if seed is None else int(seed)))
     if not clips:
-        raise VideoError(f"{folder} holds no video file")
+        raise VideoError(f"{one_line(folder)} holds no video file")
     by_key = {}
     for clip in clips:
         other = by_key.setdefault((clip.group, clip.name, clip.seed), clip)
         if other is not clip:
-            raise VideoError(f"{other.path} and {clip.path} have one name: which one counts?")
+            raise VideoError(f"{one_line(other.path)} and {one_line(clip.path)} have one name: which one counts?")
     return sorted(clips, key=lambda c: (c.group, c.name, -1 if c.seed is None else c.seed))
 
 
@@ -121,20 +124,25 @@ def condition_images(folder: str | Path, names: set[str]) -> dict[str, np.ndarra
     Returns:
       `{name: uint8 [h, w, 3]}`.
     Raises:
-      VideoError: if an image is missing or cannot be read; names the first ones.
+      VideoError: if images are missing, cannot be read or have one name; names all of them.
     """
-    folder, found = Path(folder), {}
-    if not folder.is_dir():
-        raise VideoError(f"{folder}: not a directory")
-    for path in sorted(folder.rglob("*")):
+    folder, files, problems = Path(folder), {}, []
+    for path in (*list_images(folder), *list_videos(folder)):
         name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in names and path.suffix.lower() in IMAGE_SUFFIXES:
-            found[name] = read_image(path)
-    for path in list_videos(folder):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in names and name not in found:
-            found[name] = read_clip(path, num_frames=1)[0]
-    missing = sorted(names - found.keys())
-    if missing:
-        raise VideoError(f"{folder} has no condition image for {len(missing)} clips: {', '.join(missing[:5])}")
+        other = files.setdefault(name, path) if name in names else path
+        if other is not path and path.suffix.lower() in IMAGE_SUFFIXES:  # an image goes before a video
+            problems.append(f"{one_line(other)} and {one_line(path)} have one name: which one counts?")
+    found = {}
+    for name, path in files.items():
+        try:
+            is_image = path.suffix.lower() in IMAGE_SUFFIXES
+            found[name] = read_image(path) if is_image else read_clip(path, num_frames=1)[0]
+        except (ImageError, VideoError) as error:
+            problems.append(str(error))
+    if missing := sorted(names - files.keys()):
+        problems.append(
+            f"{one_line(folder)} has no condition image for {len(missing)} clips: {one_line(', '.join(missing))}"
+        )
+    if problems:
+        raise VideoError("\n  ".join(problems))
     return found

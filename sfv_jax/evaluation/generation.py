@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from sfv_jax.data.video import VideoError, read_image, write_video
+from sfv_jax.data.images import read_image
+from sfv_jax.data.video import VideoError, write_video
 from sfv_jax.evaluation.protocol import Protocol, differences, digest
 from sfv_jax.runtime.files import write_json
 from sfv_jax.runtime.progress import progress
@@ -98,7 +99,8 @@ def read_strip(path: Path, num_frames: int) -> np.ndarray:
     """Reads the frames uint8 `[t, h, w, 3]` of a clip that `generate` wrote.
 
     Raises:
-      VideoError: if the file cannot be read or its width is no multiple of `num_frames`.
+      ImageError: if the file cannot be read.
+      VideoError: if its width is no multiple of `num_frames`.
     """
     strip = read_image(path)
     if strip.shape[1] % num_frames:

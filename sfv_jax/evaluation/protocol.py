@@ -16,6 +16,7 @@ from sfv_jax.data.video import cover_resize_crop
 from sfv_jax.errors import UserError
 from sfv_jax.evaluation.frechet import MIN_SAMPLES
 
+CROPS = ("none", "centre")
 FILTERS = {name.lower(): getattr(Image.Resampling, name) for name in ("BILINEAR", "BICUBIC", "LANCZOS", "BOX")}
 
 
@@ -51,7 +52,7 @@ class Protocol:
     ddof: int = 0
 
     def __post_init__(self):
-        if self.crop not in ("none", "centre"):
+        if self.crop not in CROPS:
             raise UserError(f"crop {self.crop!r}: choose none or centre")
         if self.filter not in FILTERS:
             raise UserError(f"filter {self.filter!r}: choose one of {', '.join(FILTERS)}")

@@ -46,11 +46,15 @@ function pause() { all().forEach(v => v.pause()) }
 class Report:
     """Tables, plots and clips in the order of their addition.
 
-    `record` is the content of the JSON file: the scores and everything that determined them.
+    Attributes:
+      title: the title.
+      record: content of the JSON file: the scores and everything that determined them.
+      missing: one line for each file that was to be scored and could not be read.
     """
 
     title: str
     record: dict = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
     _html: list[str] = field(default_factory=list)
     _markdown: list[str] = field(default_factory=list)
 
@@ -86,7 +90,7 @@ class Report:
         }
         for name, content in files.items():
             with replacing(folder / name) as temporary:
-                temporary.write_text(content, encoding="utf-8")
+                temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # names of files
 
     def page(self) -> str:
         """Returns the HTML page."""

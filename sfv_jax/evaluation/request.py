@@ -1,6 +1,5 @@
 """A request of the command `evaluate`: its flags as dataclasses, the kind of score they ask for, and the report."""
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +21,9 @@ from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models.codec import SVDCodec
 from sfv_jax.performance import latency
+from sfv_jax.runtime.files import check_folder
 from sfv_jax.runtime.sharding import first_devices
+from sfv_jax.sampling.generator import check
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.folders import read_json
 
@@ -116,10 +117,9 @@ def run(request: Request) -> Report:
       UserError: if the request is impossible, or its files cannot be used.
     """
     kind = mode(request)
-    there = next(place for place in (request.out.absolute(), *request.out.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):  # now, not after hours of sampling
-        out = f"--out={request.out} cannot be a folder for the results"
-        raise EvaluateError(f"{out}: {there} is no folder or not writable")
+    check_folder(request.out, f"--out={request.out}")  # now, not after hours of sampling
+    if request.checkpoint:
+        check(request.options.sampler, request.options.steps, request.options.guidance)
     if request.flow and kind in ("alone", "dataset"):
         opencv()
     return {"alone": _alone, "folders": _folders, "dataset": _dataset, "world": _world}[kind](request)

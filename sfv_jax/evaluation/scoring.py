@@ -62,6 +62,7 @@ def folder_alone(videos: Path, reading: Reading, images: Path | None, extras: Ex
     report = Report(f"Scores of {videos.name}")
     source = f"images of the same names in {images.name}" if images else "the first frame of each clip"
     no_reference.add_to(report, results, reading, source)
+    report.missing = reading.unreadable
     return report
 
 
@@ -99,6 +100,7 @@ def folder_against_folder(
     }
     n = min(len(found.names) for found in [real, *sets.values()])
     report = Report(f"{videos.name} against {reference.name}")
+    report.missing = [line for some in sets.values() for line in some.dropped]
     add_distances(report, sets, real, replace(protocol, n=n), extractor)
     wanted = sorted({clip.name for clip in clips})[:shown]
     pictures: dict[str, dict[str, np.ndarray]] = {name: {} for name in wanted}

@@ -1,7 +1,6 @@
 """Requests of the command `reproduce`: missing runs and rows, made one after another or in processes side by side."""
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -62,19 +61,6 @@ class Request:
     def budget(self) -> experiments.Budget:
         """Amount of training in the world."""
         return FAST if self.fast else FULL
-
-
-def share_of(text: str | None) -> tuple[int, int] | None:
-    """Parses `--share`, "K/N"; None for None or "".
-
-    Raises:
-      ReproduceError: if it has another form.
-    """
-    if not text:
-        return None
-    if not (found := re.fullmatch(r"(\d+)/([1-9]\d*)", text)):
-        raise ReproduceError(f"--share={text}: write K/N, such as 0/2 for every second run from the first")
-    return int(found[1]), int(found[2])
 
 
 def run(request: Request) -> None:

@@ -3,6 +3,9 @@
 This module does not import JAX, and commands import it only when they run: `--help` and wrong flags answer at once.
 """
 
+import io
+import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +13,13 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from sfv_jax import choices
 from sfv_jax.errors import UserError
+from sfv_jax.runtime.files import one_line
 
-NUMBERS = {  # list flags: allowed lengths, type of the numbers, advice
-    "guidance": ((2,), float, "two numbers, e.g. 1.0,3.0"),
-    "mesh": ((2, 3), int, "two or three numbers, e.g. 4,2 or 1,1,8"),
+NUMBERS = {  # list flags: allowed lengths, type and least value of the numbers, advice
+    "guidance": ((2,), float, 0, "two numbers from 0, e.g. 1.0,3.0"),
+    "mesh": ((2, 3), int, 1, "two or three numbers from 1, e.g. 4,2 or 1,1,8"),
 }
 HELP = ("help", "helpshort", "helpfull", "helpxml", "h", "?")
 
@@ -29,6 +34,44 @@ def define_compiler_flags() -> None:
         flags.DEFINE_float(name, None, text, lower_bound=-1.0, upper_bound=1.0, module_name=sys.argv[0])
 
 
+def define_required(name: str, help: str) -> None:
+    """Defines a required string flag, for which an empty string, as of `--out="$OUT"` without OUT, is refused."""
+    flags.DEFINE_string(name, None, help, required=True, module_name=sys.argv[0])
+    refuse_empty(name)
+
+
+def refuse_empty(name: str) -> None:
+    """Refuses an empty string as the value of the flag `name`."""
+    flags.register_validator(name, lambda text: text is None or bool(text.strip()), "the value is empty")
+
+
+def define_pixels(name: str, default: int | None, help: str, least: int = 1) -> None:
+    """Defines an integer flag for a side of pictures."""
+    bounds = {"lower_bound": least, "upper_bound": choices.MOST_PIXELS}
+    flags.DEFINE_integer(name, default, help, **bounds, module_name=sys.argv[0])
+
+
+def define_fps(default: float, help: str) -> None:
+    """Defines `--fps`."""
+    least, most = choices.FPS
+    flags.DEFINE_float("fps", default, help, lower_bound=least, upper_bound=most, module_name=sys.argv[0])
+
+
+def define_seed(default: int, help: str) -> None:
+    """Defines `--seed`."""
+    bounds = {"lower_bound": 0, "upper_bound": choices.MOST_SEED}
+    flags.DEFINE_integer("seed", default, help, **bounds, module_name=sys.argv[0])
+
+
+def define_micro_conditions(note: str = "") -> None:
+    """Defines `--motion_bucket_id` and `--noise_aug_strength`; `note` is added to the help of the second."""
+    for name, default, most, text in (
+        ("motion_bucket_id", 127, choices.MOST_MOTION, "amount of motion, a condition of the model"),
+        ("noise_aug_strength", 0.02, choices.MOST_NOISE, f"deviation of noise on the image, pixels in [-1, 1]{note}"),
+    ):
+        flags.DEFINE_float(name, default, text, lower_bound=0, upper_bound=most, module_name=sys.argv[0])
+
+
 def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> None:
     """Defines and parses the flags, runs `main` and exits with the code that it returns.
 
@@ -36,13 +79,16 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
     with exit code 1 and one line, "COMMAND: message". `--help` exits with 0.
     """
     command = Path(sys.argv[0]).stem
+    for stream in (sys.stdout, sys.stderr):  # file names may contain what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     def guarded(_) -> int | None:
         logging.set_verbosity(logging.WARNING)  # orbax reports every rename
         try:
             return main()
         except UserError as error:
-            sys.exit(f"{command}: {error}")
+            sys.exit(f"{command}: {_lines(error)}")
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -50,6 +96,7 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
             left = flags.FLAGS(argv)[1:]
             for name in flags.FLAGS:  # a config file is read, or found unreadable, at the first access to its flag
                 getattr(flags.FLAGS[name].value, "to_dict", None)
+            _check_finite()
         except AttributeError as error:  # ml_collections, wrapping its KeyError
             while error.args and isinstance(error.args[0], Exception):
                 error = error.args[0]
@@ -72,18 +119,55 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
     app.run(guarded, argv=sys.argv, flags_parser=parse)
 
 
+def _lines(error: UserError) -> str:
+    """Returns the lines of a message without control characters, which names of files may contain."""
+    return "\n".join(map(one_line, str(error).split("\n")))
+
+
+def _check_finite() -> None:
+    """Refuses NaN and infinity as values of flags, which pass absl's bounds; fields of a config are not checked."""
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if isinstance(value, float) and not math.isfinite(value) and "." not in name:
+            raise flags.IllegalFlagValueError(f"flag --{name}={value}: give a finite number")
+
+
 def values(*names: str) -> dict[str, Any]:
     """Returns `{name: value}` of the named flags."""
     return {name: flags.FLAGS[name].value for name in names}
+
+
+def check_inputs(*names: str) -> None:
+    """Checks that the files and folders exist that the named flags give.
+
+    Raises:
+      UserError: if one does not.
+    """
+    for name, value in values(*names).items():
+        if value and not Path(value).exists():
+            raise UserError(f"{value} does not exist: give another --{name}")
+
+
+def share(text: str | None) -> tuple[int, int] | None:
+    """Parses the flag `share`, "K/N"; None for None or "".
+
+    Raises:
+      UserError: if it has another form.
+    """
+    if not text:
+        return None
+    if not (found := re.fullmatch(r"(\d+)/([1-9]\d*)", text)):
+        raise UserError(f"--share={text}: write K/N, such as 0/2 for every second run from the first")
+    return int(found[1]), int(found[2])
 
 
 def seeds(given: list[str]) -> tuple[int, ...]:
     """Converts the value of the list flag `seeds` to numbers.
 
     Raises:
-      UserError: if it has something else than whole numbers from 0.
+      UserError: if it has something else than whole numbers from 0 to 2^32 - 1, or none.
     """
-    if not all(text.isdecimal() for text in given):
+    if not given or not all(text.isdecimal() and int(text) <= choices.MOST_SEED for text in given):
         raise UserError(f"--seeds={','.join(given)}: give whole numbers from 0, e.g. 0,1,2")
     return tuple(map(int, given))
 
@@ -99,15 +183,15 @@ def numbers(name: str, given: list[str] | None) -> tuple | None:
       The numbers, or None if the flag was not given.
 
     Raises:
-      UserError: if a word is not a number, or their count is wrong.
+      UserError: if a word is no number or a number too small, or their count is wrong.
     """
     if not given:
         return None
-    counts, kind, wanted = NUMBERS[name]
+    counts, kind, least, wanted = NUMBERS[name]
     try:
         found = tuple(kind(value) for value in given)
     except ValueError:
         found = ()
-    if len(found) not in counts:
+    if len(found) not in counts or not all(least <= number < math.inf for number in found):
         raise UserError(f"--{name}={','.join(given)}: give {wanted}")
     return found

@@ -1,17 +1,27 @@
-"""Image files to video files, each with a JSON record of its settings."""
+"""Image files to video files, each with a JSON record of its settings. This module does not import JAX."""
 
-import hashlib
 import json
+import os
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sfv_jax.data.video import IMAGE_SUFFIXES, read_image, write_video
+import numpy as np
+
+from sfv_jax.choices import VIDEO_FORMATS
+from sfv_jax.data.images import ImageError, read_image
+from sfv_jax.data.listing import IMAGE_SUFFIXES, list_images
+from sfv_jax.data.video import write_video
 from sfv_jax.errors import UserError
-from sfv_jax.runtime.files import replacing
+from sfv_jax.runtime.files import check_folder, one_line, replacing, sha256
 from sfv_jax.runtime.versions import package_versions
-from sfv_jax.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from sfv_jax.sampling.sampler import Sampler
 
 OPTIONS = (  # arguments of `Sampler.__call__` that are flags
     "steps",
@@ -24,92 +34,237 @@ OPTIONS = (  # arguments of `Sampler.__call__` that are flags
     "noise_aug_strength",
     "decode_chunk_size",
 )
-Job = tuple[int, Path, Path]  # number of the image, which is added to the seed; image; video
+GIF_FPS = 50  # delays of a GIF are hundredths of a second, and viewers slow down one of 0.01 s
 
 
 class SampleError(UserError):
-    """Impossible request on the command line; the message gives the remedy."""
+    """Impossible request on the command line, or images that cannot be read; the message gives the remedy."""
 
 
-def jobs(image: Path, out: Path, suffix: str) -> list[tuple[Path, Path]]:
-    """Returns the pairs `(image, video)` of paths for an image or for all images of a folder.
+@dataclass(frozen=True)
+class Job:
+    """An image to sample.
+
+    Attributes:
+      number: number of the image, which is added to the seed.
+      image, video: the files.
+    """
+
+    number: int
+    image: Path
+    video: Path
+
+    @property
+    def record(self) -> Path:
+        """The file of the record."""
+        return self.video.with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of all jobs.
+
+    Attributes:
+      options: the `OPTIONS` and guidance of `Sampler.__call__`.
+      seed: seed of image 0; that of image n is `seed + n`.
+      batch_size: images sampled at a time.
+      timed: print and record the seconds of each stage.
+      origin: more fields of the records, such as the checkpoint.
+    """
+
+    options: dict
+    seed: int
+    batch_size: int
+    timed: bool
+    origin: dict
+
+
+def jobs(image: Path, out: Path, kind: str) -> list[Job]:
+    """Returns the jobs for an image or for all images under a folder (`listing.list_images`).
+
+    The videos of a folder have the paths of the images below it. Images whose videos would have one name (`cat.png`
+    and `cat.jpg`) keep their suffixes in it (`cat_png.mp4` and `cat_jpg.mp4`).
 
     Args:
       image: an image or a folder of images.
       out: the video, or for a folder of images the folder of the videos.
-      suffix: suffix of videos in a folder, such as ".mp4".
+      kind: format of the videos of a folder, one of `VIDEO_FORMATS`.
 
     Raises:
-      SampleError: if a folder has no image, or its videos would go to a single file.
+      SampleError: if `out` does not go with `image`, or a folder has no image.
     """
     if not image.is_dir():
-        return [(image, out)]
-    if out.suffix:
+        if out.is_dir():
+            raise SampleError(f"--out {out} is a folder: for one image name the video, such as {out / image.stem}.mp4")
+        if out.suffix.lower()[1:] not in VIDEO_FORMATS:
+            found = out.suffix or "a file without suffix"
+            raise SampleError(f"--out {out}: cannot write {found}; use {', '.join(f'.{x}' for x in VIDEO_FORMATS)}")
+        read_image(image)
+        return [Job(0, image, out)]
+    if out.suffix.lower()[1:] in VIDEO_FORMATS and not out.is_dir():
         raise SampleError(f"--image {image} is a folder, so --out must be a folder too, not {out}; see --format")
-    images = sorted(p for p in image.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    real = Path(os.path.realpath(out))
+    inside = Path(os.path.realpath(image)) in (real, *real.parents)
+    if inside and f".{kind}" in IMAGE_SUFFIXES:
+        raise SampleError(f"--out {out} is in --image {image}: the next run would take each .{kind} for an image")
+    images = list_images(image)
     if not images:
         raise SampleError(f"{image} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    return [(p, out / f"{p.stem}{suffix}") for p in images]
+    names = _names([path.relative_to(image) for path in images])
+    return [Job(n, path, out / f"{name}.{kind}") for n, (path, name) in enumerate(zip(images, names, strict=True))]
 
 
-def record(path: Path, settings: dict) -> None:
-    """Writes `settings` as JSON next to the video `path`, completely or not at all."""
-    with replacing(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1))
+def _names(images: list[Path]) -> list[str]:
+    """Returns distinct names of videos, with folders and without suffix, also where case does not distinguish files."""
+    stems = [str(path.with_suffix("")) for path in images]
+    count = Counter(map(str.casefold, stems))
+    names = [
+        stem if count[stem.casefold()] == 1 else f"{stem}_{path.suffix[1:]}"
+        for stem, path in zip(stems, images, strict=True)
+    ]
+    first: dict[str, Path] = {}
+    for name, path in zip(names, images, strict=True):
+        other = first.setdefault(name.casefold(), path)
+        if other is not path:
+            raise SampleError(f"{other} and {path} would have one video, {name}: rename one of them")
+    return names
 
 
-def batches(
-    sampler: Sampler, pairs: list[tuple[Path, Path]], options: dict, size: int
-) -> Iterator[tuple[list[Job], tuple[int, int]]]:
-    """Yields `(batch, video_size)`; a batch is up to `size` consecutive jobs of one video size `(height, width)`."""
-
-    def size_of(job: Job) -> tuple[int, int]:
-        return sampler.size(read_image(job[1]), options["height"], options["width"])
-
-    for shape, jobs_ in groupby(((n, *job) for n, job in enumerate(pairs)), size_of):
-        group = list(jobs_)
-        for first in range(0, len(group), size):
-            yield group[first : first + size], shape
-
-
-def run(
-    sampler: Sampler,
-    batch: list[Job],
-    size: tuple[int, int],
-    *,
-    seed: int,
-    options: dict,
-    origin: dict,
-    timed: bool,
-) -> None:
-    """Writes one video and its record for each image of a batch.
+def check_outputs(todo: list[Job], fps: float, overwrite: bool) -> None:
+    """Checks that all videos and records can be written, and replace no file that this module did not write.
 
     Args:
-      sampler: the sampler.
-      batch: jobs of one video size.
-      size: `(height, width)` of the videos.
-      seed: seed of image 0; that of image n is `seed + n`.
-      options: the `OPTIONS` and guidance of `Sampler.__call__`.
-      origin: more fields of the records, such as the checkpoint.
-      timed: print and record the seconds of each stage.
+      todo: the jobs.
+      fps: frame rate of the videos.
+      overwrite: permits replacing any file but an image of `todo`.
+
+    Raises:
+      SampleError: if a video or record would replace another file, or a GIF cannot have this rate.
+      UserError: if the folder cannot be written to.
     """
-    images = [read_image(image) for _, image, _ in batch]
-    for (_, image, _), pixels in zip(batch, images, strict=True):
+    if fps > GIF_FPS and todo[0].video.suffix.lower() == ".gif":
+        raise SampleError(f"--fps {fps:g}: a GIF shows at most {GIF_FPS} frames per second; use less or another format")
+    for folder in sorted({job.video.parent for job in todo}):
+        check_folder(folder, f"--out: {folder}")
+    inputs = {_identity(job.image) for job in todo}
+    problems = []
+    for job in todo:
+        files = [path for path in (job.video, job.record) if os.path.lexists(path)]
+        taken = [f"{path} is a folder" for path in files if path.is_dir()]
+        taken += [f"{path} is an image to be read" for path in files if _identity(path) in inputs]
+        foreign = None if overwrite or taken else _foreign(job)
+        problems += [*map(one_line, taken), *([one_line(foreign)] if foreign else [])]
+    if problems:
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        remedy = "nothing was written; choose another --out" + ("" if overwrite else ", or pass --overwrite")
+        raise SampleError("\n  ".join([f"{problems[0]}: {remedy}", *problems[1:10], *more]))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Returns numbers that the file shares with no other; None for a link that leads nowhere."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
+
+
+def _foreign(job: Job) -> str | None:
+    """Returns which file of a job exists and was not written by `run`; None if both may be replaced."""
+    if not os.path.lexists(job.record):
+        return f"{job.video} has no record {job.record.name}" if os.path.lexists(job.video) else None
+    try:
+        made = json.loads(job.record.read_bytes()) if job.record.is_file() else None
+    except (OSError, ValueError):
+        made = None
+    if not isinstance(made, dict) or not {"video", "image_sha256"} <= made.keys():
+        return f"{job.record} is no record of this command"
+    if made["video"] != job.video.name:
+        other = job.video.with_name(str(made["video"]))
+        if os.path.lexists(other) or os.path.lexists(job.video):
+            return f"{job.record} is the record of {other.name}"
+        return None
+    changed = "video_sha256" in made and job.video.is_file() and made["video_sha256"] != sha256(job.video)
+    return f"{job.video} was changed since it was made" if changed else None
+
+
+def run(sampler: "Sampler", todo: list[Job], settings: Settings) -> None:
+    """Writes a video and its record for each image, and goes on where an image cannot be read.
+
+    Raises:
+      SampleError: at the end, if images could not be read; lists them. Or at once, if a file cannot be written.
+    """
+    unreadable: list[str] = []
+    for batch, size in _batches(sampler, todo, settings, unreadable):
+        _sample(sampler, batch, size, settings)
+    if unreadable:
+        lines = "".join(f"\n  {line}" for line in unreadable)
+        raise SampleError(f"{len(unreadable)} of {len(todo)} images could not be read:{lines}")
+
+
+def _batches(
+    sampler: "Sampler", todo: list[Job], settings: Settings, unreadable: list[str]
+) -> Iterator[tuple[list[tuple[Job, np.ndarray]], tuple[int, int]]]:
+    """Yields consecutive images of one video size `(height, width)`, at most a batch; lists those it cannot read."""
+    batch: list[tuple[Job, np.ndarray]] = []
+    size = (0, 0)
+    for job in todo:
+        try:
+            pixels = read_image(job.image)
+        except ImageError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            unreadable.append(str(error))
+            continue
+        own = sampler.size(pixels, settings.options["height"], settings.options["width"])
+        if batch and (own != size or len(batch) == settings.batch_size):
+            yield batch, size
+            batch = []
+        batch.append((job, pixels))
+        size = own
+    if batch:
+        yield batch, size
+
+
+def _sample(sampler: "Sampler", batch: list[tuple[Job, np.ndarray]], size: tuple[int, int], settings: Settings) -> None:
+    """Writes one video and its record for each image of a batch, all of one video size `(height, width)`."""
+    for job, pixels in batch:
         if size != pixels.shape[:2]:
-            print(f"{image}: {pixels.shape[0]}x{pixels.shape[1]} resized to {size[0]}x{size[1]} (height x width)")
-    times: dict[str, float] | None = {} if timed else None
+            shape = f"{pixels.shape[0]}x{pixels.shape[1]}"
+            print(f"{one_line(job.image)}: {shape} resized to {size[0]}x{size[1]} (height x width)")
+    times: dict[str, float] | None = {} if settings.timed else None
     began = time.monotonic()
-    options = options | {"height": size[0], "width": size[1]}
-    videos = sampler(images, seed=[seed + n for n, _, _ in batch], times=times, **options)
+    options = settings.options | {"height": size[0], "width": size[1]}
+    seeds = [settings.seed + job.number for job, _ in batch]
+    videos = sampler([pixels for _, pixels in batch], seed=seeds, times=times, **options)
     seconds = time.monotonic() - began
-    packages = package_versions("jax", "flax")
-    for (n, image, out), frames in zip(batch, videos, strict=True):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_video(out, frames, fps=options["fps"])
-        settings = {"image": str(image), "image_sha256": hashlib.sha256(image.read_bytes()).hexdigest()}
-        settings |= {"seed": seed + n} | options | {"num_frames": len(frames), "packages": packages} | origin
-        record(out, settings | {"batch_size": len(batch), "seconds": seconds, "times": times})
-        together = f" (with {len(batch) - 1} more)" if len(batch) > 1 else ""
-        print(f"{out}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} in {seconds:.2f} s{together}")
+    about = settings.origin | {"packages": package_versions("jax", "flax")}
+    about |= {"batch_size": len(batch), "seconds": seconds, "times": times}
+    together = f" (with {len(batch) - 1} more)" if len(batch) > 1 else ""
+    for (job, _), seed, frames in zip(batch, seeds, videos, strict=True):
+        _write(job, frames, {"seed": seed} | options | {"num_frames": len(frames)} | about)
+        made = f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} in {seconds:.2f} s{together}"
+        print(f"{one_line(job.video)}: {made}")
     if times is not None:
         print("seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in times.items()))
+
+
+def _write(job: Job, frames: np.ndarray, settings: dict) -> None:
+    """Writes a video between two writes of its record: a video without a record would count as someone else's.
+
+    The second adds `video_sha256`, by which a change of the video is noticed before it is replaced.
+
+    Raises:
+      SampleError: if a file cannot be written.
+    """
+    made = {"video": job.video.name, "image": str(job.image), "image_sha256": sha256(job.image)} | settings
+    try:
+        _write_json(job.record, made)
+        write_video(job.video.absolute(), frames, fps=settings["fps"])  # FFmpeg takes "a:" of "a:b.mp4" for a protocol
+        _write_json(job.record, made | {"video_sha256": sha256(job.video)})
+    except OSError as error:
+        raise SampleError(f"{one_line(job.video)}: cannot write: {error.strerror or error}") from error
+
+
+def _write_json(path: Path, content: dict) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))

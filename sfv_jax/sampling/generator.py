@@ -1,6 +1,7 @@
 """Generator as a pure function of its parameters: conditions and noise to latents, by any sampler."""
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from sfv_jax.diffusion.solvers import SAMPLERS, guidance_ramp, sample
@@ -60,16 +61,35 @@ class Generator:
           UserError: if the sampler is unknown, does not support this number of steps or lacks keys, or if the guidance
             is impossible.
         """
-        if sampler not in SAMPLERS:
-            raise UserError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        schedule = SAMPLERS[sampler]
-        if not schedule.fresh or steps == 1:
+        sigmas, fresh = levels(sampler, steps)
+        if not fresh or steps == 1:
             keys = None
         elif keys is None:
             raise UserError(f"sampler {sampler!r} adds fresh noise: it needs one random key per video")
         ramp = guidance_ramp(guidance, noise.shape[1])
         noise, condition, keys = share(self.mesh, (noise, condition, keys))
-        return self._generate(params, noise, condition, schedule.sigmas(steps), ramp, keys)
+        return self._generate(params, noise, condition, sigmas, ramp, keys)
+
+
+def levels(sampler: str, steps: int) -> tuple[np.ndarray, bool]:
+    """Returns the noise levels `[steps + 1]` of a sampler, and whether each step adds fresh noise.
+
+    Raises:
+      UserError: if the sampler is unknown or does not support this number of steps.
+    """
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[sampler].sigmas(steps), SAMPLERS[sampler].fresh
+
+
+def check(sampler: str, steps: int, guidance: tuple[float, float] | None) -> None:
+    """Checks options of `Generator.__call__`, for commands that load a network before they use it.
+
+    Raises:
+      UserError: as `Generator.__call__`.
+    """
+    levels(sampler, steps)
+    guidance_ramp(guidance, 1)
 
 
 def share(mesh: Mesh | None, batch):

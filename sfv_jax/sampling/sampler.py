@@ -127,7 +127,11 @@ class Sampler:
           keys: `[b]` typed keys of the pixel noise; unused if `noise` is given.
           ids: `(fps - 1, motion_bucket_id, noise_aug_strength)`.
           noise: `[b, height, width, 3]` standard normal in place of noise from `keys`; scaled by `noise_aug_strength`.
+
+        Raises:
+          UserError: if an image has another shape or dtype.
         """
+        images = checked_images(images)
         return self._condition(self._embed(images, size), self._cond_latent(images, size, keys, ids[2], noise), ids)
 
     def __call__(
@@ -171,7 +175,8 @@ class Sampler:
             Without it, the host does not wait for the device between stages.
 
         Raises:
-          UserError: if the codec cannot represent the size, seeds do not match the images, or options are impossible.
+          UserError: if an image is no uint8 `[h, w, 3]`, the codec cannot represent the size, seeds do not match the
+            images, or options are impossible.
           NonFiniteError: if a stage returns NaN or infinity, see `check_finite`.
         """
         checks: dict[str, Array] = {}
@@ -189,9 +194,7 @@ class Sampler:
                 checks[name] = self._finite(result)
             return result
 
-        images = [np.asarray(image) for image in images]
-        if not images:
-            raise UserError("no images")
+        images = checked_images(images)
         count, size = len(images), self.size(images[0], height, width)
         seeds = [seed + n for n in range(count)] if isinstance(seed, int | np.integer) else list(seed)
         if len(seeds) != count:
@@ -286,14 +289,40 @@ class Sampler:
         return jnp.dtype(getattr(self.codec, "decode_dtype", jnp.float32)).name
 
 
+def checked_images(images: Sequence[np.ndarray] | np.ndarray) -> list[np.ndarray]:
+    """Returns images as arrays uint8 `[h, w, 3]`.
+
+    Raises:
+      UserError: if there is none, or one has another shape or dtype; names the first and the remedy.
+    """
+    arrays = [np.asarray(image) for image in images]
+    if not arrays:
+        raise UserError("no images")
+    for n, image in enumerate(arrays):
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+            continue
+        if image.dtype != np.uint8:
+            remedy = "convert its pixels to 0..255, np.uint8"
+        elif image.ndim == 2 and np.ndim(images) == 3 and image.shape[1] == 3:
+            remedy = "put a single image into a list"
+        elif image.ndim == 2 or image.shape[2:] == (1,):
+            remedy = "repeat a gray channel three times"
+        elif image.shape[2:] == (4,):
+            remedy = "put RGBA over a background and drop its alpha"
+        else:
+            remedy = "channels come last, and a batch is a sequence of images"
+        found = f"{image.dtype} [{', '.join(map(str, image.shape))}]"
+        raise UserError(f"image {n} must be uint8 [h, w, 3], RGB, got {found}: {remedy}")
+    return arrays
+
+
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes `image` to uint8 `[height, width, 3]` by Lanczos, without cropping, as StableVideoDiffusionPipeline does.
 
     Raises:
       UserError: if the image is not uint8 `[h, w, 3]`.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise UserError(f"an image must be uint8 [h, w, 3], got {image.dtype} {image.shape}")
+    [image] = checked_images([image])
     if image.shape[:2] == size:
         return image
     from PIL import Image  # not on bare accelerator images, where the benchmark runs

@@ -18,6 +18,7 @@ from sfv_jax.config import patch_codec_of, unet_of
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
+from sfv_jax.errors import UserError
 from sfv_jax.evaluation import features, request, scoring
 from sfv_jax.evaluation.clips import Dataset, find_clips
 from sfv_jax.evaluation.features import Extractor
@@ -392,7 +393,7 @@ def test_modes_that_mean_nothing(flags, message):
 def test_a_place_for_results_that_is_none(tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file/below/it"):
-        with pytest.raises(request.EvaluateError, match="cannot be a folder for the results: .*file is no folder"):
+        with pytest.raises(UserError, match="cannot be written: .*file is no folder"):
             request.run(request.Request(out=out, videos=Path("a")))
 
 

@@ -113,7 +113,9 @@ def test_the_command_scores_a_folder(folder, tmp_path):
     pytest.importorskip("cv2")
     command = [sys.executable, "-m", "sfv_jax.evaluate", f"--videos={folder}", f"--out={tmp_path / 'out'}"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "evaluate: 3 clips could not be read and are in no score:\n  " in done.stderr
+    assert all(name in done.stderr for name in ("broken.mp4", "empty.mp4", "short.mp4: too short"))
     record = json.loads((tmp_path / "out/scores.json").read_text())
     unreadable = record["reading"]["unreadable"]
     assert len(unreadable) == 3 and sum("too short: 5 of 14" in line for line in unreadable) == 1
@@ -140,6 +142,14 @@ def test_conditions_by_name(folder, tmp_path):
         clips.condition_images(tmp_path, {"a", "b"})
     Image.fromarray(texture()).save(tmp_path / "b.TIF", "TIFF")
     assert np.array_equal(clips.condition_images(tmp_path, {"a", "b"})["b"], texture())
+    (tmp_path / "c.png").write_bytes(b"")
+    (tmp_path / "d.jpg").write_bytes((tmp_path / "a.png").read_bytes()[:99])
+    (tmp_path / "b.webp").touch()
+    with pytest.raises(VideoError) as caught:
+        clips.condition_images(tmp_path, {"a", "b", "c", "d", "e\n"})
+    wrong = ("b.TIF and .*b.webp have one name", "c.png: the file is empty", "d.jpg: ", r"for 1 clips: e\\n")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4 and all(re.search(*pair) for pair in zip(wrong, lines, strict=True)), lines
 
 
 def test_what_cannot_be_scored(folder, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from sfv_jax import config as configs
 from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.config import patch_codec_of, unet_of, world_of
 from sfv_jax.data.video import write_video
+from sfv_jax.errors import UserError
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.methods import METHODS
 from sfv_jax.reproduction import experiments, jobs, tables
@@ -19,6 +20,7 @@ from sfv_jax.reproduction import rows as stages
 from sfv_jax.reproduction import runs as trainings
 from sfv_jax.reproduction.experiments import BASE, Row
 from sfv_jax.reproduction.runs import Runs
+from sfv_jax.runtime import commands
 from sfv_jax.training.alarms import TrainingStopped
 from tests.support import small_run
 
@@ -235,7 +237,7 @@ def test_shares_cover_all_rows(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(jobs, "ensure_run", lambda bench, run, tables, seed: made.append((run, seed)))
 
     def run(share: str) -> None:
-        jobs.run(jobs.Request(tmp_path, only=("small",), seeds=(0, 1), share=jobs.share_of(share)))
+        jobs.run(jobs.Request(tmp_path, only=("small",), seeds=(0, 1), share=commands.share(share)))
 
     with pytest.raises(trainings.ReproduceError, match="--share=1/2: .* is not trained yet; --share=0/2 does it first"):
         run("1/2")
@@ -247,9 +249,9 @@ def test_shares_cover_all_rows(bench, monkeypatch, tmp_path):
 
 def test_impossible_requests(tmp_path):
     for share in ("2", "1/0", "a/2"):
-        with pytest.raises(trainings.ReproduceError, match=f"--share={share}: write K/N"):
-            jobs.share_of(share)
-    assert jobs.share_of(None) is None
+        with pytest.raises(UserError, match=f"--share={share}: write K/N"):
+            commands.share(share)
+    assert commands.share(None) is None
     with pytest.raises(trainings.ReproduceError, match="--only=table9: choose from table1"):
         jobs.Request(tmp_path, only=("table1", "table9"))
     with pytest.raises(trainings.ReproduceError, match="--scale svd needs --svd MODEL and --data CACHE"):

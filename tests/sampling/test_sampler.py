@@ -1,5 +1,6 @@
 """Guarantees of the sampler: seeds, compilation, and errors with a remedy."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -262,9 +263,33 @@ def test_errors(sampler, changes, message):
         sampler(IMAGES, **changes)
 
 
-def test_images_must_be_pixels(sampler):
-    with pytest.raises(ValueError, match=r"uint8 \[h, w, 3\], got float64"):
-        sampler([np.zeros((8, 8, 3))])
+RGB = np.zeros((8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([np.zeros((8, 8, 3))], "image 0 must be uint8 [h, w, 3], RGB, got float64 [8, 8, 3]: convert its pixels"),
+        ([RGB, np.ones((8, 8, 3), np.float32)], "image 1 must be uint8 [h, w, 3], RGB, got float32 [8, 8, 3]: convert"),
+        ([np.full((8, 8, 3), 999, np.int64)], "got int64 [8, 8, 3]: convert its pixels to 0..255, np.uint8"),
+        ([RGB > 0], "got bool [8, 8, 3]: convert its pixels to 0..255, np.uint8"),
+        ([RGB[..., 0]], "got uint8 [8, 8]: repeat a gray channel three times"),
+        ([RGB[..., :1]], "got uint8 [8, 8, 1]: repeat a gray channel three times"),
+        ([np.zeros((8, 8, 4), np.uint8)], "got uint8 [8, 8, 4]: put RGBA over a background and drop its alpha"),
+        (RGB, "image 0 must be uint8 [h, w, 3], RGB, got uint8 [8, 3]: put a single image into a list"),
+        ([RGB.transpose(2, 0, 1)], "got uint8 [3, 8, 8]: channels come last"),
+        ([RGB[None]], "got uint8 [1, 8, 8, 3]: channels come last, and a batch is a sequence of images"),
+        ([RGB[:0]], "got uint8 [0, 8, 3]"),
+        (["in.png"], "image 0 must be uint8 [h, w, 3], RGB, got <U6 []"),
+        ([], "no images"),
+    ],
+)
+def test_images_must_be_pixels(sampler, images, message):
+    calls = [lambda: sampler(images), lambda: sampler.condition(images, (8, 8), None, (6, 127, 0))]
+    for call in calls:
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            call()
+        assert "\n" not in str(caught.value)
 
 
 def test_unknown_dtype(tmp_path):
@@ -274,7 +299,7 @@ def test_unknown_dtype(tmp_path):
 
 def test_seeds_of_a_flag():
     assert seeds(["0", "12"]) == (0, 12)
-    for values in (["a"], ["-1"], ["1.5"], ["0", ""]):
+    for values in (["a"], ["-1"], ["1.5"], ["0", ""], [], [str(2**32)]):
         with pytest.raises(UserError, match=f"--seeds={','.join(values)}: give whole numbers"):
             seeds(values)
 
@@ -282,6 +307,6 @@ def test_seeds_of_a_flag():
 def test_numbers_of_a_flag():
     assert numbers("mesh", ["1", "1", "8"]) == (1, 1, 8) and numbers("mesh", ["4", "2"]) == (4, 2)
     assert numbers("guidance", []) is None
-    for name, values in (("guidance", ["1", "2", "3"]), ("mesh", ["1"]), ("mesh", ["a", "b"])):
+    for name, values in (("guidance", ["1", "2", "3"]), ("mesh", ["1"]), ("mesh", ["a", "b"]), ("mesh", ["0", "1"])):
         with pytest.raises(UserError, match=f"--{name}={','.join(values)}: give two"):
             numbers(name, values)

@@ -1,0 +1,163 @@
+"""Reader of still images, for all commands (Pillow). Images are uint8 RGB, channels last."""
+
+import logging
+import os
+import warnings
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError, features
+
+from sfv_jax.errors import UserError
+from sfv_jax.runtime.files import one_line
+
+_UPRIGHT: dict[Any, Image.Transpose] = {  # turn for each EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_GRAY = ("1", "L", "LA", "La")
+_COLORED = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr")
+_PROFILED = {  # color space of a profile: its mode, and the modes of images that it may describe
+    "RGB": ("RGB", (*_GRAY, *_COLORED)),
+    "GRAY": ("L", _GRAY),
+    "CMYK": ("CMYK", ("CMYK",)),
+}
+
+
+class ImageError(UserError):
+    """Unusable image; the message is one line with the file and the cause."""
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Reads a still image as a viewer shows it: upright, in sRGB, transparency over white.
+
+    The first picture of an animation or of several pages is read. Sixteen bits per channel become eight. Of the
+    metadata only the orientation and the color profile matter, and damage in them is no error: the picture is taken as
+    stored, and an unusable profile is ignored with a warning (`logging`) of one line.
+
+    Returns:
+      uint8 `[h, w, 3]` RGB.
+    Raises:
+      ImageError: if the file is not an image, is damaged or too large, or has pixels without a defined white.
+    """
+    path = Path(path)
+    if not os.path.isfile(path):  # a pipe would wait for its writer
+        raise ImageError(f"{one_line(path)}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of damaged metadata and of sizes below its limit
+            with _open(path) as image:
+                image.load()
+                return np.asarray(_over_white(_upright(_eight_bits(image), image), path))
+    except ImageError as error:
+        raise ImageError(f"{one_line(path)}: {error}") from error
+    except Exception as error:  # decoders raise errors of every kind on damaged files
+        raise ImageError(f"{one_line(path)}: cannot read the image: {_reason(error)}") from error
+
+
+def _open(path: Path) -> Image.Image:
+    """Opens an image file; raises ImageError for formats that need another package."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError as error:
+        with path.open("rb") as file:
+            head = file.read(64)
+        if not head:
+            raise ImageError("the file is empty") from error
+        kind = _kind(head)
+        if kind == "HEIC" and find_spec("pillow_heif"):
+            from pillow_heif import register_heif_opener  # pyrefly: ignore[missing-import]
+
+            register_heif_opener()
+            return Image.open(path)
+        if kind == "HEIC" or (kind == "AVIF" and not features.check("avif")):
+            package = "pillow-heif" if kind == "HEIC" else "--upgrade pillow"
+            raise ImageError(f"{kind} needs `pip install {package}`; or save the image as PNG or JPEG") from error
+        raise
+
+
+def _kind(head: bytes) -> str:
+    """Returns "HEIC" or "AVIF" for the first bytes of such a file, else ""."""
+    if head[4:8] != b"ftyp":
+        return ""
+    brands = head[8 : int.from_bytes(head[:4])]
+    if b"avif" in brands or b"avis" in brands:
+        return "AVIF"
+    return "HEIC" if any(brand in brands for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")) else ""
+
+
+def _reason(error: Exception) -> str:
+    """Returns the cause in one line."""
+    if isinstance(error, UnidentifiedImageError):  # its message is a path
+        return "no known kind of image, or damaged at its beginning"
+    text = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+    return one_line(text)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Converts gray pixels of 16 bits to 8; Pillow does so for other pixels of 16 bits."""
+    if 0 in image.size:
+        raise ImageError("the image has no pixels")
+    if image.mode.startswith("I;16"):
+        pixels, clear = np.asarray(image), image.info.pop("transparency", None)
+        gray = Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        if clear is None:
+            return gray
+        return Image.merge("LA", (gray, Image.fromarray(np.where(pixels == clear, 0, 255).astype(np.uint8))))
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{image.mode} pixels (32 bits) are not supported; save the image with 8 or 16 bits a channel")
+    return image
+
+
+def _upright(picture: Image.Image, image: Image.Image) -> Image.Image:
+    """Turns `picture` by the EXIF orientation of `image`; damaged EXIF counts as none."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        turn = _UPRIGHT.get(orientation[0] if isinstance(orientation, bytes | tuple) else orientation)
+    except Exception:  # of every kind, as the tags of a damaged EXIF may have any type
+        return picture
+    turned = picture if turn is None else picture.transpose(turn)
+    turned.info = image.info
+    return turned
+
+
+def _over_white(image: Image.Image, path: Path) -> Image.Image:
+    """Converts an image to RGB in sRGB, transparency over white."""
+    alpha = None
+    if image.has_transparency_data:
+        gray, image = image.mode in _GRAY, image.convert("RGBA")
+        alpha, info, image = image.getchannel("A"), image.info, image.convert("L" if gray else "RGB")
+        image.info = {name: value for name, value in info.items() if name == "icc_profile"}
+    colors = _in_srgb(image, path)
+    if alpha is None:
+        return colors
+    colors.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
+
+
+def _in_srgb(image: Image.Image, path: Path) -> Image.Image:
+    """Converts opaque pixels to RGB by the color profile of the image, if it has a usable one."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        mode, modes = _PROFILED.get(space, ("", ()))
+        if image.mode not in modes:
+            raise ImageError(f"it is for {space} and the image is {image.mode}")
+        target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        converted = ImageCms.profileToProfile(image.convert(mode), source, target, outputMode="RGB")
+        assert converted is not None  # it is only for conversions in place
+        return converted
+    except (OSError, ValueError, TypeError, ImageCms.PyCMSError) as error:
+        logging.getLogger(__name__).warning("%s: color profile ignored: %s", one_line(path), _reason(error))
+        return image.convert("RGB")
