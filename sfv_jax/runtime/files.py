@@ -45,3 +45,8 @@ def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:
             digest.update(block)
             done(len(block))
     return digest.hexdigest()
+
+
+def one_line(text: object) -> str:
+    r"""Returns a path or text with everything unprintable escaped: line ends, escape codes, bytes not in UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
