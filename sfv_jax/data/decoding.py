@@ -49,8 +49,8 @@ class _Doubtful(Exception):
     """Signal of a complaint of the strict decoder."""
 
 
-class _Damaged(Exception):
-    """Signal of a complaint that matters."""
+class _Unreferenced(Exception):
+    """Signal of a complaint that a frame refers to a missing one, perhaps to one before a seek."""
 
 
 def frames_on_screen(path: Path, start: float, offsets: np.ndarray) -> tuple[list[av.VideoFrame], Fraction]:
@@ -77,9 +77,9 @@ def frames_on_screen(path: Path, start: float, offsets: np.ndarray) -> tuple[lis
             attempt = dataclasses.replace(attempt, back=None, presentation=False)
         except _Doubtful:
             attempt = dataclasses.replace(attempt, strict=False)
-        except _Damaged as damage:
+        except _Unreferenced as complaint:
             if attempt.back is None:
-                raise av.error.InvalidDataError(0, str(damage)) from damage
+                raise av.error.InvalidDataError(0, str(complaint)) from complaint
             attempt = dataclasses.replace(attempt, back=_EARLIER[attempt.back])
 
 
@@ -187,25 +187,22 @@ def _seek(container: InputContainer, stream: VideoStream, time: float) -> None:
 
 
 def _sound(container: InputContainer, stream: VideoStream, attempt: _Attempt) -> Iterator[av.VideoFrame]:
-    """Yields the decoded frames from the first key frame on.
+    """Yields the decoded frames from the first key frame on, without those that refer to frames before it.
 
     Raises:
       _Doubtful: at a complaint of a strict decoder.
-      _Damaged: at a complaint of another decoder that matters.
+      _Unreferenced, av.error.InvalidDataError: at a complaint of another decoder that matters.
     """
-    key = None  # timestamp of the first key frame
-    verdict = _Verdict(attempt.strict)
+    sought, verdict = attempt.back is not None, _Verdict(attempt.strict)
     for packet in container.demux(stream):
         if not packet.size and packet.dts is not None:
             continue  # a repetition of the last frame; decoders take an empty packet for the end
-        if attempt.presentation and key is None and packet.is_keyframe and packet.pts is not None:
-            key = packet.pts
-            verdict.begin(key, _is_independent(packet, stream))
+        if attempt.presentation and verdict.waiting and packet.is_keyframe and packet.pts is not None:
+            verdict.begin(packet.pts, _is_independent(packet, stream), sought)
         frames, complaints = _decode(packet, attempt.strict)
         verdict.hear(packet.pts if attempt.presentation else None, complaints)
         for frame in frames:
-            # Frames of an open group that are shown before its key frame refer to the group before.
-            if attempt.presentation and ((frame.pts or 0) < key if key is not None else attempt.back is not None):
+            if (sought and verdict.waiting) or verdict.is_leading(frame.pts):
                 continue
             verdict.check(frame)
             yield frame
@@ -231,31 +228,37 @@ def _decode(packet: Packet, strict: bool) -> tuple[list[av.VideoFrame], list[str
 class _Verdict:
     """Complaints of a decoder, and which of them matter.
 
-    Those about packets before the first key frame, in the order of the file or on screen, do not: their frames are not
-    used. A decoder that begins amid a video misses frames that are referred to: complaints about that do not matter
-    before it outputs the first frame, and for the few frames after a key frame that is not independent, which may
-    dismiss older frames that were never there.
+    Those about packets before the first key frame do not, in the order of the file, and in that of the screen if the
+    key frame is not independent or was sought: these frames are not used. A decoder that begins amid a video misses
+    frames that are referred to: complaints about that do not matter before it outputs the first frame, and for the few
+    frames after a key frame that is not independent, which may dismiss older frames that were never there.
     """
 
     def __init__(self, strict: bool):
         self._strict = strict
         self._heard: list[tuple[int | None, str]] = []
-        self._key: int | None = None
-        self._first: int | None = None
+        self._leading_below: int | None = None  # timestamp of the key frame, if frames shown before it are not used
+        self._first: int | None = None  # timestamp of the first frame
         self._recovering = 0  # packets left for which missing references are natural
+        self.waiting = True  # for a key frame, or else a frame that the decoder considers sound
 
-    def begin(self, key: int, independent: bool) -> None:
+    def begin(self, key: int, independent: bool, sought: bool) -> None:
         """Begins with the packet of the first key frame, which has the timestamp `key`."""
-        self._key, self._recovering = key, 0 if independent else _RECOVERY
+        self.waiting = False
+        self._leading_below = key if sought or not independent else None
+        self._recovering = 0 if independent else _RECOVERY
         self._heard.clear()
+
+    def is_leading(self, stamp: int | None) -> bool:
+        """Returns whether a frame or packet is shown before the key frame that decoding began with, and not used."""
+        return stamp is not None and self._leading_below is not None and stamp < self._leading_below
 
     def hear(self, stamp: int | None, complaints: list[str]) -> None:
         """Adds the complaints about a packet; `stamp` is its presentation timestamp, if that is to be trusted."""
         self._recovering -= 1
         for text in complaints:
             missing = self._recovering >= 0 and _MISSING.search(text)
-            leading = stamp is not None and self._key is not None and stamp < self._key
-            if not (missing or leading or _HARMLESS.search(text)):
+            if not (missing or self.is_leading(stamp) or _HARMLESS.search(text)):
                 self._heard.append((stamp, text.strip()))
 
     def check(self, frame: av.VideoFrame | None = None) -> None:
@@ -263,18 +266,20 @@ class _Verdict:
 
         Raises:
           _Doubtful: if a strict decoder decoded a damaged frame.
-          _Damaged: if a complaint matters.
+          _Unreferenced: if a complaint matters that may come from a seek.
+          av.error.InvalidDataError: if another complaint matters.
         """
         if frame is not None:
+            self.waiting = False
+            self._first = frame.pts if self._first is None else self._first
             if frame.is_corrupt:
                 self._heard.append((None, "a frame is damaged"))
-            self._first = frame.pts if self._first is None else self._first
         for stamp, text in self._heard:
-            recovering = stamp is not None and self._first is not None and stamp < self._first
+            missing = _MISSING.search(text)
             if self._strict:
                 raise _Doubtful
-            if not (recovering and _MISSING.search(text)):
-                raise _Damaged(text)
+            if not (missing and stamp is not None and self._first is not None and stamp < self._first):
+                raise _Unreferenced(text) if missing else av.error.InvalidDataError(0, text)
 
 
 def _is_independent(packet: Packet, stream: VideoStream) -> bool:

@@ -144,11 +144,11 @@ def test_a_lossless_cut_begins_with_its_first_whole_picture(tmp_path, suffix):
     cut = tmp_path / f"cut.{suffix}"
     with av.open(str(path)) as source, av.open(str(cut), "w") as target:
         stream, begin = source.streams.video[0], None
-        copy = target.add_stream_from_template(stream)
-        source.seek(round(2 / stream.time_base), stream=stream)
-        for packet in (p for p in source.demux(stream) if p.size):
+        copy, tick = target.add_stream_from_template(stream), stream.time_base
+        source.seek(round(2 / tick), stream=stream)
+        for n, packet in enumerate(p for p in source.demux(stream) if p.size):
             begin = packet.pts if begin is None else begin
-            packet.stream, packet.pts, packet.dts = copy, packet.pts - begin, (packet.dts or packet.pts) - begin
+            packet.stream, packet.pts, packet.dts = copy, packet.pts - begin, round((n - 2) / 25 / tick)
             target.mux(packet)
     first = numbers(read_clip(cut))[0]
     assert first in (49, 50, 51, 52)
@@ -304,7 +304,7 @@ def test_hlg_of_a_common_converter():
     assert np.abs(np.median(patch, axis=0) - (203, 59, 106)).max() <= 4
 
 
-@pytest.mark.parametrize(("nits", "gray"), [(100, 202), (10, 78), (1000, 246)])
+@pytest.mark.parametrize(("nits", "gray"), [(100, 202), (10, 74), (1000, 246)])
 def test_pq_is_mapped_to_sdr(tmp_path, nits, gray):
     """Grays of known light: SDR white is 100 cd/m2; 202 is what the Mobius curve leaves of it."""
     power = (nits / 10_000) ** (2610 / 16384)
