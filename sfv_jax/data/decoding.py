@@ -73,8 +73,9 @@ def frames_on_screen(path: Path, start: float, offsets: np.ndarray) -> tuple[lis
             return attempt.frames(path, start, offsets)
         except _NotYet:
             attempt = dataclasses.replace(attempt, back=_EARLIER[attempt.back])
-        except Disordered:
-            attempt = dataclasses.replace(attempt, back=None, presentation=False)
+        except Disordered as signal:
+            back = attempt.back if signal.seekable else None
+            attempt = dataclasses.replace(attempt, back=back, presentation=False)
         except _Doubtful:
             attempt = dataclasses.replace(attempt, strict=False)
         except _Unreferenced as complaint:
@@ -134,19 +135,20 @@ class _Attempt:
     def frames(self, path: Path, start: float, offsets: np.ndarray) -> tuple[list[av.VideoFrame], Fraction]:
         """Returns what `frames_on_screen` does; raises its signals, too."""
         with _open(path, self.strict) as (container, stream), contextlib.ExitStack() as stack:
-            if self.presentation and timestamps.without_presentation_times(container, stream):
-                raise Disordered
+            if self.presentation:
+                timestamps.check_container(container, stream)
             if self.back is not None and timestamps.have_gaps(container):
                 raise _NotYet
             if not self.strict:
                 stack.enter_context(_log())
-            clock = Clock(stream, self.presentation)
+            clock = Clock(stream, self.presentation, self.back is not None)
             tick = stream.time_base
-            begin = float(stream.start_time * tick) if self.presentation and stream.start_time is not None else None
+            begin = None
+            if self.presentation or self.back is not None:
+                begin = float((stream.start_time or 0) * tick)
             if self.back is not None:
-                begin = begin or 0.0
                 _seek(container, stream, begin + start - self.back)
-            decoded = _sound(container, stream, self)
+            decoded = _sound(container, stream, self, clock)
             timed = deinterlaced((clock.time(frame), frame) for frame in decoded)
             # Containers round timestamps to their own clock: 1/7 s is 0.143 s in a file that counts milliseconds.
             wanted = start + min(float(tick) / 2, 1e-3) + offsets
@@ -186,25 +188,33 @@ def _seek(container: InputContainer, stream: VideoStream, time: float) -> None:
         raise _NotYet from error
 
 
-def _sound(container: InputContainer, stream: VideoStream, attempt: _Attempt) -> Iterator[av.VideoFrame]:
+def _sound(container: InputContainer, stream: VideoStream, attempt: _Attempt, clock: Clock) -> Iterator[av.VideoFrame]:
     """Yields the decoded frames from the first key frame on, without those that refer to frames before it.
 
     Raises:
       _Doubtful: at a complaint of a strict decoder.
       _Unreferenced, av.error.InvalidDataError: at a complaint of another decoder that matters.
     """
-    sought, verdict = attempt.back is not None, _Verdict(attempt.strict)
+    amid = sought = attempt.back is not None
+    verdict = _Verdict(attempt.strict)
+
+    def stamp(data: Packet | av.VideoFrame) -> int | None:  # None where decoding timestamps are late
+        return data.pts if attempt.presentation else data.dts if sought else None
+
     for packet in container.demux(stream):
         if not packet.size and packet.dts is not None:
             continue  # a repetition of the last frame; decoders take an empty packet for the end
-        if attempt.presentation and verdict.waiting and packet.is_keyframe and packet.pts is not None:
-            verdict.begin(packet.pts, _is_independent(packet, stream), sought)
+        clock.feed(packet)
+        key = stamp(packet)
+        if verdict.waiting and packet.is_keyframe and key is not None:
+            verdict.begin(key, _is_independent(packet, stream), amid)
+        amid = True
         frames, complaints = _decode(packet, attempt.strict)
-        verdict.hear(packet.pts if attempt.presentation else None, complaints)
+        verdict.hear(key, complaints)
         for frame in frames:
-            if (sought and verdict.waiting) or verdict.is_leading(frame.pts):
+            if (sought and verdict.waiting) or verdict.is_leading(stamp(frame)):
                 continue
-            verdict.check(frame)
+            verdict.check(frame, stamp(frame))
             yield frame
     verdict.check()
 
@@ -229,9 +239,9 @@ class _Verdict:
     """Complaints of a decoder, and which of them matter.
 
     Those about packets before the first key frame do not, in the order of the file, and in that of the screen if the
-    key frame is not independent or was sought: these frames are not used. A decoder that begins amid a video misses
-    frames that are referred to: complaints about that do not matter before it outputs the first frame, and for the few
-    frames after a key frame that is not independent, which may dismiss older frames that were never there.
+    key frame is not independent or not the first of the file: these frames are not used. A decoder that begins amid a
+    video misses frames that are referred to: complaints about that do not matter before it outputs the first frame, and
+    for the few frames after a key frame that is not independent, which may dismiss older frames that were never there.
     """
 
     def __init__(self, strict: bool):
@@ -242,10 +252,16 @@ class _Verdict:
         self._recovering = 0  # packets left for which missing references are natural
         self.waiting = True  # for a key frame, or else a frame that the decoder considers sound
 
-    def begin(self, key: int, independent: bool, sought: bool) -> None:
-        """Begins with the packet of the first key frame, which has the timestamp `key`."""
+    def begin(self, key: int, independent: bool, amid: bool) -> None:
+        """Begins with the packet of the first key frame.
+
+        Args:
+          key: its timestamp.
+          independent: whether no later frame refers to one before it.
+          amid: whether it is not the first of the file.
+        """
         self.waiting = False
-        self._leading_below = key if sought or not independent else None
+        self._leading_below = key if amid or not independent else None
         self._recovering = 0 if independent else _RECOVERY
         self._heard.clear()
 
@@ -261,8 +277,8 @@ class _Verdict:
             if not (missing or self.is_leading(stamp) or _HARMLESS.search(text)):
                 self._heard.append((stamp, text.strip()))
 
-    def check(self, frame: av.VideoFrame | None = None) -> None:
-        """Checks the next frame, or the end of the file.
+    def check(self, frame: av.VideoFrame | None = None, stamp: int | None = None) -> None:
+        """Checks the next frame with its timestamp, or the end of the file.
 
         Raises:
           _Doubtful: if a strict decoder decoded a damaged frame.
@@ -271,14 +287,14 @@ class _Verdict:
         """
         if frame is not None:
             self.waiting = False
-            self._first = frame.pts if self._first is None else self._first
+            self._first = stamp if self._first is None else self._first
             if frame.is_corrupt:
                 self._heard.append((None, "a frame is damaged"))
-        for stamp, text in self._heard:
+        for place, text in self._heard:
             missing = _MISSING.search(text)
             if self._strict:
                 raise _Doubtful
-            if not (missing and stamp is not None and self._first is not None and stamp < self._first):
+            if not (missing and place is not None and self._first is not None and place < self._first):
                 raise _Unreferenced(text) if missing else av.error.InvalidDataError(0, text)
 
 

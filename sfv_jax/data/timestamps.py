@@ -1,10 +1,12 @@
 """Presentation times of decoded frames, also where a file lacks them or has wrong ones."""
 
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 
 import av
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.stream import VideoStream
 
 _JUMP = 0.1  # seconds; FFmpeg takes a longer step back for the start of another recording in the same file
@@ -14,7 +16,10 @@ _SPARSE = ("mpeg", "mpegvideo", "m4v", "h264", "hevc", "obu")
 
 
 class Disordered(Exception):
-    """Signal that decoding timestamps have fewer faults than presentation timestamps."""
+    """Signal that decoding timestamps are to be used; `seekable` if they are those of presentation, without delay."""
+
+    def __init__(self, seekable: bool = False):
+        self.seekable = seekable
 
 
 def have_gaps(container: InputContainer) -> bool:
@@ -22,27 +27,31 @@ def have_gaps(container: InputContainer) -> bool:
     return container.format.name in _SPARSE
 
 
-def without_presentation_times(container: InputContainer, stream: VideoStream) -> bool:
-    """Returns whether the file stores no presentation times although its frames are stored in another order.
+def check_container(container: InputContainer, stream: VideoStream) -> None:
+    """Checks that the file stores presentation times. AVI does not; FFmpeg guesses them, and not always right.
 
-    AVI is such a container: FFmpeg guesses times from what it knows of the codec, and some are wrong.
+    Raises:
+      Disordered: if it does not.
     """
-    return container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
+    if container.format.name == "avi":
+        raise Disordered(seekable=not stream.codec_context.has_b_frames)
 
 
 class Clock:
     """Clock of a stream: gives each decoded frame its time, in seconds, never decreasing.
 
     The rule is that of FFmpeg's best-effort timestamps: presentation timestamps as long as they have no more faults
-    (steps that are not forward) than decoding timestamps, else decoding timestamps, which come with the frames in the
-    order of presentation, all late by the same reordering delay. A frame with neither is one step after the last.
+    (steps that are not forward) than decoding timestamps, else decoding timestamps. Those of frames come in the order
+    of presentation, all late by the reordering delay. Decoders of H.264 and HEVC may find out amid a video that they
+    need a longer delay, but make one frame of each packet: there, from the beginning of the file, frame k has the
+    timestamp of packet k. A frame without a timestamp is one step after the last.
 
     Attributes:
       presentation: whether times are presentation timestamps.
       step: seconds from the last frame to the next, as far as known.
     """
 
-    def __init__(self, stream: VideoStream, presentation: bool):
+    def __init__(self, stream: VideoStream, presentation: bool, sought: bool):
         self.presentation = presentation
         self.step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
         self._tick = stream.time_base or Fraction(1, av.time_base)
@@ -50,6 +59,13 @@ class Clock:
         self._faults = {"pts": 0, "dts": 0}
         self._now: float | None = None
         self._shift = 0.0  # of the times after a step back
+        counted = not sought and stream.codec_context.name in ("h264", "hevc")
+        self._packets: deque[int] | None = deque() if counted else None
+
+    def feed(self, packet: Packet) -> None:
+        """Takes the timestamp of a packet before its decoding."""
+        if self._packets is not None and packet.dts is not None:
+            self._packets.append(packet.dts)
 
     def time(self, frame: av.VideoFrame) -> float:
         """Returns the time of the next frame.
@@ -64,7 +80,12 @@ class Clock:
                 self._last[kind] = stamp
         if self.presentation and (frame.pts is None or self._faults["pts"] > self._faults["dts"]):
             raise Disordered
-        stamp = frame.pts if self.presentation else frame.dts
+        if self.presentation:
+            stamp = frame.pts
+        elif self._packets is None:
+            stamp = frame.dts
+        else:
+            stamp = self._packets.popleft() if self._packets else None
         self._now = self._after(None if stamp is None else float(stamp * self._tick) + self._shift)
         return self._now
 
