@@ -144,9 +144,10 @@ class _Attempt:
             clock = Clock(stream, self.presentation, self.back is not None)
             tick = stream.time_base
             begin = None
-            if self.presentation or self.back is not None:
-                begin = float((stream.start_time or 0) * tick)
+            if stream.start_time is not None and (self.presentation or self.back is not None):
+                begin = float(stream.start_time * tick)
             if self.back is not None:
+                begin = begin or 0.0
                 _seek(container, stream, begin + start - self.back)
             decoded = _sound(container, stream, self, clock)
             timed = deinterlaced((clock.time(frame), frame) for frame in decoded)

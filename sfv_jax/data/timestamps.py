@@ -13,6 +13,9 @@ _JUMP = 0.1  # seconds; FFmpeg takes a longer step back for the start of another
 # Formats without a timestamp for each frame. FFmpeg counts on from the last timestamp, after a seek from a guess. It
 # takes the last timestamp for the end, or estimates the end from the bit rate.
 _SPARSE = ("mpeg", "mpegvideo", "m4v", "h264", "hevc", "obu")
+_COUNTED = ("h264", "hevc", "mpeg4")  # codecs whose decoders make one frame of each picture
+_VOP = b"\0\0\1\xb6"  # begin of a picture of MPEG-4
+_LARGEST_EMPTY_VOP = 8  # bytes: a header with vop_coded = 0; one bit for each macroblock would exceed it
 
 
 class Disordered(Exception):
@@ -41,10 +44,10 @@ class Clock:
     """Clock of a stream: gives each decoded frame its time, in seconds, never decreasing.
 
     The rule is that of FFmpeg's best-effort timestamps: presentation timestamps as long as they have no more faults
-    (steps that are not forward) than decoding timestamps, else decoding timestamps. Those of frames come in the order
-    of presentation, all late by the reordering delay. Decoders of H.264 and HEVC may find out amid a video that they
-    need a longer delay, but make one frame of each packet: there, from the beginning of the file, frame k has the
-    timestamp of packet k. A frame without a timestamp is one step after the last.
+    (steps that are not forward) than decoding timestamps, else decoding timestamps. Those that frames have are in the
+    order of presentation, but late by the reordering delay, which some decoders increase amid a video. Where packets
+    can be counted from the beginning of the file, frame k has the timestamp of packet k instead, without those that
+    only repeat a picture. A frame without a timestamp is one step after the last.
 
     Attributes:
       presentation: whether times are presentation timestamps.
@@ -59,13 +62,21 @@ class Clock:
         self._faults = {"pts": 0, "dts": 0}
         self._now: float | None = None
         self._shift = 0.0  # of the times after a step back
-        counted = not sought and stream.codec_context.name in ("h264", "hevc")
-        self._packets: deque[int] | None = deque() if counted else None
+        self._codec = stream.codec_context.name
+        self._packets: deque[int] | None = None if sought or self._codec not in _COUNTED else deque()
+        self._packed = 0  # pictures of MPEG-4 that came in a packet with another one
 
     def feed(self, packet: Packet) -> None:
         """Takes the timestamp of a packet before its decoding."""
-        if self._packets is not None and packet.dts is not None:
-            self._packets.append(packet.dts)
+        if self._packets is None or packet.dts is None:
+            return
+        if self._codec == "mpeg4":
+            self._packed += bytes(packet).count(_VOP) - 1
+            if packet.size <= _LARGEST_EMPTY_VOP:  # stands for a packed picture, or else repeats the last one
+                if not self._packed:
+                    return
+                self._packed -= 1
+        self._packets.append(packet.dts)
 
     def time(self, frame: av.VideoFrame) -> float:
         """Returns the time of the next frame.
