@@ -420,6 +420,8 @@ def test_names_that_look_like_protocols(tmp_path, monkeypatch):
     encode(tmp_path / "clip.mp4", numbered(14), 7).rename(tmp_path / "a:b.mp4")
     monkeypatch.chdir(tmp_path)
     assert numbers(read_clip("a:b.mp4")) == list(range(14)) and video.duration("a:b.mp4") == 2
+    write_video("b:c/d:e.mp4", numbered(3))
+    assert numbers(read_clip("b:c/d:e.mp4", num_frames=3)) == [0, 1, 2]
 
 
 def test_pipes_and_sockets_do_not_hang(tmp_path):
