@@ -63,7 +63,8 @@ class Clock:
         self._now: float | None = None
         self._shift = 0.0  # of the times after a step back
         self._codec = stream.codec_context.name
-        self._packets: deque[int] | None = None if sought or self._codec not in _COUNTED else deque()
+        counted = self._codec in _COUNTED and not presentation and not sought
+        self._packets: deque[int] | None = deque() if counted else None
         self._packed = 0  # pictures of MPEG-4 that came in a packet with another one
 
     def feed(self, packet: Packet) -> None:
