@@ -167,11 +167,11 @@ def _upright(rgb: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 def _display_matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:
     """Returns a, b, c, d: pixel (x, y) is shown at (a x + c y, b x + d y) but for a shift."""
     try:
-        data = frame.side_data.get("DISPLAYMATRIX")
+        data = bytes(frame.side_data["DISPLAYMATRIX"])
+    except KeyError:
+        return 1, 0, 0, 1
     except ValueError:  # PyAV lists no side data if a kind among them is newer than itself
         angle = math.radians(frame.rotation)
         return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
-    if data is None:
-        return 1, 0, 0, 1
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))
+    a, b, _, c, d, *_ = struct.unpack("=9i", data)
     return a, b, c, d

@@ -31,7 +31,8 @@ from sfv_jax.data.timestamps import Clock, Disordered
 # PyAV up to 18 rejects undecodable metadata unless asked to replace it; PyAV 19 accepts it and has no such option.
 _TOLERANT: dict[str, Any] = {"metadata_errors": "replace"} if hasattr(InputContainer, "metadata_errors") else {}
 _NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-_EARLIER = {0.0: 2.0, 2.0: 10.0, 10.0: 60.0, 60.0: None}  # seconds before the clip: where to begin next
+# Seconds before the clip at which to begin, and at which to begin next; None is the beginning of the file.
+_EARLIER: dict[float | None, float | None] = {0.0: 2.0, 2.0: 10.0, 10.0: 60.0, 60.0: None}
 _HARMLESS = re.compile(r"\bSEI\b")  # supplemental enhancement information, by its name not part of pictures
 # A decoder that starts amid a video misses frames that others refer to, until it has recovered.
 _MISSING = re.compile(
@@ -142,13 +143,13 @@ class _Attempt:
             if not self.strict:
                 stack.enter_context(_log())
             clock = Clock(stream, self.presentation, self.back is not None)
-            tick = stream.time_base
+            tick = stream.time_base or Fraction(1, av.time_base)
             begin = None
             if stream.start_time is not None and (self.presentation or self.back is not None):
                 begin = float(stream.start_time * tick)
             if self.back is not None:
                 begin = begin or 0.0
-                _seek(container, stream, begin + start - self.back)
+                _seek(container, stream, math.floor((begin + start - self.back) / tick))
             decoded = _sound(container, stream, self, clock)
             timed = deinterlaced((clock.time(frame), frame) for frame in decoded)
             # Containers round timestamps to their own clock: 1/7 s is 0.143 s in a file that counts milliseconds.
@@ -182,9 +183,9 @@ class _Attempt:
         return picked + [shown for time in times[len(picked) :] if time < end]
 
 
-def _seek(container: InputContainer, stream: VideoStream, time: float) -> None:
+def _seek(container: InputContainer, stream: VideoStream, stamp: int) -> None:
     try:
-        container.seek(math.floor(time / stream.time_base), stream=stream)
+        container.seek(stamp, stream=stream)
     except av.error.FFmpegError as error:
         raise _NotYet from error
 
@@ -227,12 +228,13 @@ def _decode(packet: Packet, strict: bool) -> tuple[list[av.VideoFrame], list[str
             return packet.decode(), []
         except av.error.FFmpegError as error:
             raise _Doubtful from error
-    frames, errors = [], []
-    with av.logging.Capture() as logs:
+    frames: list[av.VideoFrame] = []
+    errors: list[str] = []
+    with av.logging.Capture() as logs:  # pyrefly: ignore[bad-context-manager]
         try:
             frames = packet.decode()
         except av.error.FFmpegError as error:
-            errors = [error.strerror]
+            errors = [error.strerror or str(error)]
     return frames, [text for level, _, text in logs if level <= av.logging.ERROR] + errors
 
 
@@ -317,7 +319,7 @@ def _is_independent(packet: Packet, stream: VideoStream) -> bool:
 @contextlib.contextmanager
 def _log() -> Generator[None, None, None]:
     """Makes FFmpeg report its errors to `av.logging.Capture`; those of other threads are dropped."""
-    with _LISTENING, av.logging.Capture(local=False):
+    with _LISTENING, av.logging.Capture(local=False):  # pyrefly: ignore[bad-context-manager]
         level, skip = av.logging.get_level(), av.logging.get_skip_repeated()
         av.logging.set_skip_repeated(False)
         av.logging.set_level(av.logging.ERROR)

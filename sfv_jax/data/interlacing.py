@@ -2,8 +2,10 @@
 
 from collections import deque
 from collections.abc import Iterator
+from fractions import Fraction
 
 import av
+import av.filter
 from av.filter import Graph
 
 _FILTER = "bwdif" if "bwdif" in av.filter.filters_available else "yadif"
@@ -35,7 +37,8 @@ def _shape(frame: av.VideoFrame) -> tuple[int, int, str]:
 
 def _graph(frame: av.VideoFrame) -> Graph:
     graph = Graph()
-    source = graph.add_buffer(template=frame, time_base=frame.time_base)
+    size = {"width": frame.width, "height": frame.height}
+    source = graph.add_buffer(**size, format=frame.format, time_base=frame.time_base or Fraction(1, av.time_base))
     graph.link_nodes(source, graph.add(_FILTER, "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
     graph.configure()
     return graph
@@ -47,7 +50,7 @@ def _pulled(graph: Graph, times: deque[float], last: bool = False) -> Iterator[t
         graph.push(None)
     while times:
         try:
-            frame = graph.pull()
+            frame = graph.vpull()
         except (BlockingIOError, EOFError):  # FFmpeg's EAGAIN and end
             return
         yield times.popleft(), frame
