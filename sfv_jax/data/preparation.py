@@ -36,9 +36,14 @@ class Clip:
     start: float = 0.0
 
     @property
+    def file(self) -> str:
+        """The source, with bytes that are not UTF-8 escaped: records and reports contain text."""
+        return os.fsencode(self.source).decode(errors="backslashreplace")
+
+    @property
     def key(self) -> str:
         """Name of the clip in records and reports."""
-        return f"{self.source}@{self.start:.3f}"
+        return f"{self.file}@{self.start:.3f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +135,7 @@ def plan(videos: str | os.PathLike, settings: Settings) -> dict[str, list[Clip]]
     splits: dict[str, list[Clip]] = {"train": [], "heldout": []}
     for file in files:
         source = file.relative_to(videos).as_posix()
-        heldout = _hash(settings.seed, source) < settings.heldout_fraction * 2**32
+        heldout = _hash(settings.seed, Clip(source).file) < settings.heldout_fraction * 2**32
         splits["heldout" if heldout else "train"] += [Clip(source, start) for start in _starts(file, settings)]
     return {split: clips for split, clips in splits.items() if clips}
 
@@ -227,7 +232,7 @@ def _records(
                 "motion_bucket_id": settings.motion_bucket_id,
                 "noise_aug_strength": settings.noise_aug_strength,
                 "key": clip.key,
-                "source": clip.source,
+                "source": clip.file,
                 "start": clip.start,
                 "schema": latents.SCHEMA,
             }

@@ -53,4 +53,4 @@ def _listed(folder: Path, split: str) -> list[str]:
     if not lists:
         raise VideoError(f"{folder} holds no {split}.txt; {WHERE}")
     # A line of a train list ends with the number of the class.
-    return [Path(line.split()[0]).stem for line in lists[0].read_text().splitlines() if line.strip()]
+    return [Path(line.split()[0]).stem for line in lists[0].read_text(errors="replace").splitlines() if line.strip()]

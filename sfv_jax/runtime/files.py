@@ -83,5 +83,5 @@ def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:
 
 
 def one_line(text: object) -> str:
-    """Returns a path or text with line ends, escape codes, bytes that are not UTF-8, and the like escaped."""
+    r"""Returns a path or text with everything unprintable escaped: line ends, escape codes, bytes not in UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

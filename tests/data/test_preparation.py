@@ -1,5 +1,6 @@
 """From videos to batches: the cache is exact and complete or refused, the loader resumes and shards exactly."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -113,6 +114,26 @@ def test_unusable_files_are_listed_with_reasons(cache):
     assert "too short: 3 of 4" in reasons["short.mp4@0.000"]
     written = json.loads((out / latents.MANIFEST).read_text())
     assert written == manifest and written["settings"]["height"] == 32
+
+
+def test_every_file_of_a_folder_is_read_or_named(videos, tmp_path):
+    """Names that FFmpeg takes for protocols or that are no text, pipes, damage and changes of size end no job."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    sound = (videos / "0" / "clip0.mp4").read_bytes()
+    for name in ("sound.mp4", "a:b.mp4", os.fsdecode(b"latin-\xe9.mp4")):
+        (folder / name).write_bytes(sound)
+    (folder / os.fsdecode(b"broken-\xe9.mp4")).write_bytes(sound[: len(sound) // 2])
+    (folder / "bytes.webm").write_bytes(bytes(range(256)) * 20)
+    os.mkfifo(folder / "pipe.mp4")
+    settings = dataclasses.replace(SETTINGS, clips_per_video=2, heldout_fraction=0.2)
+    manifest = preparation.run(folder, tmp_path / "out", encode, settings)
+    assert sum(manifest["clips"].values()) == 6
+    skipped = {entry["clip"].split("@")[0]: entry["reason"] for entry in manifest["skipped"]}
+    assert skipped.keys() == {"broken-\\xe9.mp4", "bytes.webm"}
+    assert all(reason.isprintable() and "cannot read" in reason for reason in skipped.values())
+    records = [record for split in manifest["clips"] for record in latent_source(tmp_path / "out", split).records]
+    assert {record["source"].decode() for record in records} == {"sound.mp4", "a:b.mp4", "latin-\\xe9.mp4"}
 
 
 def test_batches_and_workers_do_not_change_the_content(videos, cache, tmp_path):

@@ -15,6 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError
 from sfv_jax.evaluation import features, request, scoring
+from sfv_jax.evaluation.clips import Clip
 from sfv_jax.evaluation.features import Extractor
 from sfv_jax.evaluation.generation import Model
 from sfv_jax.evaluation.protocol import Protocol
@@ -166,3 +167,17 @@ def test_a_frame_that_is_no_picture():
     video = ucf101.Recorded([message.SerializeToString()], 0, "test-00000")
     with pytest.raises(VideoError, match="test-00000: cannot read a frame"):
         video.read()
+
+
+def test_packed_b_frames_as_in_the_avi_files_of_ucf101(tmp_path):
+    """XviD with two pictures in one packet, then an empty packet: the frames at 7 of 25 per second."""
+    content = (Path(__file__).parent / "cases/xvid_packed_b.avi").read_bytes()
+    (tmp_path / "v_Archery_g01_c01.avi").write_bytes(content)
+    (tmp_path / "testlist01.txt").write_bytes(b"Archery/v_Archery_g01_c01.avi\n\xff")
+    with pytest.raises(VideoError, match="1 of the 2 videos"):
+        ucf101.videos(tmp_path)
+    (tmp_path / "testlist01.txt").write_text("Archery/v_Archery_g01_c01.avi\n")
+    found, _ = ucf101.videos(tmp_path)
+    clip = Clip(found["v_Archery_g01_c01"], "", "v_Archery_g01_c01", None).read(14, 7.0)
+    bars = clip[:, 116:124, 20::40].mean((1, 3)) > 128
+    assert (bars @ (1 << np.arange(8))).tolist() == [int(25 * k / 7 + 1e-3) for k in range(14)]
