@@ -106,11 +106,13 @@ def import_model(
     for source in filter(None, (folder, base)):
         _refuse_replacing(Path(source), Path(dst))
     found = _find(folder, None if base is None else Path(base), options)
-    total = sum(file.stat().st_size for file in found.files.values())
+    files = set(found.files.values())
+    total = sum(file.stat().st_size for file in files)
     report = ByteReport(2 * total, active=verbose, label="convert")
     try:
-        digests = {name: sha256(file, report.advance) for name, file in found.files.items()}
-        check_sums(folder, {file: digests[name] for name, file in found.files.items()})
+        sums = {file: sha256(file, report.advance) for file in sorted(files)}
+        check_sums(folder, sums)
+        digests = {name: sums[file] for name, file in found.files.items()}
         source = found.origin | {"folder": _name(src), "sha256": found.origin.get("sha256", {}) | digests}
         params = {k: x if isinstance(x, Path) else watched(x, report.advance) for k, x in found.params.items()}
         extra = {"scheduler": found.scheduler, "source": source}

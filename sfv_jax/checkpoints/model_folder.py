@@ -203,9 +203,12 @@ def load_model(
     prints = fingerprints.recorded(folder)
     params = {}
     for name in components:
-        params[name] = _sound(folder / name, name, configs[name], dtype, by_name.get(name))
+        late = name in prints and dtype is not None and np.dtype(dtype).name not in fingerprints.CASTS
+        params[name] = _sound(folder / name, name, configs[name], None if late else dtype, by_name.get(name))
         if name in prints:
             fingerprints.verify(params[name], prints[name], folder / name)
+        if late:  # there is no fingerprint of this cast
+            params[name] = jax.tree.map(lambda x: x.astype(dtype), params[name])
     return params, configs, meta
 
 
