@@ -14,6 +14,7 @@ from sfv_jax.runtime.files import is_alive, replacing, sha256
 
 MAX_JSON = 2**24  # bytes; the header of SVD's own file has 0.4 MB
 MAX_ITEMS = 2**20  # commas and brackets of a JSON text, which bound the memory of its values
+SUMS = "SHA256SUMS"  # checksums of an exported folder
 MAX_LINE = 2000  # characters of a line of an error message
 
 
@@ -151,7 +152,7 @@ def write_sums(place: Path, files: Iterable[Path]) -> None:
 
 def sums_of(source: Path) -> Path:
     """Returns where `write_sums` puts the checksums of an exported folder or file."""
-    return source / "SHA256SUMS" if source.is_dir() else source.with_name(f"{source.name}.sha256")
+    return source / SUMS if source.is_dir() else source.with_name(f"{source.name}.sha256")
 
 
 def check_sums(source: Path, digests: Mapping[Path, str]) -> None:

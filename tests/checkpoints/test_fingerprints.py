@@ -14,20 +14,19 @@ from jax.sharding import PartitionSpec as P
 from sfv_jax.checkpoints import exporter, fingerprints, importer, run
 from sfv_jax.checkpoints import model_folder as store
 from sfv_jax.models import tree
-from sfv_jax.models.codec import PatchCodec
-from sfv_jax.models.unet import UNet, UNetConfig
+from sfv_jax.models.clip import CLIPConfig, CLIPVision
 from sfv_jax.weights.folders import WeightsError
 from sfv_jax.weights.lazy import save_tree
 from tests.conftest import noise
 
-CONFIG = UNetConfig.tiny(block_out_channels=(32, 32), num_attention_heads=(2, 2), in_channels=96, out_channels=48)
+CONFIG, NAME = CLIPConfig.tiny(), "image_encoder"
 
 
 def save(folder, dtype=np.float32):
-    """Writes a small model with a patch codec; returns its parameters."""
-    shapes = tree.abstract(UNet, CONFIG)[1]
+    """Writes a model folder with a small CLIP tower alone; returns its parameters."""
+    shapes = tree.abstract(CLIPVision, CONFIG)[1]
     params = jax.tree.map(lambda x: noise(x.size, *x.shape).astype(dtype), shapes)
-    store.save_model(folder, {"unet": params}, {"unet": CONFIG, "codec": PatchCodec()}, codec="patch")
+    store.save_model(folder, {NAME: params}, {NAME: CONFIG})
     return params
 
 
@@ -53,61 +52,63 @@ def test_arrays_are_verified_in_every_dtype(stored, tmp_path):
     params = save(tmp_path / "model", stored)
     sharding = NamedSharding(Mesh(jax.devices(), ("fsdp",)), P())
     rows = lambda x: P("fsdp") if x.ndim and x.shape[0] % 8 == 0 else P()  # noqa: E731
-    by_rows = jax.tree.map(lambda x: NamedSharding(sharding.mesh, rows(x)), tree.abstract(UNet, CONFIG)[1])
-    options = [{}, {"shardings": {"unet": sharding}}, {"shardings": {"unet": by_rows}, "dtype": jnp.bfloat16}]
+    by_rows = jax.tree.map(lambda x: NamedSharding(sharding.mesh, rows(x)), tree.abstract(CLIPVision, CONFIG)[1])
+    options = [{}, {"shardings": {NAME: sharding}}, {"shardings": {NAME: by_rows}, "dtype": jnp.bfloat16}]
     options += [{"dtype": dtype} for dtype in (np.float32, np.float16, jnp.bfloat16)]
     for option in options:
-        loaded = store.load_model(tmp_path / "model", ("unet",), **option)[0]["unet"]
+        loaded = store.load_model(tmp_path / "model", (NAME,), **option)[0][NAME]
         assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y.astype(x.dtype)), loaded, params))
     other = jax.tree.map(np.array, params)
-    other["conv_in"]["bias"][3] *= 1.5
-    shutil.rmtree(tmp_path / "model" / "unet")
-    save_tree(tmp_path / "model" / "unet", other)
+    other["vision_model"]["post_layernorm"]["bias"][3] *= 1.5
+    shutil.rmtree(tmp_path / "model" / NAME)
+    save_tree(tmp_path / "model" / NAME, other)
     for option in options:
-        with pytest.raises(WeightsError, match=r"unet is damaged: 1 of \d+ arrays are not .* first conv_in.bias"):
-            store.load_model(tmp_path / "model", ("unet",), **option)
+        with pytest.raises(WeightsError, match=r"damaged: 1 of \d+ arrays .*vision_model.post_layernorm.bias"):
+            store.load_model(tmp_path / "model", (NAME,), **option)
     (tmp_path / "model" / fingerprints.FILE).unlink()
-    store.load_model(tmp_path / "model", ("unet",))  # as folders of earlier versions
+    store.load_model(tmp_path / "model", (NAME,))  # as folders of earlier versions
 
 
 def test_no_flipped_bit_passes(tmp_path):
     """Each damaged folder is refused with one line, or holds what was saved."""
     params = save(tmp_path / "model")
     rng, refused = np.random.default_rng(0), 0
-    data = max((tmp_path / "model" / "unet").rglob("*"), key=lambda path: path.stat().st_size)
-    places = [data] * 8 + [path for path in sorted((tmp_path / "model" / "unet").rglob("*")) if path.is_file()]
+    data = max((tmp_path / "model" / NAME).rglob("*"), key=lambda path: path.stat().st_size)
+    places = [data] * 6 + [path for path in sorted((tmp_path / "model" / NAME).rglob("*")) if path.is_file()]
     for n, place in enumerate(places):
         copy = shutil.copytree(tmp_path / "model", tmp_path / "copy")
         path = copy / place.relative_to(tmp_path / "model")
         content = bytearray(path.read_bytes())
-        if n % 3 == 2 and n >= 8:
+        if n % 3 == 2 and n >= 6:
             content = content[: len(content) // 2]  # cut
         elif content:
             content[rng.integers(len(content))] ^= 1 << rng.integers(8)
         path.write_bytes(bytes(content))
         try:
-            found = store.load_model(copy, ("unet",))[0]["unet"]
+            found = store.load_model(copy, (NAME,))[0][NAME]
             assert jax.tree.all(jax.tree.map(np.array_equal, found, params)), path
         except WeightsError as error:
             refused += 1
             assert "damaged" in str(error) and "\n" not in str(error), error
         shutil.rmtree(copy)
-    assert refused >= 8
+    assert refused >= 6
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"unet": 3}', '{"unet": {"conv_in.bias": 3}}', '{"unet": {}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"image_encoder": 3}', '{"image_encoder": {"a": 3}}', '{"image_encoder": {}}']
+)
 def test_damaged_fingerprints(content, tmp_path):
     save(tmp_path / "model")
-    (tmp_path / "model" / fingerprints.FILE).write_text(content)
+    (tmp_path / "model" / fingerprints.FILE).write_text(content.replace("NAME", NAME))
     with pytest.raises(WeightsError, match=r"fingerprints.json|is damaged"):
-        store.load_model(tmp_path / "model", ("unet",))
+        store.load_model(tmp_path / "model", (NAME,))
 
 
 def test_a_tree_that_is_gone(tmp_path):
     save(tmp_path / "model")
-    shutil.rmtree(tmp_path / "model" / "unet")
-    with pytest.raises(WeightsError, match="unet is damaged .*: convert the model again"):
-        store.load_model(tmp_path / "model", ("unet",))
+    shutil.rmtree(tmp_path / "model" / NAME)
+    with pytest.raises(WeightsError, match="image_encoder is damaged .*: convert the model again"):
+        store.load_model(tmp_path / "model", (NAME,))
 
 
 def test_copied_networks_keep_theirs(model_folder, pipeline_folder, tmp_path):
