@@ -110,10 +110,10 @@ def export_model(
     card = model_card(unet, source.meta, what=what, name=dst.name, variant=variant, run=source.run, video=video)
     sizes = dict(variant=variant, max_shard_size=max_shard_size)
     if what == "comfyui":
+        sums_of(dst).unlink(missing_ok=True)  # of a file that is replaced
         save_single_file(dst, source.load, source.configs, variant=variant, overwrite=overwrite)
-        one_step = bool(source.run) and source.run["config"].get("method") in ONE_STEP_METHODS
         write_sums(sums_of(dst), [dst])
-        write_json(dst.with_suffix(".json"), workflow(dst.name, unet.num_frames, video, one_step=one_step))
+        write_json(dst.with_suffix(".json"), workflow(dst.name, unet.num_frames, video, one_step=_one_step(source.run)))
         dst.with_suffix(".md").write_text(card)
     elif what == "unet":
         with new_folder(dst, overwrite=overwrite) as partial:
@@ -123,6 +123,10 @@ def export_model(
     else:
         scheduler = source.meta["scheduler"]
         save_pipeline(dst, source.load, source.configs, scheduler, card=card, overwrite=overwrite, **sizes)
+
+
+def _one_step(run: dict | None) -> bool:
+    return run is not None and run["config"].get("method") in ONE_STEP_METHODS
 
 
 def _video(run: dict | None) -> Video:

@@ -173,7 +173,7 @@ def open_single_file(
     told = _told(tensors)
     configs = {name: _infer(name, shapes, told[name], (base or {}).get(name), where) for name in there}
     if "unet" in there:
-        frames = num_frames or _frames(configs["unet"], told["unet"], (base or {}).get("unet"), stem, notes)
+        frames = num_frames or _frames(told["unet"], (base or {}).get("unet"), stem, notes)
         configs["unet"] = dataclasses.replace(configs["unet"], num_frames=frames)
     bare = "vae" in there and sgm.CONDITIONER + "encoder.conv_in.weight" not in shapes
     if bare:
@@ -192,10 +192,12 @@ def open_single_file(
     return SingleFile(tensors, configs, places, notes)
 
 
-def _frames(config: UNetConfig, told: dict, base: UNetConfig | None, stem: str, notes: list[str]) -> int:
+def _frames(told: dict, base: UNetConfig | None, stem: str, notes: list[str]) -> int:
     """Returns the frames of the clips of training; adds a line to `notes` where the file's name decides."""
-    if "num_frames" in told or base is not None:
-        return told["num_frames"] if "num_frames" in told else base.num_frames
+    if "num_frames" in told:
+        return told["num_frames"]
+    if base is not None:
+        return base.num_frames
     frames = 25 if "xt" in stem else 14
     notes.append(f"{frames} frames, inferred from the name {stem}; --num_frames overrides this")
     return frames
