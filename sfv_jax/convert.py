@@ -36,7 +36,7 @@ def report(folder: str) -> None:
 def define_flags() -> None:
     commands.define_required("src", "folder, file or hub:ORG/NAME to read")
     commands.define_required("dst", "folder or file to write")
-    flags.DEFINE_string("base", None, "model folder with the VAE, CLIP tower and config, where --src is a UNet alone")
+    flags.DEFINE_string("base", None, "model folder with the networks that --src lacks, such as the VAE and CLIP tower")
     flags.DEFINE_bool("allow_pickle", False, "read .bin and .ckpt files too, by torch, tensors only")
     flags.DEFINE_bool("export", False, "convert a model folder or a training run to other formats")
     flags.DEFINE_enum("what", "pipeline", choices.EXPORTS, "output of --export: pipeline or UNet folder, or one file")

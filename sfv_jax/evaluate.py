@@ -86,7 +86,7 @@ def request() -> "Request":
     paths: dict[str, Any] = {name: Path(value) if value else None for name, value in files.items()}
     return Request(
         **paths,
-        **commands.values("checkpoint", "dataset", "split", "features", "batch_norm_eps"),
+        **commands.values("checkpoint", "dataset", "split", "features", "batch_norm_eps", "allow_torchscript"),
         **commands.values("flow", "shown", "latency", "batch_size"),
         protocol=protocol(COUNTS[FLAGS.dataset or "folder"]),
         options=Options(**options),
@@ -105,7 +105,11 @@ def define_flags() -> None:
     flags.DEFINE_enum("split", "testlist01", choices.UCF101_SPLITS, "split of UCF-101")
     commands.define_required("out", "folder for the results")
     flags.DEFINE_string("i3d", None, "file of I3D weights, for FVD")
-    flags.DEFINE_float("batch_norm_eps", None, "epsilon of an I3D state dict: 1e-3 (default) or 1e-5", 1e-9, 1)
+    help = "epsilon of an I3D state dict, 1e-3 or 1e-5; default: that of its kind"
+    flags.DEFINE_float("batch_norm_eps", None, help, 1e-9, 1)
+    flags.DEFINE_bool(
+        "allow_torchscript", False, "run other TorchScript than StyleGAN-V's; it can read and write files"
+    )
     flags.DEFINE_string("features", None, "module:function from uint8 [b, t, h, w, 3] to [b, d], to use instead of I3D")
     flags.DEFINE_string("statistics", None, "file that stores the features of the real clips (.npz)")
     flags.DEFINE_string(

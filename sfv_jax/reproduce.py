@@ -68,6 +68,7 @@ def request() -> "Request":
         settings=tuple(FLAGS.set),
         arguments=tuple(sys.argv[1:]),
         **commands.values("scale", "fast", "dry_run", "svd", "data", "real", "i3d"),
+        **commands.values("batch_norm_eps", "allow_torchscript"),
         **commands.values("height", "width", "batch_size", "jobs"),
     )
 
@@ -84,6 +85,9 @@ def define_flags() -> None:
     flags.DEFINE_string("data", None, "svd: latent cache for training")
     flags.DEFINE_string("real", None, "svd: folder of real videos; their first frames are the conditions")
     flags.DEFINE_string("i3d", None, "svd: I3D weights for FVD")
+    help = "svd: epsilon of an I3D state dict; default: by the kind of file"
+    flags.DEFINE_float("batch_norm_eps", None, help, 1e-9, 1)
+    flags.DEFINE_bool("allow_torchscript", False, "svd: run TorchScript other than StyleGAN-V's as --i3d too")
     commands.define_pixels("height", 576, "svd: height of sampled videos in pixels, a multiple of 64", least=64)
     commands.define_pixels("width", 1024, "svd: width of sampled videos in pixels, a multiple of 64", least=64)
     flags.DEFINE_integer("batch_size", 8, "svd: videos sampled per call", lower_bound=1)

@@ -5,12 +5,10 @@ model folder, is enough to sample, export or fine-tune a generator.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -22,8 +20,9 @@ from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.runtime.files import sha256, write_json
+from sfv_jax.weights.components import make_config
 from sfv_jax.weights.diffusers import load_component
-from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.folders import WeightsError, read_json
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,19 @@ def describe_run(workdir: Path, unet: UNetConfig, codec: PatchCodec | None, mode
 
 
 def read_run(workdir: Path) -> tuple[UNetConfig, PatchCodec | None, Path | None]:
-    """Returns the UNet's config, the patch codec and the model folder that `describe_run` wrote."""
-    content = json.loads((workdir / "network.json").read_text())
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["unet"].items()}
-    unet = UNetConfig(**fields)
-    codec = PatchCodec(**content["patch_codec"]) if content["patch_codec"] else None
-    return unet, codec, Path(content["model"]) if content["model"] else None
+    """Returns the UNet's config, the patch codec and the model folder that `describe_run` wrote.
+
+    Raises:
+      WeightsError: if the file is not what `describe_run` writes.
+    """
+    path = workdir / "network.json"
+    content = read_json(path)
+    unet = make_config(UNetConfig, content.get("unet"), str(path))
+    patch, model = content.get("patch_codec"), content.get("model")
+    if model is not None and not isinstance(model, str):
+        raise WeightsError(f"{path}: model is {model!r}, which is not a path")
+    codec = make_config(PatchCodec, patch, str(path)) if patch else None
+    return unet, codec, Path(model) if model else None
 
 
 def is_run(path: str | Path) -> bool:

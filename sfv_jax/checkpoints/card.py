@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from sfv_jax.checkpoints.workflow import PIXEL_RANGE, Video
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.weights.folders import printable
 
 FRONT_MATTER = """---
 library_name: diffusers
@@ -22,6 +24,22 @@ whatever they were trained on afterwards. This card is no statement on that: che
 before you use or share the weights.
 """
 ONE_STEP_METHODS = ("sfv",)
+STEPS_OF_SVD = "sampler euler, scheduler karras, 20 to 25 steps, cfg 3, after *VideoLinearCFGGuidance* with min_cfg 1"
+FEW_STEPS = (
+    "For 2 or 3 steps use *KSamplerAdvanced* with steps 4, scheduler karras, end_at_step 2 or 3 and "
+    "return_with_leftover_noise disable: it visits 700, 70.54 (and 2.269), the levels of the training. *KSampler* "
+    "would visit 700 and 0.002 in 2 steps, and 700, 15.59 and 0.002 in 3."
+)
+AUGMENTATION = (
+    "ComfyUI adds this noise to pixels in [0, 1]; diffusers, generative-models and sfv_jax add theirs to pixels in "
+    "[-1, 1], where the same noise is twice the number"
+)
+TRIED = (
+    "Files of this kind were loaded at full size, with random weights, by ComfyUI 0.12 and by Stability AI's "
+    "generative-models: no tensor was missing, and the networks agreed with sfv_jax up to 7e-6 of the output's "
+    "deviation for the UNet (once both used an epsilon of 1e-5 in the up blocks), 2e-5 for the VAE and 3e-6 for CLIP. "
+    "These programs compute the norms of all residual blocks with 1e-5; diffusers and sfv_jax most of them with 1e-6."
+)
 # Fields of a run's config in which trainings differ, in the order of the card.
 _SETTINGS = (
     "batch_size",
@@ -38,7 +56,14 @@ _SETTINGS = (
 
 
 def model_card(
-    unet: UNetConfig, meta: dict, *, what: str, name: str, variant: str | None, run: dict | None = None
+    unet: UNetConfig,
+    meta: dict,
+    *,
+    what: str,
+    name: str,
+    variant: str | None,
+    run: dict | None = None,
+    video: Video | None = None,
 ) -> str:
     """Returns the text of the card.
 
@@ -49,10 +74,15 @@ def model_card(
       name: name of the exported folder or file.
       variant: "fp16" or None.
       run: `{"step", "raw", "config"}` of a training run, `config` from its `config.json`; None for a model folder.
+      video: settings of the videos; default: SVD's.
     """
     method = run["config"].get("method") if run else None
     title = f"# {Path(name).stem if what == 'comfyui' else name}"
-    sections = [FRONT_MATTER + title, _summary(method, run), _usage(unet, what, name, variant, method)]
+    sections = [
+        FRONT_MATTER + title,
+        _summary(method, run),
+        _usage(unet, what, name, variant, method, video or Video()),
+    ]
     if run:
         sections.append(_training(run))
     sections += [_origin(meta), LICENSE]
@@ -70,22 +100,17 @@ def _summary(method: str | None, run: dict | None) -> str:
     )
 
 
-def _usage(unet: UNetConfig, what: str, name: str, variant: str | None, method: str | None) -> str:
+def _usage(unet: UNetConfig, what: str, name: str, variant: str | None, method: str | None, video: Video) -> str:
     one_step = method in ONE_STEP_METHODS
     if what == "comfyui":
-        sampler = "steps 1, cfg 1, sampler euler, scheduler karras" if one_step else "20 to 25 steps, scheduler karras"
-        return (
-            "## Use in ComfyUI\n\n"
-            f"Put `{name}` into `models/checkpoints` and load it with *Image Only Checkpoint Loader (img2vid model)*, "
-            f"then *SVD_img2vid_Conditioning* with {unet.num_frames} frames and *KSampler* with {sampler}. This was "
-            "not tried in ComfyUI, which computes all norms of the residual blocks with an epsilon of 1e-5; diffusers "
-            "computes most of them with 1e-6.\n"
-        )
+        return _comfyui(unet, name, one_step, video)
     call = (
         "num_inference_steps=1, min_guidance_scale=1, max_guidance_scale=1"
         if one_step
         else "num_inference_steps=25, min_guidance_scale=1, max_guidance_scale=3"
     )
+    ids = f"fps={video.fps:g}, motion_bucket_id={video.motion_bucket_id:g}"
+    ids += f", noise_aug_strength={video.noise_aug_strength:g}"
     half = ', variant="fp16", torch_dtype=torch.float16' if variant else ""
     if what == "unet":
         load = (
@@ -94,8 +119,25 @@ def _usage(unet: UNetConfig, what: str, name: str, variant: str | None, method: 
         )
     else:
         load = f'pipe = StableVideoDiffusionPipeline.from_pretrained("{name}"{half})'
-    run = f"frames = pipe(image, num_frames={unet.num_frames}, {call}).frames[0]"
+    size = f"height={video.height}, width={video.width}, num_frames={unet.num_frames}"
+    run = f"frames = pipe(\n    image, {size},\n    {call},\n    {ids},\n).frames[0]"
     return f"## Use in diffusers\n\n```python\n{load}\n{run}\n```\n"
+
+
+def _comfyui(unet: UNetConfig, name: str, one_step: bool, video: Video) -> str:
+    sampler = "sampler lcm (or euler), scheduler karras, steps 1, cfg 1" if one_step else STEPS_OF_SVD
+    few = f"\n\n{FEW_STEPS}" if one_step else ""
+    level = video.noise_aug_strength / PIXEL_RANGE
+    return (
+        "## Use in ComfyUI\n\n"
+        f"Put `{name}` into `models/checkpoints` and open `{Path(name).stem}.json`, a workflow with these settings:\n\n"
+        f"- *SVD_img2vid_Conditioning*: {video.width} x {video.height}, {unet.num_frames} frames, motion bucket "
+        f"{round(video.motion_bucket_id)}, fps {round(video.fps)}, augmentation level {level:g} ({AUGMENTATION})\n"
+        f"- *KSampler*: {sampler} (any scheduler but ddim_uniform and kl_optimal)\n"
+        "- an image of the video's own size: ComfyUI crops others, and crops every image to a square for CLIP, where "
+        "diffusers and sfv_jax stretch it"
+        f"{few}\n\n{TRIED}\n"
+    )
 
 
 def _training(run: dict) -> str:
@@ -122,7 +164,9 @@ def _origin(meta: dict) -> str:
     source = meta.get("source", {})
     if not source:
         return "## Origin of the base model\n\nNot recorded.\n"
-    digests = "\n".join(f"| `{file}` | `{digest}` |" for file, digest in sorted(source.get("sha256", {}).items()))
+    digests = "\n".join(
+        f"| `{printable(file)}` | `{printable(digest)}` |" for file, digest in sorted(source.get("sha256", {}).items())
+    )
     return (
         f"## Origin of the base model\n\nImported from `{source.get('folder')}`, from these files:\n\n"
         f"| file | SHA-256 |\n| --- | --- |\n{digests}\n"

@@ -1,19 +1,20 @@
 """Export of a model folder or a run: as a diffusers pipeline, a UNet folder or a single file."""
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from sfv_jax.checkpoints.base import is_run, read_run
-from sfv_jax.checkpoints.card import model_card
+from sfv_jax.checkpoints.card import ONE_STEP_METHODS, model_card
 from sfv_jax.checkpoints.model_folder import load_model, read_model
 from sfv_jax.checkpoints.run import restore_ema
+from sfv_jax.checkpoints.workflow import Video, workflow
 from sfv_jax.models import tree
 from sfv_jax.models.unet import UNet
-from sfv_jax.weights.components import COMPONENTS, to_json
+from sfv_jax.runtime.files import write_json
+from sfv_jax.weights.components import COMPONENTS, make_config, to_json
 from sfv_jax.weights.diffusers import save_component
-from sfv_jax.weights.folders import WeightsError, new_folder, refuse_existing
+from sfv_jax.weights.folders import WeightsError, new_folder, read_json, refuse_existing, sums_of, write_sums
 from sfv_jax.weights.pipeline import save_pipeline
 from sfv_jax.weights.single_file import save_single_file
 from sfv_jax.weights.writer import parse_size
@@ -64,7 +65,7 @@ def open_source(path: str | Path, *, raw: bool = False) -> Source:
     params, step = restore_ema(path, tree.abstract(UNet, unet)[1], name="generator" if raw else "ema")
     loaded = {"unet": params}
     del params
-    run = {"step": step, "raw": raw, "config": json.loads((path / "config.json").read_text())}
+    run = {"step": step, "raw": raw, "config": read_json(path / "config.json")}
 
     def load(name: str) -> tree.Params:
         return loaded.pop(name) if name in loaded else load_model(model, (name,))[0][name]
@@ -86,7 +87,8 @@ def export_model(
 
     Args:
       src: model folder, or workdir of a run.
-      dst: folder to write; for "comfyui" a file `NAME.safetensors`, with a card `NAME.md` next to it.
+      dst: folder to write; for "comfyui" a file `NAME.safetensors`, with a card `NAME.md`, a workflow `NAME.json` and
+        a checksum next to it.
       what: "pipeline": a whole diffusers folder; "unet": the UNet's folder alone; "comfyui": one file of all networks.
       variant: "fp16" for half precision, None for fp32.
       raw: export the trained weights of a run instead of their moving average.
@@ -98,20 +100,40 @@ def export_model(
       WorkdirError: if the run has no checkpoint yet.
     """
     dst = Path(dst)
-    for path in (dst, dst.with_suffix(".md")) if what == "comfyui" else (dst,):
+    beside = (dst.with_suffix(".md"), dst.with_suffix(".json"), sums_of(dst)) if what == "comfyui" else ()
+    for path in (dst, *beside):
         refuse_existing(path, overwrite)
     parse_size(max_shard_size)
     source = open_source(src, raw=raw)
     unet = source.configs["unet"]
-    card = model_card(unet, source.meta, what=what, name=dst.name, variant=variant, run=source.run)
+    video = _video(source.run)
+    card = model_card(unet, source.meta, what=what, name=dst.name, variant=variant, run=source.run, video=video)
     sizes = dict(variant=variant, max_shard_size=max_shard_size)
     if what == "comfyui":
+        sums_of(dst).unlink(missing_ok=True)  # of a file that is replaced
         save_single_file(dst, source.load, source.configs, variant=variant, overwrite=overwrite)
+        write_sums(sums_of(dst), [dst])
+        write_json(dst.with_suffix(".json"), workflow(dst.name, unet.num_frames, video, one_step=_one_step(source.run)))
         dst.with_suffix(".md").write_text(card)
     elif what == "unet":
         with new_folder(dst, overwrite=overwrite) as partial:
             save_component(partial, "unet", source.load("unet"), unet, **sizes)
+            write_sums(sums_of(partial), list(partial.iterdir()))
             (partial / "README.md").write_text(card)
     else:
         scheduler = source.meta["scheduler"]
         save_pipeline(dst, source.load, source.configs, scheduler, card=card, overwrite=overwrite, **sizes)
+
+
+def _one_step(run: dict | None) -> bool:
+    return run is not None and run["config"].get("method") in ONE_STEP_METHODS
+
+
+def _video(run: dict | None) -> Video:
+    """Returns the settings of the videos of a run, as its latent cache records them; else those of SVD."""
+    path = run["config"].get("data", {}).get("path") if run else None
+    manifest = Path(path) / "manifest.json" if isinstance(path, str) else None
+    if manifest is None or not manifest.is_file():
+        return Video()
+    settings = read_json(manifest).get("settings", {})
+    return make_config(Video, {f.name: settings[f.name] for f in fields(Video) if f.name in settings}, str(manifest))

@@ -3,12 +3,14 @@
     DIR/model.json      description: codec, configs, noise range, origin; written last
     DIR/unet/           orbax tree of the UNet's parameters
     DIR/vae/  DIR/image_encoder/      only with codec "svd"
+    DIR/fingerprints.json   checksums of all parameters, which loading verifies
 
 The state of a training run has another format (sfv_jax/checkpoints/run.py).
 """
 
 import dataclasses
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from sfv_jax.checkpoints import fingerprints
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.runtime.files import write_json
-from sfv_jax.weights.components import COMPONENTS
-from sfv_jax.weights.folders import WeightsError, new_folder, read_json, shape_problems
+from sfv_jax.weights.components import COMPONENTS, make_config
+from sfv_jax.weights.folders import WeightsError, new_folder, printable, read_json, shape_problems
 from sfv_jax.weights.lazy import save_tree
-from sfv_jax.weights.pipeline import SIGMAS
+from sfv_jax.weights.pipeline import NOISE, check_noise
 
 FORMAT, VERSION = "sfv_jax", 1
 CODECS = ("svd", "patch")
@@ -94,14 +97,17 @@ def save_model(
         "codec": codec,
         "components": {name: _describe(name, params, configs) for name, params in components.items()},
         "configs": {name: dataclasses.asdict(config) for name, config in configs.items()},
-        "scheduler": SIGMAS | {"rho": 7.0},
+        "scheduler": dict(NOISE),
     }
+    prints: dict[str, fingerprints.Prints] = {}
     with new_folder(folder, overwrite=overwrite) as partial:
         for name, params in components.items():
             if isinstance(params, Path):
                 shutil.copytree(params, partial / name)
+                prints |= {k: v for k, v in fingerprints.recorded(params.parent).items() if k == params.name}
             else:
-                save_tree(partial / name, params)
+                save_tree(partial / name, fingerprints.recording(params, prints.setdefault(name, {})))
+        write_json(partial / fingerprints.FILE, prints)
         write_json(partial / "model.json", meta | (extra or {}))
 
 
@@ -137,16 +143,32 @@ def read_model(folder: str | Path | ModelFolder) -> ModelFolder:
     if meta.get("format") != FORMAT:
         raise WeightsError(f"{folder}/model.json is not of format {FORMAT!r}")
     if meta.get("version") != VERSION:
-        raise WeightsError(f"{folder} has version {meta.get('version')}, this program reads version {VERSION}")
-    configs = {name: _config(CONFIGS[name], values, folder) for name, values in meta["configs"].items()}
-    return ModelFolder(folder, configs, meta)
+        raise WeightsError(f"{folder} has version {meta.get('version')!r}, this program reads version {VERSION}")
+    return ModelFolder(folder, _configs(meta, f"{folder}/model.json"), meta)
 
 
-def _config(kind: type, values: dict, folder: Path):
-    unknown = values.keys() - {field.name for field in dataclasses.fields(kind)}
-    if unknown:
-        raise WeightsError(f"{folder}/model.json: {kind.__name__} has no {', '.join(sorted(unknown))}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def _configs(meta: dict, where: str) -> dict[str, Any]:
+    """Returns the configs that `meta` contains; raises WeightsError if it is not what `save_model` writes."""
+
+    def objects(value, names: Collection[str]) -> bool:
+        known = isinstance(value, dict) and value.keys() <= set(names)
+        return known and all(isinstance(x, dict) for x in value.values())
+
+    components, configs, source = meta.get("components"), meta.get("configs"), meta.get("source", {})
+    digests = source.get("sha256", {}) if isinstance(source, dict) else None
+    if not objects(components, COMPONENTS):
+        raise WeightsError(f"{where} is damaged: components is {printable(components)}")
+    sound = {
+        "codec": meta.get("codec") in CODECS,
+        "configs": objects(configs, CONFIGS) and all(name in configs for name in components),
+        "scheduler": isinstance(meta.get("scheduler"), dict),
+        "source": isinstance(digests, dict) and all(isinstance(digest, str) for digest in digests.values()),
+    }
+    wrong = [name for name, right in sound.items() if not right]
+    if wrong:
+        raise WeightsError(f"{where} is damaged: {wrong[0]} is {printable(meta.get(wrong[0]))}")
+    check_noise(meta["scheduler"], where)
+    return {name: make_config(CONFIGS[name], values, where) for name, values in meta["configs"].items()}
 
 
 def load_model(
@@ -170,7 +192,7 @@ def load_model(
       configs, meta: fields of `ModelFolder`.
 
     Raises:
-      WeightsError: as for `read_model`, and if a component is not in the folder or does not fit its config.
+      WeightsError: as for `read_model`, and if a component is not in the folder, does not fit its config or is damaged.
     """
     model = read_model(folder)
     folder, configs, meta = model.path.absolute(), model.configs, model.meta
@@ -178,8 +200,27 @@ def load_model(
     if absent:
         raise WeightsError(f"{folder} has no {', '.join(absent)}, only {', '.join(meta['components'])}")
     by_name = shardings if isinstance(shardings, dict) else dict.fromkeys(components, shardings)
-    params = {name: _restore(folder / name, name, configs[name], dtype, by_name.get(name)) for name in components}
+    prints = fingerprints.recorded(folder)
+    params = {}
+    for name in components:
+        late = name in prints and dtype is not None and np.dtype(dtype).name not in fingerprints.CASTS
+        params[name] = _sound(folder / name, name, configs[name], None if late else dtype, by_name.get(name))
+        if name in prints:
+            fingerprints.verify(params[name], prints[name], folder / name)
+        if late:  # there is no fingerprint of this cast
+            params[name] = jax.tree.map(lambda x: x.astype(dtype), params[name])
     return params, configs, meta
+
+
+def _sound(path: Path, *args) -> tree.Params:
+    """Returns `_restore(path, ...)`; raises WeightsError if the files of the tree are damaged."""
+    try:
+        return _restore(path, *args)
+    except (WeightsError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # broken files make orbax, tensorstore and json raise errors of many kinds
+        reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+        raise WeightsError(f"{path} is damaged ({reason}): convert the model again") from error
 
 
 def _restore(path: Path, name: str, config, dtype, sharding) -> tree.Params:

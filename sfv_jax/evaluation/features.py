@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -56,7 +57,11 @@ class Set:
 
 
 def load_features(
-    i3d: str | Path | None, function: str | None = None, *, batch_norm_eps: float | None = None
+    i3d: str | Path | None,
+    function: str | None = None,
+    *,
+    batch_norm_eps: float | None = None,
+    allow_torchscript: bool = False,
 ) -> Extractor:
     """Loads the I3D file, or a function of the user.
 
@@ -64,12 +69,12 @@ def load_features(
       i3d: file of I3D weights; see `fvd.load_i3d`.
       function: "module:name" of a function from uint8 `[b, t, h, w, 3]` to `[b, d]`, on Python's module path; takes
         precedence over `i3d`.
-      batch_norm_eps: as for `fvd.load_i3d`.
+      batch_norm_eps, allow_torchscript: as for `fvd.load_i3d`.
     Raises:
       WeightsError: if there is no such file or function.
     """
     if not function:
-        return Extractor(*load_i3d(i3d, batch_norm_eps=batch_norm_eps))
+        return Extractor(*load_i3d(i3d, batch_norm_eps=batch_norm_eps, allow_torchscript=allow_torchscript))
     module, _, name = function.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -215,10 +220,13 @@ def label(clip: Clip) -> str:
 def _read(path: Path) -> tuple[np.ndarray, dict]:
     """Reads (features, manifest) from a file."""
     try:
-        with np.load(path) as file:
-            return file["features"], json.loads(str(file["manifest"]))
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        with path.open("rb") as opened, np.load(opened) as file:  # np.load alone leaves a damaged file open
+            features, manifest = file["features"], json.loads(str(file["manifest"]))
+        if not isinstance(manifest, dict):
+            raise ValueError("its manifest is no object")
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile) as error:
         raise StatisticsError(f"{path} holds no features: {error}; remove it") from error
+    return features, manifest
 
 
 def _kept_set(path: Path, manifest: dict) -> Set:

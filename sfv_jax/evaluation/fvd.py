@@ -3,7 +3,8 @@
 Three kinds of file are supported:
 
   - the TorchScript `i3d_torchscript.pt` that StyleGAN-V's authors distribute, made from the original TF-Hub module;
-    torch runs it unchanged, with its own rescaling and resizing;
+    torch runs it unchanged, with its own rescaling and resizing. TorchScript is a program that can read and write
+    files, so only that very file is run, unless another one is trusted explicitly;
   - a state dict of the PyTorch port `InceptionI3d`, such as `i3d_pretrained_400.pt` of VideoGPT or `rgb_imagenet.pt`;
   - a safetensors file that `convert` wrote from such a state dict; it needs no torch.
 
@@ -12,11 +13,14 @@ The files are different ports with different scores, so every description includ
     python -m sfv_jax.evaluation.fvd --src i3d_pretrained_400.pt --dst i3d.safetensors
 
 converts a state dict, for machines without torch.
+
+A state dict does not contain the epsilon of its batch norm. Of the two in use, VideoGPT runs `i3d_pretrained_400.pt`
+with 1e-5 (videogpt/fvd/pytorch_i3d.py), and pytorch-i3d its `rgb_imagenet.pt` of early 2018 with 1e-3. PyTorch has
+written `num_batches_tracked` since 0.4.1, of July 2018.
 """
 
 import json
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,10 @@ from sfv_jax.models import tree
 from sfv_jax.models.i3d import I3D, I3DConfig, preprocess
 from sfv_jax.runtime import commands
 from sfv_jax.runtime.files import sha256
+from sfv_jax.weights.components import is_number
 from sfv_jax.weights.diffusers import their_shape, to_ours, to_theirs
-from sfv_jax.weights.folders import WeightsError, shape_problems
-from sfv_jax.weights.reader import open_weights
+from sfv_jax.weights.folders import WeightsError, parse_json, shape_problems
+from sfv_jax.weights.reader import is_torchscript, open_weights
 from sfv_jax.weights.writer import write_safetensors
 
 Features = Callable[[np.ndarray], np.ndarray]  # uint8 [b, t, h, w, 3] -> float32 [b, d]
@@ -40,6 +45,9 @@ WHERE = (
     "i3d_torchscript.pt, described in the README of StyleGAN-V (github.com/universome/stylegan-v), and "
     "i3d_pretrained_400.pt, described in that of VideoGPT (github.com/wilson1yan/VideoGPT)"
 )
+# SHA-256 of i3d_torchscript.pt, as listed by programs that take it from StyleGAN-V's link or from copies of it.
+STYLEGAN_V = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
+RGB_IMAGENET = "2609088c2e8c868187c9921c50bc225329a9057ed75e76120e0b4a397a2c7538"  # of pytorch-i3d
 _LEAVES = {
     "conv3d.kernel": "conv3d.weight",
     "conv3d.bias": "conv3d.bias",
@@ -50,18 +58,21 @@ _LEAVES = {
 }
 
 
-def load_i3d(path: str | Path | None, *, batch_norm_eps: float | None = None) -> tuple[Features, dict]:
+def load_i3d(
+    path: str | Path | None, *, batch_norm_eps: float | None = None, allow_torchscript: bool = False
+) -> tuple[Features, dict]:
     """Loads an I3D file.
 
     Args:
       path: the file.
-      batch_norm_eps: epsilon of a state dict, which does not contain it: 1e-3 (TensorFlow's and the first port's, the
-        default) or 1e-5 (ports that kept PyTorch's default).
+      batch_norm_eps: epsilon of a state dict, which does not contain it; default: that of the file's kind, see
+        `default_eps`.
+      allow_torchscript: run TorchScript other than StyleGAN-V's file too.
     Returns:
       features: function from uint8 `[b, t, h, w, 3]`, t >= 9, to fp32 logits `[b, 400]`.
       description: `file`, `sha256`, `kind`, and other facts that determine the numbers.
     Raises:
-      WeightsError: if there is no such file or it is none of the three kinds.
+      WeightsError: if there is no such file, it is none of the three kinds, or an unknown program.
     """
     if not path:
         raise WeightsError(WHERE)
@@ -69,7 +80,12 @@ def load_i3d(path: str | Path | None, *, batch_norm_eps: float | None = None) ->
     if not path.is_file():
         raise WeightsError(f"{path} does not exist. {WHERE}")
     about = {"file": path.name, "sha256": sha256(path)}
-    if _is_torchscript(path):
+    if is_torchscript(path):
+        if about["sha256"] != STYLEGAN_V and not allow_torchscript:
+            raise WeightsError(
+                f"{path} is TorchScript, a program that can read and write files, and not the known i3d_torchscript.pt "
+                "(its SHA-256 differs): pass --allow_torchscript if you trust its origin"
+            )
         return _torchscript(path), about | {"kind": "TorchScript", "resize": "its own"}
     params, config, origin = read_i3d(path, batch_norm_eps)
     graph, _ = tree.abstract(I3D, config)
@@ -92,11 +108,16 @@ def read_i3d(path: Path, batch_norm_eps: float | None = None) -> tuple[tree.Para
       WeightsError: if the file is not such a state dict or was converted with another epsilon.
     """
     tensors = open_weights(path, allow_pickle=True)  # by torch's weights_only reader, which runs no code
-    origin = json.loads(tensors.metadata.get("i3d", "{}"))
+    try:
+        origin = parse_json(tensors.metadata.get("i3d", "{}").encode())
+    except ValueError as error:
+        raise WeightsError(f"{path}: the entry i3d of its header is broken: {error}") from error
     stored = origin.pop("batch_norm_eps", None)
+    if stored is not None and not (is_number(stored) and stored > 0):
+        raise WeightsError(f"{path}: batch_norm_eps is {stored!r}, which is not a number above 0")
     if stored and batch_norm_eps and stored != batch_norm_eps:
         raise WeightsError(f"{path} was converted with batch_norm_eps {stored}, not {batch_norm_eps}")
-    config = I3DConfig(batch_norm_eps=batch_norm_eps or stored or 1e-3)
+    config = I3DConfig(batch_norm_eps=batch_norm_eps or stored or default_eps(path, tensors.names()))
     expected = _expected(config)
     found = {k: tensors.shape(k) for k in tensors.names() if not k.endswith("num_batches_tracked")}
     problems = shape_problems(found, {name: shape for name, (_, shape) in expected.items()})
@@ -109,6 +130,21 @@ def read_i3d(path: Path, batch_norm_eps: float | None = None) -> tuple[tree.Para
     return tree.unflatten(flat), config, origin
 
 
+def default_eps(path: Path, names: Iterable[str]) -> float:
+    """Returns the epsilon with which the programs that distribute a state dict run it.
+
+    Args:
+      path: the file.
+      names: names of its tensors.
+    Returns:
+      1e-3 for `rgb_imagenet.pt` and files written by PyTorch before 0.4.1, as it was; else 1e-5.
+    """
+    if sha256(path) == RGB_IMAGENET:
+        return 1e-3
+    recent = any(name.endswith(".num_batches_tracked") for name in names)
+    return 1e-5 if recent or path.name.startswith("i3d_pretrained_") else 1e-3
+
+
 def convert(src: str | Path, dst: str | Path, *, batch_norm_eps: float | None = None) -> None:
     """Writes a state dict as safetensors, with its SHA-256 and epsilon in the header.
 
@@ -118,7 +154,7 @@ def convert(src: str | Path, dst: str | Path, *, batch_norm_eps: float | None = 
     src, dst = Path(src), Path(dst)
     if dst.exists():
         raise WeightsError(f"{dst} exists already: choose another destination")
-    if _is_torchscript(src):
+    if is_torchscript(src):
         raise WeightsError(f"{src} is TorchScript, which carries its own network: pass it as --i3d")
     params, config, _ = read_i3d(src, batch_norm_eps)
     flat = tree.flatten(params)
@@ -139,20 +175,15 @@ def _expected(config: I3DConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     return names
 
 
-def _is_torchscript(path: Path) -> bool:
-    """Returns whether `path` is a TorchScript archive, which contains code besides tensors."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 def _torchscript(path: Path) -> Features:
     try:
         import torch
     except ImportError as error:
         raise WeightsError(f"{path} is TorchScript and needs torch: pip install torch, or use a state dict") from error
-    module = torch.jit.load(str(path), map_location="cpu").eval()
+    try:
+        module = torch.jit.load(str(path), map_location="cpu").eval()
+    except RuntimeError as error:
+        raise WeightsError(f"{path} is damaged or of another torch: {str(error).splitlines()[0]}") from error
 
     def features(frames: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(frames), -1, 1)))
@@ -173,7 +204,7 @@ def main() -> None:
 def define_flags() -> None:
     flags.DEFINE_string("src", None, "state dict of InceptionI3d", required=True)
     flags.DEFINE_string("dst", None, "safetensors file to write", required=True)
-    flags.DEFINE_float("batch_norm_eps", None, "epsilon of the port: 1e-3 (default) or 1e-5")
+    flags.DEFINE_float("batch_norm_eps", None, "epsilon of the port: 1e-3 or 1e-5; default: by the kind of file")
 
 
 if __name__ == "__main__":

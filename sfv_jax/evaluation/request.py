@@ -14,7 +14,7 @@ from sfv_jax.data import ucf101
 from sfv_jax.errors import UserError
 from sfv_jax.evaluation import scoring
 from sfv_jax.evaluation.clips import Clip, Dataset, Reading, find_clips
-from sfv_jax.evaluation.features import load_features
+from sfv_jax.evaluation.features import Extractor, load_features
 from sfv_jax.evaluation.generation import Model, Options
 from sfv_jax.evaluation.motion import opencv
 from sfv_jax.evaluation.protocol import Protocol
@@ -36,7 +36,7 @@ KINDS = {
     "world": "a checkpoint is scored exactly on its own world",
 }
 USED = {  # kinds that use a flag, for flags that are off by default and not used by every kind
-    **dict.fromkeys(("i3d", "features", "statistics", "batch_norm_eps"), ("folders", "dataset")),
+    **dict.fromkeys(("i3d", "features", "statistics", "batch_norm_eps", "allow_torchscript"), ("folders", "dataset")),
     **dict.fromkeys(("images", "svd"), ("alone",)),
     "reference": ("folders",),
     "dataset": ("dataset", "world"),
@@ -75,6 +75,7 @@ class Request:
     split: str = "testlist01"
     i3d: Path | None = None
     batch_norm_eps: float | None = None
+    allow_torchscript: bool = False
     features: str | None = None
     statistics: Path | None = None
     images: Path | None = None
@@ -132,8 +133,13 @@ def _alone(request: Request) -> Report:
     return scoring.folder_alone(_given(request.videos), reading, request.images, extras)
 
 
+def _extractor(request: Request) -> Extractor:
+    options = {"batch_norm_eps": request.batch_norm_eps, "allow_torchscript": request.allow_torchscript}
+    return load_features(request.i3d, request.features, **options)
+
+
 def _folders(request: Request) -> Report:
-    extractor = load_features(request.i3d, request.features, batch_norm_eps=request.batch_norm_eps)
+    extractor = _extractor(request)
     folders = _given(request.videos), _given(request.reference)
     return scoring.folder_against_folder(
         *folders, request.protocol, extractor, kept=request.statistics, shown=request.shown
@@ -141,7 +147,7 @@ def _folders(request: Request) -> Report:
 
 
 def _dataset(request: Request) -> Report:
-    extractor = load_features(request.i3d, request.features, batch_norm_eps=request.batch_norm_eps)
+    extractor = _extractor(request)
     dataset = dataset_of(request)
     sampler = load_sampler(request)
     model = Model(sampler, origin_of(request, sampler), request.options, request.batch_size)

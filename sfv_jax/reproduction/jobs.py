@@ -44,6 +44,8 @@ class Request:
     data: str | None = None
     real: str | None = None
     i3d: str | None = None
+    batch_norm_eps: float | None = None
+    allow_torchscript: bool = False
     height: int = 576
     width: int = 1024
     batch_size: int = 8
@@ -119,7 +121,9 @@ def bench_for(request: Request, runs: Runs) -> Bench:
     if not request.real or not request.i3d:
         missing = "i3d" if request.real else "real"
         raise ReproduceError(f"--scale svd needs --{missing} (only --dry_run does without --real and --i3d)")
-    return svd_bench(runs, request.real, request.i3d, (request.height, request.width), request.batch_size)
+    loading = {"batch_norm_eps": request.batch_norm_eps, "allow_torchscript": request.allow_torchscript}
+    size = (request.height, request.width)
+    return svd_bench(runs, request.real, request.i3d, size, request.batch_size, loading)
 
 
 def _run_share(request: Request, bench: Bench, methods: list[tuple[str, int]]) -> None:

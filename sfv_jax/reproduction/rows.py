@@ -73,7 +73,14 @@ def world_bench(workdir: Path, runs: Runs, budget: Budget) -> Bench:
     return Bench(runs, truth, images, same, score, columns, notes, options, {}, 64)
 
 
-def svd_bench(runs: Runs, real: str, i3d: str, size: tuple[int, int] = (576, 1024), batch: int = 8) -> Bench:
+def svd_bench(
+    runs: Runs,
+    real: str,
+    i3d: str,
+    size: tuple[int, int] = (576, 1024),
+    batch: int = 8,
+    loading: dict[str, Any] | None = None,
+) -> Bench:
     """Returns the bench of SVD on real videos, with the protocol of `evaluate` (evaluation/protocol.py).
 
     Args:
@@ -82,12 +89,13 @@ def svd_bench(runs: Runs, real: str, i3d: str, size: tuple[int, int] = (576, 102
       i3d: weights of I3D.
       size: (height, width) of the generated videos in pixels.
       batch: videos sampled per call.
+      loading: options of `fvd.load_i3d`.
 
     Raises:
       ReproduceError: if too few clips can be read.
       WeightsError: if `i3d` cannot be used.
     """
-    features, about = fvd.load_i3d(i3d)
+    features, about = fvd.load_i3d(i3d, **(loading or {}))
     frames = read_model(runs.base).configs["unet"].num_frames
     protocol, reading = Protocol(n=0, num_frames=frames, height=size[0], width=size[1]), Reading(frames, Protocol.fps)
     images, truth = [], []

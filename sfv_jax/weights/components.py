@@ -1,5 +1,6 @@
 """The three components of SVD, and conversion of their configs from and to the `config.json` of their libraries."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -8,11 +9,16 @@ from flax import nnx
 from sfv_jax.models.clip import CLIPConfig, CLIPVision
 from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
-from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.folders import WeightsError, printable
 
 DIFFUSERS_VERSION = "0.42.1"  # the version whose files ours equal
 # Config fields of ours that diffusers lacks, with the constants that diffusers uses instead.
 BUILT_IN = {"norm_groups": 32, "resnet_eps": 1e-6, "mid_eps": 1e-5}
+# Limits of the fields of a config, so that a hostile file cannot describe a network that takes hours to build.
+_LEVELS = 8
+_MOST = {"layers_per_block": 8, "num_hidden_layers": 128, "num_frames": 4096, "decode_pixels": 2**40}
+_MOST_ELSE = 2**15
+_ANY_SIGN = ("offset", "noise_aug_strength")
 
 
 @dataclass(frozen=True)
@@ -120,16 +126,15 @@ def from_json(component: str, data: dict, where: str):
       WeightsError: if `data` describes another class or a network that ours cannot express; lists every such field.
     """
     expected = COMPONENTS[component]
-    found = data.get("_class_name") or (data.get("architectures") or ["(no class name)"])[0]
+    found = data.get("_class_name") or data.get("architectures") or "(no class name)"
+    found = found[0] if isinstance(found, list) else found
     if found != expected.class_name:
-        raise WeightsError(f"{where} describes a {found}, expected a {expected.class_name}")
+        raise WeightsError(f"{where} describes a {printable(found)}, expected a {expected.class_name}")
     data = (_CLIP_DEFAULTS if component == "image_encoder" else {}) | data
-    levels = len(data.get("block_out_channels", ()))
-    known = {f.name: _like(f.type, data[f.name], levels) for f in fields(expected.config) if f.name in data}
-    try:
-        config = expected.config(**known)
-    except ValueError as error:
-        raise WeightsError(f"{where}: {error}") from error
+    widths = data.get("block_out_channels")
+    levels = len(widths) if isinstance(widths, list) else 1
+    given = [f for f in fields(expected.config) if data.get(f.name) is not None]
+    config = make_config(expected.config, {f.name: _like(f.type, data[f.name], levels) for f in given}, where)
     problems = [
         f"{k} is {data[k]!r}, here it must be {v!r}" if k in data else f"{k} is missing"
         for k, v in to_json(component, config).items()
@@ -143,8 +148,63 @@ def from_json(component: str, data: dict, where: str):
 def _like(kind: object, value, levels: int):
     """Converts `value` to a field of type `kind`; diffusers allows one number for all levels or one per level."""
     if kind is int or kind is float:
-        return value[0] if isinstance(value, list) else value
-    return tuple(value) if isinstance(value, list) else (value,) * levels
+        return value[0] if isinstance(value, list) and value else value
+    return tuple(value) if isinstance(value, list) else (value,) * min(levels, _LEVELS + 1)
+
+
+def make_config(kind: type, values: Mapping[str, Any], where: str):
+    """Builds one of our configs from the fields of a file, after checking their types and sizes.
+
+    Args:
+      kind: class of the config.
+      values: fields by name; lists count as tuples.
+      where: the file's name, for error messages.
+    Returns:
+      An instance of `kind`, with its defaults in place of absent fields.
+    Raises:
+      WeightsError: if a field is unknown, of another type, beyond all sizes in use, or contradicts another one.
+    """
+    if not isinstance(values, Mapping):
+        raise WeightsError(f"{where}: {values!r} is no {kind.__name__}")
+    types = {f.name: f.type for f in fields(kind)}
+    unknown = sorted(values.keys() - types.keys())
+    if unknown:
+        raise WeightsError(f"{where}: {kind.__name__} has no {', '.join(unknown)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    problems = [f"{k} is {v!r}, which is not {need}" for k, v in values.items() if (need := _need(k, types[k], v))]
+    if problems:
+        raise WeightsError(f"{where}: " + "; ".join(problems))
+    try:
+        config = kind(**values)
+    except ValueError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    if isinstance(config, CLIPConfig) and config.hidden_size % config.num_attention_heads:
+        heads = config.num_attention_heads
+        raise WeightsError(f"{where}: {config.hidden_size} channels must divide by {heads} heads")
+    return config
+
+
+def is_number(value: object) -> bool:
+    """Returns whether `value` is an int or float, and neither NaN nor absurdly large."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
+
+
+def _need(field: str, kind: object, value) -> str | None:
+    """Returns what a value of `field` must be; None if `value` is."""
+    least, most = int(field != "decode_pixels"), _MOST.get(field, _MOST_ELSE)
+    whole = f"a whole number from {least} to {most}"
+
+    def fits(number) -> bool:
+        return type(number) is int and least <= number <= most
+
+    if kind is int:
+        return None if fits(value) else whole
+    if kind is float:
+        return None if is_number(value) and (value > 0 or field in _ANY_SIGN) else "a finite number above 0"
+    if kind is bool or kind is str:
+        return None if type(value) is kind else f"of type {kind.__name__}"
+    levels = isinstance(value, tuple) and 1 <= len(value) <= _LEVELS and all(map(fits, value))
+    return None if levels else f"1 to {_LEVELS} numbers, each {whole}"
 
 
 def _same(theirs, ours) -> bool:

@@ -52,8 +52,15 @@ def their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16)
 def manifest(component: str, config) -> dict[str, tuple[int, ...]]:
-    """Returns `{name: shape}` of a diffusers weight file of this network. Callers must not change the cached dict."""
-    _, shapes = tree.abstract(COMPONENTS[component].module, config)
+    """Returns `{name: shape}` of a diffusers weight file of this network. Callers must not change the cached dict.
+
+    Raises:
+      WeightsError: if the sizes of `config` contradict each other.
+    """
+    try:
+        _, shapes = tree.abstract(COMPONENTS[component].module, config)
+    except (ValueError, TypeError, ArithmeticError) as error:  # of the layers
+        raise WeightsError(f"{component}: no network has the sizes of {config}: {error}") from error
     return {their_name(path): their_shape(path, x.shape) for path, x in tree.flatten(shapes).items()}
 
 

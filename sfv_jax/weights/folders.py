@@ -5,16 +5,34 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from sfv_jax.errors import UserError
-from sfv_jax.runtime.files import is_alive
+from sfv_jax.runtime.files import is_alive, replacing, sha256
+
+MAX_JSON = 2**24  # bytes; the header of SVD's own file has 0.4 MB
+MAX_ITEMS = 2**20  # commas and brackets of a JSON text, which bound the memory of its values
+SUMS = "SHA256SUMS"  # checksums of an exported folder
+MAX_LINE = 2000  # characters of a line of an error message
 
 
 class WeightsError(UserError):
-    """Unusable weights or model folder; the message gives the cause and the remedy."""
+    """Unusable weights or model folder; the message gives the cause and the remedy.
+
+    Messages contain names and values of files that may be hostile: every line is made printable and cut.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("\n".join(map(printable, message.split("\n"))))
+
+
+def printable(text: object) -> str:
+    """Returns one line of at most `MAX_LINE` characters, with escapes for control characters and line ends."""
+    line = str(text)
+    line = line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 4 :]}"
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def shape_problems(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
@@ -77,14 +95,83 @@ def read_json(path: Path) -> dict:
     """Reads a JSON object from a file.
 
     Raises:
-      WeightsError: if the file is missing or contains anything else.
+      WeightsError: if the file is missing, too large, or contains anything else.
     """
     if not path.is_file():
         raise WeightsError(f"{path} does not exist")
     try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        with path.open("rb") as file:
+            return parse_json(file.read(MAX_JSON + 1))
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise WeightsError(f"{path} is not valid JSON: {error}") from error
+
+
+def parse_json(text: bytes) -> dict:
+    """Parses a JSON object in time and memory that its length bounds.
+
+    Raises:
+      ValueError: if `text` is too large, contains a name twice or a number that JSON lacks (NaN), or is not an object.
+    """
+    if len(text) > MAX_JSON:
+        raise ValueError(f"it is larger than {MAX_JSON:,} bytes")
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_ITEMS:
+        raise ValueError(f"it has more than {MAX_ITEMS:,} parts")
+    try:
+        data = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(data, dict):
-        raise WeightsError(f"{path} does not hold a JSON object")
+        raise ValueError("it is not an object")
     return data
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it contains {name}")
+
+
+# Checksums of exported files, in the format of the program sha256sum.
+
+
+def write_sums(place: Path, files: Iterable[Path]) -> None:
+    """Writes the SHA-256 of `files`, which are in the folder of `place` or below, to the file `place`."""
+    lines = [f"{sha256(file)}  {file.relative_to(place.parent).as_posix()}\n" for file in sorted(files)]
+    with replacing(place) as temporary:
+        temporary.write_text("".join(lines))
+
+
+def sums_of(source: Path) -> Path:
+    """Returns where `write_sums` puts the checksums of an exported folder or file."""
+    return source / SUMS if source.is_dir() else source.with_name(f"{source.name}.sha256")
+
+
+def check_sums(source: Path, digests: Mapping[Path, str]) -> None:
+    """Compares SHA-256 digests of files with those that were written beside them, if there are any.
+
+    Args:
+      source: the folder or file that was exported.
+      digests: digests by file.
+    Raises:
+      WeightsError: if a file is not what was written, or the checksums cannot be read.
+    """
+    place = sums_of(source)
+    if not place.is_file():
+        return
+    with place.open("rb") as file:
+        lines = file.read(MAX_JSON).decode(errors="replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for file, digest in digests.items():
+        name = file.relative_to(place.parent).as_posix() if file.is_relative_to(place.parent) else ""
+        if sums.get(name, digest) != digest:
+            again = f"copy it again, or remove {place.name} to read it as it is"
+            raise WeightsError(f"{file} is not what was written: its SHA-256 is another than in {place}; {again}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sfv_jax.weights.components import COMPONENTS
 from sfv_jax.weights.diffusers import find_weights
-from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.folders import SUMS, WeightsError
 
 PREFIX = "hub:"
 SMALL = ("model_index.json", "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json")
@@ -80,4 +80,4 @@ def needed(files: list[str], repo: str, variant: str | None = None) -> list[str]
         if not found:
             raise WeightsError(f"hub:{repo} has no {place}{stem}{f'.{variant}' if variant else ''}.safetensors")
         weights += [place + name for name in found]
-    return small + weights
+    return [*small, *weights, *(name for name in files if name == SUMS)]

@@ -1,18 +1,20 @@
 """Reader and writer of a whole StableVideoDiffusionPipeline folder: networks and small files."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from sfv_jax.models import clip, tree
 from sfv_jax.runtime.files import write_json
-from sfv_jax.weights.components import COMPONENTS, DIFFUSERS_VERSION, to_json
+from sfv_jax.weights.components import COMPONENTS, DIFFUSERS_VERSION, is_number, to_json
 from sfv_jax.weights.diffusers import lazy_params, open_component, save_component
-from sfv_jax.weights.folders import WeightsError, new_folder, read_json
+from sfv_jax.weights.folders import WeightsError, new_folder, printable, read_json, sums_of, write_sums
 
 PIPELINE = "StableVideoDiffusionPipeline"
 SIGMAS = {"sigma_min": 0.002, "sigma_max": 700.0}  # of SVD's scheduler_config.json
+NOISE = SIGMAS | {"rho": 7.0}  # rho is a constant of diffusers
 
 # With Karras sigmas between two limits the betas have no effect, but diffusers requires them.
 SCHEDULER = SIGMAS | {
@@ -85,22 +87,43 @@ def check_pipeline(folder: Path) -> None:
         raise WeightsError(f"{folder} has no model_index.json: not a diffusers pipeline folder")
     found = read_json(folder / "model_index.json").get("_class_name")
     if found != PIPELINE:
-        raise WeightsError(f"{folder}/model_index.json describes a {found}, expected a {PIPELINE}")
+        raise WeightsError(f"{folder}/model_index.json describes a {printable(found)}, expected a {PIPELINE}")
 
 
 def read_scheduler(folder: Path) -> dict:
     """Reads the noise range of the pipeline's scheduler.
 
     Returns:
-      `{"sigma_min", "sigma_max", "rho"}`; `rho` is 7, the constant of diffusers.
+      `NOISE`.
     Raises:
-      WeightsError: if the networks were not trained for v-prediction.
+      WeightsError: if the networks were not trained for v-prediction, or at other noise levels than SVD's.
     """
     path = folder / "scheduler" / "scheduler_config.json"
     data = read_json(path)
     if data.get("prediction_type") != "v_prediction":
         raise WeightsError(f"{path}: prediction_type is {data.get('prediction_type')!r}, SVD's is 'v_prediction'")
-    return {k: float(data.get(k) or v) for k, v in SIGMAS.items()} | {"rho": 7.0}
+    if data.get("use_karras_sigmas", True) is not True:
+        raise WeightsError(f"{path}: use_karras_sigmas is {data['use_karras_sigmas']!r}, SVD's is True")
+    check_noise({name: data.get(name) for name in SIGMAS}, str(path))
+    return dict(NOISE)
+
+
+def check_noise(found: Mapping[str, object], where: str) -> None:
+    """Checks noise levels that a file records.
+
+    Everything here trains and samples between SVD's levels, which are those of SF-V, so a model of other levels would
+    be sampled wrongly.
+
+    Args:
+      found: values by name, some or all of `NOISE`.
+      where: the file's name, for the error message.
+    Raises:
+      WeightsError: if one is not SVD's within the rounding of half precision.
+    """
+    for name, value in found.items():
+        if name not in NOISE or not is_number(value) or not math.isclose(value, NOISE[name], rel_tol=5e-3):
+            known = NOISE.get(name, "absent")
+            raise WeightsError(f"{where}: {name} is {value!r}, SVD's is {known}: other noise levels are not supported")
 
 
 def check_normalisation(folder: Path) -> None:
@@ -112,8 +135,10 @@ def check_normalisation(folder: Path) -> None:
     path = folder / "feature_extractor" / "preprocessor_config.json"
     data = read_json(path)
     for field, ours in (("image_mean", clip.MEAN), ("image_std", clip.STD)):
-        if not np.allclose(data.get(field, ours), ours, atol=1e-6):
-            raise WeightsError(f"{path}: {field} is {data[field]}, here it must be {list(ours)}")
+        found = data.get(field, list(ours))
+        numbers = isinstance(found, list) and len(found) == len(ours) and all(map(is_number, found))
+        if not numbers or not np.allclose(found, ours, atol=1e-6):
+            raise WeightsError(f"{path}: {field} is {found}, here it must be {list(ours)}")
 
 
 def save_pipeline(
@@ -158,4 +183,5 @@ def save_pipeline(
         write_json(partial / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR)
         if card is not None:
             (partial / "README.md").write_text(card)
+        write_sums(sums_of(partial), [file for name in COMPONENTS for file in (partial / name).iterdir()])
         write_json(partial / "model_index.json", index)

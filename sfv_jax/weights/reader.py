@@ -5,10 +5,10 @@ Every header field is checked before it is used, and tensors are read, not mappe
 """
 
 import dataclasses
-import json
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from sfv_jax.weights.folders import WeightsError, read_json
+from sfv_jax.weights.folders import MAX_JSON, WeightsError, parse_json, read_json
 
-MAX_HEADER = 100_000_000  # bytes; limit of the safetensors library
+MAX_AXES = 32  # of a tensor
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -148,7 +148,7 @@ def _open_index(path: Path, allow_pickle: bool) -> Tensors:
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise WeightsError(f"{path} has no weight_map from tensors to files")
     for name, file in where.items():
-        if not file or file in (".", "..") or re.search(r"[/\\\0]", file):
+        if not file or file in (".", "..") or re.search(r"[/\\]", file) or not file.isprintable():
             raise WeightsError(f"{path} looks for {name!r} outside its folder: {file!r}")
     shards = [path.with_name(file) for file in sorted(set(where.values()))]
     absent = [shard.name for shard in shards if not shard.exists() and not shard.is_symlink()]
@@ -170,7 +170,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size >= 8 and length > MAX_HEADER:
+        if size >= 8 and length > MAX_JSON:
             raise WeightsError(f"{path} is not a safetensors file: its header would have {length:,} bytes")
         if size < 8 or length > size - 8:
             raise WeightsError(f"{path} is cut short: it has {size:,} bytes, not even a whole header")
@@ -188,19 +188,10 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _header(path: Path, text: bytes) -> dict:
-    def unique(pairs: list) -> dict:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-        return dict(pairs)
-
     try:
-        header = json.loads(text.decode(), object_pairs_hook=unique)
-        if not isinstance(header, dict):
-            raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise WeightsError(f"{path} is not a safetensors file: its header is no JSON object ({error})") from error
-    return header
 
 
 def _span(path: Path, name: str, entry) -> tuple[int, int]:
@@ -218,9 +209,13 @@ def _span(path: Path, name: str, entry) -> tuple[int, int]:
         raise broken(f"is of unknown dtype {dtype!r}")
     if not _whole(shape) or not _whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise broken(f"has shape {shape} and offsets {offsets}")
+    if len(shape) > MAX_AXES:
+        raise broken(f"has {len(shape)} axes, more than {MAX_AXES}")
     size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if offsets[1] - offsets[0] != size:
         raise broken(f"has offsets {offsets}, but shape {shape} of {dtype} takes {size} bytes")
+    if math.prod(n or 1 for n in shape) >= 2**60:
+        raise broken(f"has shape {shape}, which no array has")
     return offsets[0], offsets[1]
 
 
@@ -264,12 +259,15 @@ def _open_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         import torch
     except ImportError as error:
         raise WeightsError(f"{path} needs torch to be read: pip install torch, or get a safetensors file") from error
+    if is_torchscript(path):
+        raise WeightsError(f"{path} is TorchScript, a program, and was not loaded: get a file of tensors")
     try:
         content = _load_pickle(torch, path)
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path} holds more than tensors and was not loaded: it may run code") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} is cut short or not a file of torch ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # damaged files make torch raise errors of many kinds
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise WeightsError(f"{path} is cut short or not a file of torch ({reason})") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not content:
@@ -279,11 +277,41 @@ def _open_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise WeightsError(f"{path} holds something else than tensors: {', '.join(map(repr, wrong[:3]))}")
     codes = {getattr(torch, np.dtype(kind).name, None): code for code, kind in DTYPES.items()}
     codes |= {torch.bool: "BOOL"}
-    unknown = [name for name, x in content.items() if x.dtype not in codes]
-    if unknown:
-        raise WeightsError(f"{path}: {unknown[0]!r} is of unknown dtype {content[unknown[0]].dtype}")
+    for name, x in content.items():
+        if problem := _unusable(torch, name, x, codes):
+            raise WeightsError(f"{path}: {name!r} {problem}")
     entries = {name: Tensor(path, tuple(x.shape), codes[x.dtype], _unpickler(torch, x)) for name, x in content.items()}
     return entries, {}
+
+
+def is_torchscript(path: Path) -> bool:
+    """Returns whether `path` is a TorchScript archive, which contains code besides tensors.
+
+    Raises:
+      WeightsError: if it is an archive whose list of files is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise WeightsError(f"{path} is cut short or damaged: {error}") from error
+
+
+def _unusable(torch, name: str, x, codes: dict) -> str | None:
+    """Returns why a tensor of a pickle cannot be read as an array; None if it can."""
+    if not name.isprintable():
+        return "has a name that cannot be printed"
+    if x.layout != torch.strided or x.is_nested:
+        return f"is no plain array, but {x.layout}"
+    if x.device.type != "cpu":
+        return f"has no values here: it is on the device {x.device}"
+    if x.dtype not in codes:
+        return f"is of unknown dtype {x.dtype}"
+    if x.dim() > MAX_AXES or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+        return f"has shape {tuple(x.shape)}, but fewer numbers are stored"
+    return None
 
 
 def _load_pickle(torch, path: Path):
@@ -298,7 +326,7 @@ def _load_pickle(torch, path: Path):
 
 def _unpickler(torch, x) -> Callable[[], np.ndarray]:
     def load() -> np.ndarray:
-        value = x.detach().contiguous()
+        value = x.detach().resolve_neg().contiguous()
         if value.dtype == torch.bfloat16:  # numpy has no such dtype
             return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return value.numpy()

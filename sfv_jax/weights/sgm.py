@@ -12,6 +12,9 @@ Like diffusers, we take the encoder from the conditioner. The autoencoder of the
 last convolution must output the moments by itself, so we write the product of the two there; a file that has only
 that copy is read with an identity as `quant_conv`.
 
+ComfyUI's nodes write files of some of these networks too. Their UNet and VAE have these names, with or without the
+prefix; CLIP has the names of transformers below its prefix; `canonical` finds the prefixes.
+
 Mixing factors are the same numbers in both formats. The UNet blends `a spatial + (1 - a) temporal` in both code bases;
 the decoder blends `a temporal + (1 - a) spatial`, which diffusers selects by an option of its blender, not by another
 parameter.
@@ -21,7 +24,7 @@ and the conversion script of diffusers. No original file was available.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +39,39 @@ UNET = "model.diffusion_model."
 CLIP = "conditioner.embedders.0.open_clip.model.visual."
 CONDITIONER = "conditioner.embedders.3.encoder."
 FIRST_STAGE = "first_stage_model."
+SIGMA = "edm_vpred."  # of ComfyUI: the scalars sigma_max and sigma_min
+
+_CLIP_MODEL = "conditioner.embedders.0.open_clip.model."
+# Networks without their prefix: a name that shows it, a pattern of its names, and the prefix they need.
+_BARE = (
+    ("input_blocks.0.0.weight", r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.", UNET),
+    ("decoder.mid.block_1.norm1.weight", r"(encoder|decoder|quant_conv|post_quant_conv|loss)\.", FIRST_STAGE),
+    ("visual.class_embedding", r"", _CLIP_MODEL),  # open_clip's whole model, with its text side
+    ("class_embedding", r"(class_embedding|positional_embedding|proj)$|(conv1|ln_pre|ln_post|transformer)\.", CLIP),
+    ("visual_projection.weight", r"(vision_model|visual_projection)\.", CLIP),
+)
+
+
+def canonical(names: Iterable[str]) -> dict[str, str]:
+    """Returns `{name in a whole file: stored name}` of files that leave out the prefixes of their networks.
+
+    Raises:
+      ValueError: if two tensors would have the same name.
+    """
+    stored = list(names)
+    there = set(stored)
+    rules = [(re.compile(pattern), prefix) for mark, pattern, prefix in _BARE if mark in there]
+    found: dict[str, str] = {}
+    for name in stored:
+        full = next((prefix + name for pattern, prefix in rules if pattern.match(name)), name)
+        full = f"model.{name}" if name.startswith("diffusion_model.") else full
+        if full in found:
+            raise ValueError(f"{found[full]!r} and {name!r} are the same tensor")
+        found[full] = name
+    if f"{FIRST_STAGE}quant_conv.weight" in found and f"{CONDITIONER}quant_conv.weight" not in found:
+        moved = (f"{FIRST_STAGE}encoder.", f"{FIRST_STAGE}quant_conv.")  # the encoder that the conditioner has in SVD
+        found = {k.replace(FIRST_STAGE, CONDITIONER) if k.startswith(moved) else k: v for k, v in found.items()}
+    return found
 
 
 @dataclass(frozen=True)
@@ -53,19 +89,24 @@ class Place:
     third: int | None = None
 
 
-def places(component: str, config, *, first_stage_encoder: bool = False) -> dict[str, Place]:
+def places(
+    component: str, config, *, first_stage_encoder: bool = False, transformers: bool = False
+) -> dict[str, Place]:
     """Returns the place of every tensor of a diffusers component by the tensor's name.
 
     Args:
       component: "unet", "vae" or "image_encoder".
       config: our config.
       first_stage_encoder: place the VAE's encoder in the first stage, which has no `quant_conv`.
+      transformers: CLIP has the names of transformers below its prefix, as in ComfyUI's files.
     Raises:
       WeightsError: if the format cannot express the network.
     """
     if component == "vae" and config.layers_per_block != 2:
         raise WeightsError(f"the single file has 2 resnets in the decoder's middle, this VAE {config.layers_per_block}")
     place = {"unet": _unet_place, "vae": _vae_place, "image_encoder": _clip_place}[component]
+    if component == "image_encoder" and transformers:
+        return {name: Place(CLIP + name) for name in manifest(component, config)}
     found = {name: place(name, config) for name in manifest(component, config)}
     if component == "vae" and first_stage_encoder:
         found = {k: _in_first_stage(v) for k, v in found.items() if not k.startswith("quant_conv.")}

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from sfv_jax.models import tree
-from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.weights import sgm
-from sfv_jax.weights.components import COMPONENTS, to_json
+from sfv_jax.weights.components import COMPONENTS, make_config, to_json
 from sfv_jax.weights.diffusers import lazy_params, manifest, reader
-from sfv_jax.weights.folders import WeightsError, refuse_existing, shape_problems
+from sfv_jax.weights.folders import WeightsError, parse_json, refuse_existing, shape_problems
+from sfv_jax.weights.pipeline import check_noise
 from sfv_jax.weights.reader import FLOATS, Tensor, Tensors
 from sfv_jax.weights.writer import Shapes, write_safetensors
 
@@ -30,6 +30,8 @@ UNTOLD = {
     "vae": ("scaling_factor", "sample_size"),
     "image_encoder": ("num_attention_heads",),
 }
+# The field with which `UNTOLD` fields of another model hold here too.
+WIDTHS = {"unet": "block_out_channels", "vae": "block_out_channels", "image_encoder": "hidden_size"}
 HEAD_DIM = {"unet": 64, "image_encoder": 80}  # of SVD; used where the header lacks the number of heads
 # Patterns of tensors that none of our networks has, with the reason to report.
 IGNORED = {
@@ -38,6 +40,13 @@ IGNORED = {
     r"(first_stage_model|conditioner\.embedders\.3\.encoder)\.(loss|model_ema)\.": "training state of the VAE",
     r"model_ema\.": "moving average of the training, beside the weights themselves",
     r"denoiser\.sigmas$": "table of noise levels",
+    r".*\.position_ids$": "positions of CLIP's embedding, which are constants",
+}
+# Beginnings of the names of each network; a whole file has them all.
+OWNERS = {
+    "unet": (sgm.UNET,),
+    "vae": (f"{sgm.FIRST_STAGE}decoder.", f"{sgm.FIRST_STAGE}encoder.", sgm.CONDITIONER),
+    "image_encoder": (sgm.CLIP,),
 }
 
 
@@ -75,7 +84,9 @@ def save_single_file(
     extra = {name: {field: getattr(configs[name], field) for field in UNTOLD[name]} for name in COMPONENTS}
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.float16 if variant == "fp16" else np.float32)
-    write_safetensors(path, shapes, tensors, dtype, {"sfv_jax": json.dumps(extra)})
+    # The product is exact only in fp32: rounding it would cost as much as rounding all of the encoder.
+    wide = {name for name in shapes if name.startswith(f"{sgm.FIRST_STAGE}encoder.conv_out.")}
+    write_safetensors(path, shapes, tensors, dtype, {"sfv_jax": json.dumps(extra)}, wide=wide)
 
 
 def _parts(component: str, config) -> list[dict[str, sgm.Place]]:
@@ -111,9 +122,9 @@ class SingleFile:
     """A single file whose names and shapes have been checked.
 
     Attributes:
-      tensors: the stored tensors.
-      configs: our configs of the three components by name.
-      places: for each component, the places of diffusers' tensors by name.
+      tensors: the stored tensors, with the names of a whole file.
+      configs: our configs of the components that it contains, by name.
+      places: for each of them, the places of diffusers' tensors by name.
       notes: lines for the user about assumptions and omitted tensors.
     """
 
@@ -123,44 +134,83 @@ class SingleFile:
     notes: list[str]
 
 
-def is_single_file(tensors: Tensors) -> bool:
-    """Returns whether the UNet's tensors have the names of the original."""
-    return any(name.startswith(sgm.UNET) for name in tensors.names())
+def components_there(tensors: Tensors) -> list[str]:
+    """Returns the components that have the names of the original, with or without the prefix of a whole file."""
+    names = list(_canonical(tensors).entries)
+    return [component for component, starts in OWNERS.items() if any(name.startswith(starts) for name in names)]
 
 
-def open_single_file(tensors: Tensors, *, num_frames: int | None = None) -> SingleFile:
-    """Infers the networks of a single file from its names and shapes, and checks every tensor.
+def _canonical(tensors: Tensors) -> Tensors:
+    try:
+        return tensors.renamed(sgm.canonical(tensors.names()))
+    except ValueError as error:
+        raise WeightsError(f"{tensors.where()}: {error}") from error
+
+
+def open_single_file(
+    tensors: Tensors, *, num_frames: int | None = None, base: Mapping[str, Any] | None = None
+) -> SingleFile:
+    """Infers the networks of a file from its names and shapes, and checks every tensor.
 
     Args:
-      tensors: the tensors of the file.
+      tensors: the tensors of a file with the names of the original: of all networks, or of some.
       num_frames: frames of the clips on which the UNet was trained, which no shape determines; default: the number in
-        the header of a file that we wrote, else 25 if the file's name contains "xt", else 14.
+        the header of a file that we wrote, else that of `base`, else 25 if the file's name contains "xt", else 14.
+      base: configs by component, for other fields that no shape determines, where the widths agree.
     Raises:
       WeightsError: if it is not such a file; lists every tensor that is missing, unexpected or misshapen.
     """
     where, stem = tensors.where(), tensors.files[0].stem
-    shapes = {name: tensors.shape(name) for name in tensors.names()}
-    if not is_single_file(tensors):
+    tensors = _canonical(tensors)
+    there = components_there(tensors)
+    if not there:
         raise WeightsError(f"{where} is not a single file of SVD: no tensor begins with {sgm.UNET}")
-    if f"{sgm.FIRST_STAGE}decoder.conv_out.time_mix_conv.weight" not in shapes:
+    tensors = _without_noise_levels(tensors)
+    shapes = {name: tensors.shape(name) for name in tensors.names()}
+    if "vae" in there and f"{sgm.FIRST_STAGE}decoder.conv_out.time_mix_conv.weight" not in shapes:
         raise WeightsError(f"{where} has no temporal decoder: take the file without image_decoder in its name")
-    stored = _stored(tensors)
     notes: list[str] = []
-    configs = _infer(shapes, stored, where)
-    frames = num_frames or stored["unet"].get("num_frames")
-    if frames is None:
-        frames = 25 if "xt" in stem else 14
-        notes.append(f"{frames} frames, inferred from the name {stem}; --num_frames overrides this")
-    configs["unet"] = dataclasses.replace(configs["unet"], num_frames=frames)
-    bare = sgm.CONDITIONER + "encoder.conv_in.weight" not in shapes
+    told = _told(tensors)
+    configs = {name: _infer(name, shapes, told[name], (base or {}).get(name), where) for name in there}
+    if "unet" in there:
+        frames = num_frames or _frames(told["unet"], (base or {}).get("unet"), stem, notes)
+        configs["unet"] = dataclasses.replace(configs["unet"], num_frames=frames)
+    bare = "vae" in there and sgm.CONDITIONER + "encoder.conv_in.weight" not in shapes
     if bare:
         notes.append("the encoder of the first stage, with an identity as quant_conv: the file has no other")
-    places = {name: sgm.places(name, config, first_stage_encoder=bare) for name, config in configs.items()}
-    copy = {place.name for place in sgm.places("vae", configs["vae"], first_stage_encoder=True).values()}
+    renamed = f"{sgm.CLIP}vision_model.embeddings.class_embedding" in shapes
+    places = {
+        name: sgm.places(name, config, first_stage_encoder=bare, transformers=renamed)
+        for name, config in configs.items()
+    }
+    copy: set[str] = set()
+    if "vae" in there:
+        copy = {place.name for place in sgm.places("vae", configs["vae"], first_stage_encoder=True).values()}
     expected = {k: v for name in configs for k, v in sgm.shapes_there(name, configs[name], places[name]).items()}
     notes += _account(shapes, expected, copy, tensors)
-    notes += [] if bare else _compare_encoders(tensors, configs["vae"], copy & shapes.keys())
+    notes += _compare_encoders(tensors, configs["vae"], copy & shapes.keys()) if "vae" in there and not bare else []
     return SingleFile(tensors, configs, places, notes)
+
+
+def _frames(told: dict, base: UNetConfig | None, stem: str, notes: list[str]) -> int:
+    """Returns the frames of the clips of training; adds a line to `notes` where the file's name decides."""
+    if "num_frames" in told:
+        return told["num_frames"]
+    if base is not None:
+        return base.num_frames
+    frames = 25 if "xt" in stem else 14
+    notes.append(f"{frames} frames, inferred from the name {stem}; --num_frames overrides this")
+    return frames
+
+
+def _without_noise_levels(tensors: Tensors) -> Tensors:
+    """Returns `tensors` without the scalars sigma_max and sigma_min of ComfyUI, after comparing them with SVD's."""
+    levels = [name for name in tensors.names() if name.startswith(sgm.SIGMA)]
+    for name in levels:
+        value = tensors.read(name).ravel() if tensors.shape(name) in ((), (1,)) else np.zeros(0)
+        found = float(value[0]) if value.size and tensors.dtype(name) in FLOATS else tensors.shape(name)
+        check_noise({name.removeprefix(sgm.SIGMA): found}, tensors.where())
+    return tensors.renamed({name: name for name in tensors.names() if name not in levels})
 
 
 def lazy_single_file(single: SingleFile, component: str, dtype=None) -> tree.Params:
@@ -184,33 +234,30 @@ def _identity(shape: tuple[int, ...], like: Tensor) -> np.ndarray:
     return np.zeros(shape, dtype) if len(shape) == 1 else np.eye(shape[0], dtype=dtype).reshape(shape)
 
 
-def _stored(tensors: Tensors) -> dict[str, dict]:
+def _told(tensors: Tensors) -> dict[str, dict]:
     """Returns the `UNTOLD` fields of each component that the header contains."""
     try:
-        entry = json.loads(tensors.metadata.get("sfv_jax", "{}"))
-        return {name: {k: _frozen(entry[name][k]) for k in UNTOLD[name] if k in entry.get(name, {})} for name in UNTOLD}
+        entry = parse_json(tensors.metadata.get("sfv_jax", "{}").encode())
+        return {name: {k: entry[name][k] for k in UNTOLD[name] if k in entry.get(name, {})} for name in UNTOLD}
     except (ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{tensors.where()}: the entry sfv_jax of its header is broken") from error
 
 
-def _frozen(value):
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _infer(shapes: Shapes, stored: dict, where: str) -> dict:
-    kinds = {"unet": (UNetConfig, _unet), "vae": (VAEConfig, _vae), "image_encoder": (CLIPConfig, _clip)}
-    found: dict[str, Any] = {}
+def _infer(component: str, shapes: Shapes, told: dict, base, where: str):
+    """Returns the config of a component; fields that no shape determines are those told, else those of `base`."""
+    infer = {"unet": _unet, "vae": _vae, "image_encoder": _clip}[component]
     try:
-        for name, (kind, infer) in kinds.items():
-            inferred = infer(shapes)
-            if name in HEAD_DIM and "num_attention_heads" not in stored[name]:
-                inferred |= {"num_attention_heads": _heads(name, inferred)}
-            found[name] = kind(**inferred | stored[name])
+        inferred = infer(shapes)
+        width = WIDTHS[component]
+        alike = base is not None and getattr(base, width) == inferred[width]
+        untold = {field: getattr(base, field) for field in UNTOLD[component]} if alike else {}
+        if component in HEAD_DIM and "num_attention_heads" not in told | untold:
+            inferred |= {"num_attention_heads": _heads(component, inferred)}
     except KeyError as error:
         raise WeightsError(f"{where} is not a single file of SVD: it has no {error.args[0]}") from error
-    except ValueError as error:
-        raise WeightsError(f"{where}: {error}") from error
-    return found
+    except (ValueError, IndexError, TypeError) as error:
+        raise WeightsError(f"{where} does not fit the networks of SVD: {error}") from error
+    return make_config(COMPONENTS[component].config, inferred | untold | told, where)
 
 
 def _account(shapes: Shapes, expected: Shapes, copy: set[str], tensors: Tensors) -> list[str]:
@@ -232,7 +279,8 @@ def _account(shapes: Shapes, expected: Shapes, copy: set[str], tensors: Tensors)
 def _heads(component: str, inferred: dict):
     widths = inferred["block_out_channels"] if component == "unet" else (inferred["hidden_size"],)
     if any(width % HEAD_DIM[component] for width in widths):
-        raise ValueError(f"the number of attention heads of {component} cannot be inferred from its widths {widths}")
+        unknown = f"the number of attention heads of {component} cannot be inferred from its widths {widths}"
+        raise ValueError(f"{unknown}: pass --base MODEL_FOLDER, a converted model of the same sizes")
     heads = tuple(width // HEAD_DIM[component] for width in widths)
     return heads if component == "unet" else heads[0]
 
@@ -240,7 +288,8 @@ def _heads(component: str, inferred: dict):
 def _unet(shapes: Shapes) -> dict:
     """Infers the config from the levels: each but the last ends with a downsampler, all have as many resnets."""
     at = {name.removeprefix(sgm.UNET): shape for name, shape in shapes.items()}
-    blocks = 1 + max(int(name.split(".")[1]) for name in at if name.startswith("input_blocks."))
+    numbers = (re.match(r"input_blocks\.(\d{1,3})\.", name) for name in at)
+    blocks = 1 + max((int(number[1]) for number in numbers if number), default=0)
     samplers = [n for n in range(blocks) if f"input_blocks.{n}.0.op.weight" in at]
     layers = (samplers[0] if samplers else blocks) - 1
     starts = [1, *(n + 1 for n in samplers)]
@@ -270,14 +319,24 @@ def _vae(shapes: Shapes) -> dict:
 
 
 def _clip(shapes: Shapes) -> dict:
-    width, patch = shapes[f"{sgm.CLIP}class_embedding"][0], shapes[f"{sgm.CLIP}conv1.weight"][-1]
+    """Infers the config from open_clip's names, or from those of transformers."""
+    at = {name.removeprefix(sgm.CLIP): shape for name, shape in shapes.items()}
+    layer, embeddings = "vision_model.encoder.layers.{}.", "vision_model.embeddings."
+    if f"{embeddings}class_embedding" in at:
+        first, norm, wide = f"{embeddings}class_embedding", "layer_norm1.weight", "mlp.fc1.weight"
+        conv, positions = f"{embeddings}patch_embedding.weight", f"{embeddings}position_embedding.weight"
+        projection = at["visual_projection.weight"][0]
+    else:
+        layer, first, norm, wide = "transformer.resblocks.{}.", "class_embedding", "ln_1.weight", "mlp.c_fc.weight"
+        conv, positions = "conv1.weight", "positional_embedding"
+        projection = at["proj"][1]
     return dict(
-        hidden_size=width,
-        intermediate_size=shapes[f"{sgm.CLIP}transformer.resblocks.0.mlp.c_fc.weight"][0],
-        num_hidden_layers=_count(lambda n: f"{sgm.CLIP}transformer.resblocks.{n}.ln_1.weight" in shapes),
-        patch_size=patch,
-        image_size=patch * math.isqrt(shapes[f"{sgm.CLIP}positional_embedding"][0] - 1),
-        projection_dim=shapes[f"{sgm.CLIP}proj"][1],
+        hidden_size=at[first][0],
+        intermediate_size=at[layer.format(0) + wide][0],
+        num_hidden_layers=_count(lambda n: layer.format(n) + norm in at),
+        patch_size=at[conv][-1],
+        image_size=at[conv][-1] * math.isqrt(at[positions][0] - 1),
+        projection_dim=projection,
     )
 
 
@@ -300,9 +359,10 @@ def _compare_encoders(tensors: Tensors, config: VAEConfig, copy: set[str]) -> li
         found = tensors.read(twin)
         if not name.startswith("encoder.conv_out."):
             same = found.tobytes() == tensors.read(place.name).tobytes()
-        else:  # the product with quant_conv, rounded to the file's precision
+        else:  # the product with quant_conv, of factors that are rounded to the file's precision
             expected = _without_quant_conv(name, read)
-            tolerance = 1e-2 if found.dtype.itemsize < 4 else 1e-5
+            half = any(tensors.read(other).dtype.itemsize < 4 for other in (twin, place.name))
+            tolerance = 1e-2 if half else 1e-5
             same = found.shape == expected.shape
             same = same and np.abs(found.astype(np.float32) - expected).max() <= tolerance * np.abs(expected).max()
         different += [] if same else [twin]

@@ -8,7 +8,7 @@ byte.
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ def write_safetensors(
     tensors: Iterable[tuple[str, np.ndarray]],
     dtype: np.dtype,
     metadata: dict[str, str] | None = None,
+    *,
+    wide: Collection[str] = (),
 ) -> None:
     """Writes one file.
 
@@ -35,27 +37,29 @@ def write_safetensors(
       path: the file.
       shapes: shapes by name, in the order of the file.
       tensors: `(name, array)` for exactly the names of `shapes`, in their order; consumed one by one.
-      dtype: float16 or float32, for all tensors.
+      dtype: float16 or float32, for all tensors but those of `wide`.
       metadata: strings for the header, in addition to torch's `{"format": "pt"}`.
+      wide: names of tensors that are written in float32 regardless.
     Raises:
       WeightsError: if `dtype` cannot hold a value.
       ValueError: if `tensors` do not match `shapes`.
     """
     with replacing(path) as partial, partial.open("wb") as file:
-        file.write(_header(shapes, dtype, {"format": "pt"} | (metadata or {})))
+        dtypes = {name: np.dtype(np.float32) if name in wide else dtype for name in shapes}
+        file.write(_header(shapes, dtypes, {"format": "pt"} | (metadata or {})))
         for (name, shape), (found, value) in zip(shapes.items(), tensors, strict=True):
             if (found, value.shape) != (name, tuple(shape)):
                 raise ValueError(f"announced {name} {tuple(shape)}, got {found} {value.shape}")
             # numpy's stubs declare the buffer protocol for Python 3.12 and later only.
-            file.write(_cast(name, value, dtype))  # pyrefly: ignore[bad-argument-type]
+            file.write(_cast(name, value, dtypes[name]))  # pyrefly: ignore[bad-argument-type]
 
 
-def _header(shapes: Shapes, dtype: np.dtype, metadata: dict[str, str]) -> bytes:
+def _header(shapes: Shapes, dtypes: dict[str, np.dtype], metadata: dict[str, str]) -> bytes:
     header: dict = {"__metadata__": metadata}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + _size(shape, dtypes[name])
+        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -128,7 +128,7 @@ def test_bfloat16_models_leave_as_fp16_and_fp32(half_folder, params, tmp_path):
         assert config == dataclasses.replace(CONFIGS["unet"], temporal_conv="conv")
         cast = jax.tree.map(lambda x: x.astype(dtype), expected)  # noqa: B023
         assert jax.tree.all(jax.tree.map(np.array_equal, found, cast))
-    assert sorted(p.name for p in (tmp_path / "None").iterdir()) == ["README.md", "config.json", WEIGHTS]
+    assert sorted(p.name for p in (tmp_path / "None").iterdir()) == ["README.md", "SHA256SUMS", "config.json", WEIGHTS]
 
 
 @pytest.mark.parametrize("what", ["pipeline", "comfyui"])

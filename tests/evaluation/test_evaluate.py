@@ -1,10 +1,12 @@
 """Scores against real videos: a fake UCF-101, the protocol, stored features and clips, and every kind of bad input."""
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -468,3 +470,20 @@ def test_the_command_by_the_protocol_on_ucf101(ucf, model_folder, tmp_path):
     assert record["source"] == {"split": "testlist01", "form": "AVI files"}
     assert (tmp_path / "out/generated/features.npz").is_file()
     assert (tmp_path / "s.npz").is_file() and len(list((tmp_path / "out/generated").glob("*.png"))) == 20
+
+
+def test_damaged_features_are_closed(tmp_path):
+    """A file that cannot be read is closed before its error is reported."""
+
+    def refused() -> None:
+        with pytest.raises(features.StatisticsError, match="holds no features"):
+            features._read(tmp_path / "kept.npz")
+
+    np.savez(tmp_path / "list.npz", features=np.zeros(1), manifest="[1]")
+    for content in (b"PK\3\4 no archive", b"\x93NUMPY", (tmp_path / "list.npz").read_bytes()):
+        (tmp_path / "kept.npz").write_bytes(content)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            refused()
+            gc.collect()
+        assert not [str(warning.message) for warning in caught if warning.category is ResourceWarning]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sfv_jax.evaluation import fvd
 from sfv_jax.models import i3d, tree
@@ -124,7 +125,7 @@ def state_dict(weights, tmp_path_factory):
 
 
 def test_a_state_dict_and_its_conversion_are_the_network(weights, state_dict, tmp_path):
-    command = [sys.executable, "-m", "sfv_jax.evaluation.fvd", f"--src={state_dict}", "--batch_norm_eps=1e-5"]
+    command = [sys.executable, "-m", "sfv_jax.evaluation.fvd", f"--src={state_dict}", "--batch_norm_eps=1e-3"]
     subprocess.run([*command, f"--dst={tmp_path / 'i3d.safetensors'}"], check=True)
     with pytest.raises(WeightsError, match="exists already"):
         fvd.convert(state_dict, tmp_path / "i3d.safetensors")
@@ -133,24 +134,53 @@ def test_a_state_dict_and_its_conversion_are_the_network(weights, state_dict, tm
         flat = tree.flatten(params)
         assert flat.keys() == weights.keys()
         assert all(np.array_equal(flat[k], weights[k]) for k in weights)
-    assert [config.batch_norm_eps for _, config, _ in read.values()] == [1e-3, 1e-5]
+    assert [config.batch_norm_eps for _, config, _ in read.values()] == [1e-5, 1e-3]
     _, about = fvd.load_i3d(tmp_path / "i3d.safetensors")
     assert about["source"]["sha256"] == fvd.sha256(state_dict) != about["sha256"]
-    with pytest.raises(WeightsError, match="converted with batch_norm_eps 1e-05, not 0.001"):
-        fvd.load_i3d(tmp_path / "i3d.safetensors", batch_norm_eps=1e-3)
+    with pytest.raises(WeightsError, match="converted with batch_norm_eps 0.001, not 1e-05"):
+        fvd.load_i3d(tmp_path / "i3d.safetensors", batch_norm_eps=1e-5)
 
 
-def test_torchscript_is_run_as_it_is(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "names", "digest", "eps"),
+    [
+        ("rgb_imagenet.pt", ["a.bn.num_batches_tracked"], fvd.RGB_IMAGENET, 1e-3),
+        ("old.pt", ["a.bn.running_mean"], "", 1e-3),
+        ("i3d_pretrained_400.pt", ["a.bn.running_mean"], "", 1e-5),
+        ("other.pt", ["a.bn.num_batches_tracked"], "", 1e-5),
+    ],
+)
+def test_epsilons_are_those_of_the_programs_that_distribute_a_file(file, names, digest, eps, tmp_path, monkeypatch):
+    monkeypatch.setattr(fvd, "sha256", lambda path: digest)
+    assert fvd.default_eps(tmp_path / file, names) == eps
+
+
+@pytest.mark.parametrize("entry", ["[", "[]", '{"batch_norm_eps": "x"}', '{"batch_norm_eps": -1}'])
+def test_broken_headers_of_converted_files(entry, tmp_path):
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "i3d.safetensors", metadata={"i3d": entry})
+    with pytest.raises(WeightsError, match=r"i3d.safetensors: (the entry i3d of its header is broken|batch_norm_eps)"):
+        fvd.load_i3d(tmp_path / "i3d.safetensors")
+
+
+def test_torchscript_is_run_as_it_is(tmp_path, monkeypatch):
     class Detector(torch.nn.Module):
         def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
             assert rescale and resize and return_features
             return x.float().mean((2, 3, 4))
 
     torch.jit.script(Detector()).save(str(tmp_path / "i3d_torchscript.pt"))
-    features, about = fvd.load_i3d(tmp_path / "i3d_torchscript.pt")
+    with pytest.raises(WeightsError, match="is TorchScript, a program that can .*: pass --allow_torchscript"):
+        fvd.load_i3d(tmp_path / "i3d_torchscript.pt")
+    features, about = fvd.load_i3d(tmp_path / "i3d_torchscript.pt", allow_torchscript=True)
     frames = np.random.default_rng(3).integers(0, 256, (2, 9, 4, 6, 3), dtype=np.uint8)
     np.testing.assert_allclose(features(frames), frames.mean((1, 2, 3)), rtol=1e-5)
     assert about["kind"] == "TorchScript" and len(about["sha256"]) == 64
+    monkeypatch.setattr(fvd, "STYLEGAN_V", about["sha256"])  # the known file needs no flag
+    assert fvd.load_i3d(tmp_path / "i3d_torchscript.pt")[1] == about
+    content = (tmp_path / "i3d_torchscript.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(WeightsError, match="cut.pt"):
+        fvd.load_i3d(tmp_path / "cut.pt", allow_torchscript=True)
 
 
 def test_what_is_no_i3d(tmp_path):

@@ -186,11 +186,12 @@ def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatc
         write_video(tmp_path / "real" / f"{n:02d}.mp4", clip, fps=7)
     features = lambda clips: clips.reshape(len(clips), -1, 3).mean(axis=1)  # noqa: E731
     about = {"file": "i3d.pt", "sha256": 64 * "0"}
-    monkeypatch.setattr(stages.fvd, "load_i3d", lambda path: (features, about))
+    asked = {"batch_norm_eps": 1e-5, "allow_torchscript": True}
+    monkeypatch.setattr(stages.fvd, "load_i3d", lambda path, **options: (features, about) if options == asked else None)
     svd = SimpleNamespace(num_frames=14)
     monkeypatch.setattr(stages, "read_model", lambda path: SimpleNamespace(configs={"unet": svd}))
     runs = trainings.svd_runs(tmp_path, "svd", "data", [])
-    bench = stages.svd_bench(runs, str(tmp_path / "real"), "i3d.pt")
+    bench = stages.svd_bench(runs, str(tmp_path / "real"), "i3d.pt", loading=asked)
     assert bench.truth.shape == (21, 14, 240, 320, 3) and {x.shape for x in bench.images} == {(48, 64, 3)}
     protocol = Protocol()
     np.testing.assert_array_equal(

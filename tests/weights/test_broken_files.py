@@ -2,12 +2,14 @@
 
 import json
 import struct
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.folders import WeightsError, printable
 from sfv_jax.weights.reader import open_weights
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
@@ -62,6 +64,17 @@ BROKEN = {
     "gap": (pack({"a": entry(0, 4), "b": entry(6, 10)}, bytes(10)), "2 bytes before tensor 'b' belong to none"),
     "beyond the end": (pack({"a": entry(0, 4)}, bytes(2)), "is cut short: tensor 'a' ends 2 bytes behind"),
     "surplus": (pack({"a": entry(0, 4)}, bytes(7)), "3 bytes behind its last tensor"),
+    "a name twice among many": (
+        pack(b"{" + b",".join(b'"%d":{}' % n for n in range(60_000)) + b',"7":{}}'),
+        "'7' is there twice",
+    ),
+    "a million lists": (pack(b'{"a":[' + b"[]," * 2**20 + b"0]}"), "more than 1,048,576 parts"),
+    "lists in lists": (pack(b'{"a":' + b"[" * 500_000 + b"]" * 500_000 + b"}"), "nested too deeply|more than"),
+    "a number too long": (pack(b'{"a":' + b"1" * 5000 + b"}"), "its header is no JSON object"),
+    "NaN": (pack(b'{"a":NaN}'), "it contains NaN"),
+    "too many axes": (pack({"a": entry(0, 4, [1] * 40 + [2])}, bytes(4)), "has 41 axes, more than 32"),
+    "axes beyond all numbers": (pack({"a": entry(0, 0, (0, 2**62, 2**62))}, b""), "which no array has"),
+    "escape codes as dtype": (pack({"a": entry(0, 4, dtype="\x1b[2J")}, bytes(4)), r"unknown dtype '\\x1b\[2J'"),
     "control characters": (pack({"\x1b[2J": entry(0, 4)}, bytes(4)), "cannot be printed"),
 }
 
@@ -71,7 +84,11 @@ def test_broken_files(case, tmp_path):
     path = tmp_path / "x.safetensors"
     content, message = BROKEN[case]
     path.write_bytes(content)
+    tracemalloc.start()
+    began = time.process_time()
     refused(path, message)
+    assert time.process_time() - began < 5 and tracemalloc.get_traced_memory()[1] < 20 * len(content) + 10**7
+    tracemalloc.stop()
 
 
 def test_damage_never_ends_in_another_error(tmp_path):
@@ -112,6 +129,11 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 
 INDICES = {
     "not JSON": ("{", "is not valid JSON"),
+    "nested deeply": ('{"weight_map":' + "[" * 200_000, "is not valid JSON: it is nested too deeply"),
+    "a list": ("[1]", "is not valid JSON: it is not an object"),
+    "a name twice": ('{"weight_map":{"a":"one.safetensors","a":"two.safetensors"}}', "'a' is there twice"),
+    "escape codes": ({"a": "one.safetensors", "b": "\x1b[31m.safetensors"}, r"outside its folder: '\\x1b\[31m"),
+    "line ends": ({"a": "one.safetensors", "b": "x\nwrote out"}, r"outside its folder: 'x\\nwrote out"),
     "no map": ("{}", "has no weight_map"),
     "parent": ({"a": "../one.safetensors", "b": "two.safetensors"}, "looks for 'a' outside its folder"),
     "absolute": ({"a": "/etc/passwd", "b": "two.safetensors"}, "looks for 'a' outside its folder: '/etc/passwd'"),
@@ -160,7 +182,34 @@ def test_pickles_only_on_request(tmp_path, monkeypatch):
     refused(path, "holds more than tensors and was not loaded", allow_pickle=True)
     torch.save({"a": 1}, path)
     refused(path, "something else than tensors: 'a'", allow_pickle=True)
+    unusable = {
+        "is no plain array, but torch.sparse_coo": torch.eye(3).to_sparse(),
+        "has no values here: it is on the device meta": torch.empty(4, device="meta"),
+        r"has shape \(1000000, 1000000\), but fewer numbers are stored": torch.ones(1).expand(10**6, 10**6),
+        "is of unknown dtype torch.complex64": torch.ones(2, dtype=torch.complex64),
+    }
+    for message, tensor in unusable.items():
+        torch.save({"a": tensor}, path)
+        refused(path, f"x.ckpt: 'a' {message}", allow_pickle=True)
+    torch.save({"\x1b[2J": torch.ones(1)}, path)
+    refused(path, r"'\\x1b\[2J' has a name that cannot be printed", allow_pickle=True)
+    torch.save({"a": torch.ones(4)[::2], "b": torch._neg_view(torch.ones(2))}, path)  # views are arrays too
+    found = open_weights(path, allow_pickle=True)
+    assert found.read("a").tolist() == [1.0, 1.0] and found.read("b").tolist() == [-1.0, -1.0]
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 97):
+        path.write_bytes(whole[:end] or b"x")
+        refused(path, "x.ckpt", allow_pickle=True)
+    torch.jit.script(torch.nn.Identity()).save(str(path))
+    refused(path, "is TorchScript, a program, and was not loaded", allow_pickle=True)
     path.write_bytes(b"PK\3\4 no zip")
     refused(path, "x.ckpt", allow_pickle=True)
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     refused(path, "needs torch to be read", allow_pickle=True)
+
+
+def test_messages_are_printable():
+    """Text of files cannot move the cursor, forge lines or fill the screen."""
+    assert str(WeightsError("a\x1b[2J\u202eb\n  c")) == "a\\x1b[2J\\u202eb\n  c"
+    assert len(str(WeightsError("x" * 10**6))) < 2000
+    assert printable("a\nb\udc80") == "a\\nb\\udc80"

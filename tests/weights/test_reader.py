@@ -134,7 +134,7 @@ def test_lone_unet(folder, model, tmp_path):
 def test_lone_unet_folder(folder, model, tmp_path):
     with pytest.raises(WeightsError, match="unet is a UNet alone: pass --base"):
         import_model(folder / "unet", tmp_path / "out")
-    with pytest.raises(WeightsError, match="holds AutoencoderKLTemporalDecoder, not a pipeline or SVD's UNet"):
+    with pytest.raises(WeightsError, match="vae is a VAE alone: pass --base MODEL_FOLDER"):
         import_model(folder / "vae", tmp_path / "out")
     unet = shutil.copytree(folder / "unet", tmp_path / "unet")
     config = json.loads((unet / "config.json").read_text())
@@ -180,10 +180,10 @@ def test_values_that_are_no_numbers(folder, tmp_path):
 def test_source_is_never_replaced(folder, model, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "parent" / "svd")
     for dst in (copy, tmp_path / "parent"):
-        with pytest.raises(WeightsError, match="is or holds what is to be read"):
+        with pytest.raises(WeightsError, match="is or contains .*, which is to be read: choose another --dst"):
             import_model(copy, dst, overwrite=True)
     base = shutil.copytree(model, tmp_path / "model")
-    with pytest.raises(WeightsError, match="is or holds what is to be read"):
+    with pytest.raises(WeightsError, match="is or contains .*, which is to be read: choose another --dst"):
         import_model(copy / "unet", base, base=base, overwrite=True)
     with pytest.raises(WeightsError, match="is a model folder already"):
         import_model(model, tmp_path / "out")
