@@ -5,7 +5,6 @@ model folder, is enough to sample, export or fine-tune a generator.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ import jax
 
 from sfv_jax.checkpoints.model_folder import ModelFolder, encoders_identity, load_codec, load_model, read_model
 from sfv_jax.checkpoints.run import restore_ema
+from sfv_jax.errors import UserError
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.models.vae import VAEConfig
-from sfv_jax.runtime.files import sha256, write_json
+from sfv_jax.runtime.files import FileError, read_json, sha256, write_json
 from sfv_jax.weights.diffusers import load_component
 from sfv_jax.weights.folders import WeightsError
 
@@ -56,12 +56,46 @@ def describe_run(workdir: Path, unet: UNetConfig, codec: PatchCodec | None, mode
 
 
 def read_run(workdir: Path) -> tuple[UNetConfig, PatchCodec | None, Path | None]:
-    """Returns the UNet's config, the patch codec and the model folder that `describe_run` wrote."""
-    content = json.loads((workdir / "network.json").read_text())
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["unet"].items()}
-    unet = UNetConfig(**fields)
-    codec = PatchCodec(**content["patch_codec"]) if content["patch_codec"] else None
-    return unet, codec, Path(content["model"]) if content["model"] else None
+    """Returns the UNet's config, the patch codec and the model folder that `describe_run` wrote.
+
+    Raises:
+      FileError: if `network.json` is damaged.
+    """
+    path = workdir / "network.json"
+    remedy = "restore it from a copy, or repeat the run's training command, which writes it anew"
+    content = read_json(path, remedy, ("unet", "patch_codec", "model"))
+    unet, codec, model = (content[name] for name in ("unet", "patch_codec", "model"))
+    if model is not None and not isinstance(model, str):
+        raise FileError(f"{path}: field model is not a path; {remedy}")
+    try:
+        made = from_json(UNetConfig, unet), from_json(PatchCodec, codec) if codec is not None else None
+    except UserError as error:
+        raise FileError(f"{path}: {error}; {remedy}") from error
+    return *made, Path(model) if model else None
+
+
+def from_json(kind: type, values: Any) -> Any:
+    """Returns the dataclass `kind` with the field values of a JSON object; every field must be there.
+
+    Raises:
+      UserError: if fields are missing, unknown, of the wrong type or impossible; names them.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{kind.__name__} is not an object")
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    like = {name: (int, float) if isinstance(v, float) else type(v) for name, v in defaults.items()}
+    found = {
+        "lacks": [name for name in defaults if name not in given],
+        "has no": [name for name in given if name not in defaults],
+        "has another type of": [name for name in defaults if name in given and not isinstance(given[name], like[name])],
+    }
+    if problems := [f"{what} {', '.join(names)}" for what, names in found.items() if names]:
+        raise UserError(f"{kind.__name__} {'; '.join(problems)}")
+    try:
+        return kind(**given)
+    except TypeError as error:  # an entry of a tuple that is not a number
+        raise UserError(f"{kind.__name__}: {error}") from error
 
 
 def is_run(path: str | Path) -> bool:

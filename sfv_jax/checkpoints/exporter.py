@@ -1,6 +1,5 @@
 """Export of a model folder or a run: as a diffusers pipeline, a UNet folder or a single file."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from sfv_jax.checkpoints.base import is_run, read_run
 from sfv_jax.checkpoints.card import model_card
 from sfv_jax.checkpoints.model_folder import load_model, read_model
-from sfv_jax.checkpoints.run import restore_ema
+from sfv_jax.checkpoints.run import read_config, restore_ema
 from sfv_jax.models import tree
 from sfv_jax.models.unet import UNet
 from sfv_jax.weights.components import COMPONENTS, to_json
@@ -64,7 +63,7 @@ def open_source(path: str | Path, *, raw: bool = False) -> Source:
     params, step = restore_ema(path, tree.abstract(UNet, unet)[1], name="generator" if raw else "ema")
     loaded = {"unet": params}
     del params
-    run = {"step": step, "raw": raw, "config": json.loads((path / "config.json").read_text())}
+    run = {"step": step, "raw": raw, "config": read_config(path)}
 
     def load(name: str) -> tree.Params:
         return loaded.pop(name) if name in loaded else load_model(model, (name,))[0][name]
