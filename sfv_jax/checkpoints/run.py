@@ -7,6 +7,7 @@ fingerprints is moved away, and the one before is used. Numbers that are not fin
 several, process 0) owns a workdir at a time, by `workdir/lock.json`.
 """
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -48,6 +49,7 @@ MAY_CHANGE = (
 )
 DAMAGED = "damaged"  # folder of a workdir for damaged checkpoints
 LOCK = "lock.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 ATTEMPTS = 20  # to read a checkpoint of a run that goes on
 
 
@@ -96,6 +98,28 @@ def owned(workdir: Path) -> Generator[Callable[[], None], None, None]:
             if new:  # and nothing was put there, because the config cannot be run
                 with suppress(OSError):
                     workdir.rmdir()
+
+
+@contextmanager
+def explained(workdir: Path) -> Generator[None, None, None]:
+    """Turns an error of the disk, of whatever file of the workdir, into one that names what is safe.
+
+    Raises:
+      WorkdirError: in place of an `OSError` of a full disk, or of a file of the workdir.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL and not Path(str(error.filename)).is_relative_to(workdir):
+            raise
+        raise WorkdirError(_not_written(workdir, str(error.filename or "a file"), error.strerror)) from error
+
+
+def _not_written(workdir: Path, what: str, cause: str) -> str:
+    return (
+        f"{workdir}: {what} could not be written ({cause}); {safe(workdir)}. "
+        "Make room or repair the disk, then run the same command again"
+    )
 
 
 def claim_workdir(workdir: Path, config: dict) -> None:
@@ -281,10 +305,7 @@ class Checkpoints:
             call()
         except Exception as error:  # for a full disk OSError, tensorstore's ValueError or one of orbax's own
             what = "a checkpoint" if step is None else f"checkpoint {step}"
-            raise WorkdirError(
-                f"{self.workdir}: {what} could not be written ({_first_line(error)}); {safe(self.workdir)}. "
-                "Make room or repair the disk, then run the same command again"
-            ) from error
+            raise WorkdirError(_not_written(self.workdir, what, _first_line(error))) from error
 
 
 def safe(workdir: Path) -> str:

@@ -21,6 +21,7 @@ from sfv_jax.data.latents import LatentError
 from sfv_jax.data.settings import PrepareError, Settings
 from sfv_jax.data.video import VideoError
 from sfv_jax.runtime.files import write_json
+from sfv_jax.runtime.locks import Lock
 from sfv_jax.runtime.progress import progress
 
 # (frames uint8 [b, t, h, w, 3], seeds uint32 [b]) -> {"latents", "cond_latent", "image_embed"}, each [b, ...]
@@ -61,9 +62,17 @@ class Shard:
         return self.out / "progress" / f"{self.split}-{self.index:05d}.json"
 
     def report(self) -> dict | None:
-        """Returns `{"count", "shapes", "skipped"}`; None if the shard is missing, damaged or unfinished."""
-        report = latents.read_json(self.report_path)
-        return report if report and report["count"] == latents.count_records(self.path) else None
+        """Returns `{"count", "shapes", "skipped"}`; None if the shard or its report is missing or damaged."""
+        with contextlib.suppress(LatentError):
+            report = latents.read_json(self.report_path, ("count", "shapes", "skipped"))
+            if report and report["count"] == latents.count_records(self.path):
+                return report
+        return None
+
+    @property
+    def lock(self) -> Lock:
+        """The lock of the process that makes the shard."""
+        return Lock(self.report_path.with_suffix(".lock"), str(self.path))
 
 
 def run(
@@ -95,14 +104,22 @@ def run(
     Raises:
       VideoError: if `videos` contains no usable video.
       LatentError: if `out` was made with other settings or videos, or an encoded clip is not finite.
-      PrepareError: if `worker` is not in [0, workers).
+      LockError: if another process makes the shard that is next.
+      PrepareError: if `worker` is not in [0, workers), or `out` cannot be written.
     """
     if not 0 <= worker < workers:
         raise PrepareError(f"worker {worker} of {workers}: count from 0")
     out = Path(out)
     clips = plan(videos, settings)
     shards = _shards(out, clips, settings.shard_size)
+    try:
+        (out / "progress").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PrepareError(f"--out {out} cannot be used ({error.strerror}): name a folder that can be written") from (
+            error
+        )
     manifest = _claim(out, clips, settings)
+    _check_files(out, Path(videos), clips)
     mine = shards[worker::workers]
     with progress(sum(len(shard.clips) for shard in mine), "clips") as advance:
         for shard in mine:
@@ -111,9 +128,9 @@ def run(
                 continue
             skipped: list[dict] = []
             decoded = _decode(Path(videos), shard.clips, settings, threads, skipped, advance)
-            with contextlib.closing(decoded):
+            with shard.lock, contextlib.closing(decoded):
                 count, shapes = latents.write_shard(shard.path, _records(decoded, encode, settings, batch_size))
-            write_json(shard.report_path, {"count": count, "shapes": shapes, "skipped": skipped})
+                write_json(shard.report_path, {"count": count, "shapes": shapes, "skipped": skipped})
     return _finish(out, shards, manifest)
 
 
@@ -169,7 +186,7 @@ def _claim(out: Path, plan: dict[str, list[Clip]], settings: Settings) -> dict:
         "planned": {split: len(clips) for split, clips in plan.items()},
         "videos": hashlib.sha256(names.encode()).hexdigest(),
     }
-    earlier = latents.read_json(out / latents.MANIFEST)
+    earlier = latents.read_json(out / latents.MANIFEST, ("settings", "schema", "videos"))
     if earlier is None:
         write_json(out / latents.MANIFEST, manifest)
         return manifest
@@ -178,6 +195,21 @@ def _claim(out: Path, plan: dict[str, list[Clip]], settings: Settings) -> dict:
     if changed:
         raise LatentError(f"{out} was begun differently: {', '.join(changed)}; use another --out or the same settings")
     return manifest
+
+
+def _check_files(out: Path, folder: Path, plan: dict[str, list[Clip]]) -> None:
+    """Records size and time of every video of a new cache, or checks that none was replaced since it was begun."""
+    path, sources = out / "videos.json", sorted({clip.source for clips in plan.values() for clip in clips})
+    found = {source: [(at := (folder / source).stat()).st_size, at.st_mtime_ns] for source in sources}
+    earlier = latents.read_json(path)
+    if earlier is None:  # a new cache, or one begun by a version that recorded nothing
+        write_json(path, found)
+    elif changed := [source for source in sources if earlier.get(source) != found[source]]:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise LatentError(
+            f"{folder / changed[0]}{more} changed since {out} was begun: use another --out; or, if only the times of "
+            f"the files differ, delete {path}"
+        )
 
 
 def _decode(

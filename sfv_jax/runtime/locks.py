@@ -11,6 +11,7 @@ seconds is taken over. Only changes of that time are looked for, so the clocks m
 """
 
 import contextlib
+import glob
 import json
 import os
 import secrets
@@ -54,6 +55,7 @@ class Lock:
         while not self._create():
             if (found := _read(self.path)) and self._is_abandoned(*found):
                 self._remove(found[0])
+        self._clear_remains()
         self.thread = threading.Thread(target=self._give_signs, name=f"lock of {self.what}", daemon=True)
         self.thread.start()
         return self
@@ -86,7 +88,10 @@ class Lock:
             try:
                 os.link(temporary, self.path)
             except FileExistsError:
-                return temporary.stat().st_nlink > 1  # NFS: made, but its answer was lost and the request repeated
+                # NFS: the link was made, but the answer got lost and the request was repeated.
+                return temporary.stat().st_nlink > 1
+            except FileNotFoundError:  # removed as a remain by the process that has the lock now
+                return False
             except OSError:  # no hard links here
                 with self.path.open("x") as file:
                     json.dump(owner, file)
@@ -95,6 +100,12 @@ class Lock:
         finally:
             temporary.unlink(missing_ok=True)
         return True
+
+    def _clear_remains(self) -> None:
+        """Removes what killed processes left while they took or removed this lock."""
+        for suffix in ("tmp", "old"):
+            for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.{suffix}"):
+                left.unlink(missing_ok=True)
 
     def _is_abandoned(self, owner: dict, sign: int) -> bool:
         """Returns whether the owner is gone, or the lock is not that owner's anymore.
@@ -125,7 +136,7 @@ class Lock:
             if (found := _read(aside)) and found[0] != owner:
                 with contextlib.suppress(OSError):
                     os.link(aside, self.path)
-            aside.unlink()
+            aside.unlink(missing_ok=True)
 
     def _give_signs(self) -> None:
         while not self.ended.wait(SIGN):

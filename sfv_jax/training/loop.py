@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sfv_jax.checkpoints.base import describe_run
-from sfv_jax.checkpoints.run import BadStateError, Checkpoints, claim_workdir, flat, owned, safe
+from sfv_jax.checkpoints.run import BadStateError, Checkpoints, claim_workdir, explained, flat, owned, safe
 from sfv_jax.config import ConfigError
 from sfv_jax.data.loader import make_loader
 from sfv_jax.errors import UserError
@@ -41,7 +41,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
     agree(flat(config.to_dict()))
     if config.method not in METHODS:
         raise ConfigError(f"config.method={config.method!r}: choose one of {', '.join(METHODS)}")
-    with owned(workdir) as check_owner:
+    with owned(workdir) as check_owner, explained(workdir):
         return train_owned(config, workdir, check_owner)
 
 
