@@ -9,6 +9,8 @@ several, process 0) owns a workdir at a time, by `workdir/lock.json`.
 
 import errno
 import json
+import logging
+import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from sfv_jax.errors import UserError
-from sfv_jax.runtime.files import free_name, read_json, write_text
+from sfv_jax.runtime.files import free_name, read_json, to_disk, write_text
 from sfv_jax.runtime.locks import Lock
 from sfv_jax.runtime.processes import once, tell
 
@@ -85,9 +87,10 @@ def owned(workdir: Path) -> Generator[Callable[[], None], None, None]:
                 cause = f"a symbolic link to {workdir.readlink()}, which does not exist"
             elif workdir.exists() and not workdir.is_dir():
                 cause = "not a folder"
-            raise WorkdirError(f"--workdir {workdir} cannot be used: {cause}; name a folder that can be written") from (
-                error
-            )
+            message = f"{workdir} cannot be used as workdir: {cause}; name a folder that can be written"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                message = _not_written(workdir, LOCK, cause)
+            raise WorkdirError(message) from error
 
     once(take)
     try:
@@ -194,6 +197,11 @@ def fingerprints(state) -> dict[str, int]:
     return examine(state)[0]
 
 
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """Returns False for the tracebacks that orbax logs, several for an error that it also raises."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
 class Checkpoints:
     """Asynchronous saves of `{state, data, config}` under `workdir/checkpoints`.
 
@@ -205,10 +213,12 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int = 3, keep_every: int = 0, config: dict | None = None):
+        logging.getLogger("absl").addFilter(_is_not_raised)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every or None, enable_async_checkpointing=True
         )
         self.workdir, self.folder, self.config = workdir, (workdir / "checkpoints").resolve(), config or {}
+        self.step: int | None = None  # of the last save
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
@@ -243,7 +253,9 @@ class Checkpoints:
             fingerprints=ocp.args.JsonSave(prints),
             config=ocp.args.JsonSave(self.config),
         )
-        self._guard(step, lambda: self.manager.save(step, args=items))
+        self._guard(self.manager.wait_until_finished)  # an error here is of the checkpoint before
+        self.step = step
+        self._guard(lambda: self.manager.save(step, args=items))
 
     def wait(self) -> None:
         """Waits until all checkpoints are on the disk.
@@ -251,7 +263,15 @@ class Checkpoints:
         Raises:
           WorkdirError: if the last one could not be written.
         """
-        self._guard(None, self.manager.wait_until_finished)
+        self._guard(self._finish)
+
+    def _finish(self) -> None:
+        self.manager.wait_until_finished()
+        newest = self.latest()
+        if jax.process_index() == 0 and newest is not None:  # orbax leaves small files to the system
+            for path in (self.folder / str(newest)).rglob("*"):
+                to_disk(path)
+            to_disk(self.folder)
 
     def restore(self, abstract_state: dict) -> tuple[int, dict, dict] | None:
         """Returns `(step, state, data)` of the newest sound checkpoint, None if no checkpoint exists.
@@ -300,12 +320,17 @@ class Checkpoints:
         finally:
             self.manager.close()
 
-    def _guard(self, step: int | None, call: Callable) -> None:
+    def _guard(self, call: Callable) -> None:
         try:
             call()
         except Exception as error:  # for a full disk OSError, tensorstore's ValueError or one of orbax's own
-            what = "a checkpoint" if step is None else f"checkpoint {step}"
-            raise WorkdirError(_not_written(self.workdir, what, _first_line(error))) from error
+            raise WorkdirError(_not_written(self.workdir, f"checkpoint {self.step}", _cause(error))) from error
+
+
+def _cause(error: Exception) -> str:
+    """Returns the cause of a failed write: that of the system, if the error has one somewhere in its text."""
+    causes = [os.strerror(number) for number in FULL]
+    return next((cause for cause in causes if cause in str(error)), _first_line(error))
 
 
 def safe(workdir: Path) -> str:

@@ -119,7 +119,7 @@ def run(
             error
         )
     manifest = _claim(out, clips, settings)
-    _check_files(out, Path(videos), clips)
+    _check_files(out, Path(videos), shards)
     mine = shards[worker::workers]
     with progress(sum(len(shard.clips) for shard in mine), "clips") as advance:
         for shard in mine:
@@ -197,19 +197,20 @@ def _claim(out: Path, plan: dict[str, list[Clip]], settings: Settings) -> dict:
     return manifest
 
 
-def _check_files(out: Path, folder: Path, plan: dict[str, list[Clip]]) -> None:
-    """Records size and time of every video of a new cache, or checks that none was replaced since it was begun."""
-    path, sources = out / "videos.json", sorted({clip.source for clips in plan.values() for clip in clips})
+def _check_files(out: Path, folder: Path, shards: list[Shard]) -> None:
+    """Records size and time of every video; refuses to go on if one of a finished shard was replaced since."""
+    path, sources = out / "videos.json", sorted({clip.source for shard in shards for clip in shard.clips})
     found = {source: [(at := (folder / source).stat()).st_size, at.st_mtime_ns] for source in sources}
-    earlier = latents.read_json(path)
-    if earlier is None:  # a new cache, or one begun by a version that recorded nothing
+    earlier = latents.read_json(path) or {}  # a version before this one recorded nothing
+    for shard in shards:
+        changed = [c.source for c in shard.clips if c.source in earlier and earlier[c.source] != found[c.source]]
+        if changed and shard.report():
+            raise LatentError(
+                f"{folder / changed[0]} changed since {shard.path} was made from it: delete {shard.report_path} to make "
+                f"that shard again, or use another --out; if only times of files differ, delete {path}"
+            )
+    if found != earlier:
         write_json(path, found)
-    elif changed := [source for source in sources if earlier.get(source) != found[source]]:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        raise LatentError(
-            f"{folder / changed[0]}{more} changed since {out} was begun: use another --out; or, if only the times of "
-            f"the files differ, delete {path}"
-        )
 
 
 def _decode(

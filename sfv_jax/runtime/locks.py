@@ -64,8 +64,9 @@ class Lock:
         """Releases the lock, if it is still this one."""
         self.ended.set()
         self.thread.join()
-        if (found := _read(self.path)) and found[0].get("token") == self.token:
-            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that is gone
+            if (found := _read(self.path)) and found[0].get("token") == self.token:
+                self.path.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Checks that the lock is still this process's; creates it anew if somebody deleted it.

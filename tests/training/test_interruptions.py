@@ -1,5 +1,6 @@
 """Runs and what happens to them: bad numbers, two at once, signals, readers beside, damaged metadata, full disks."""
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from sfv_jax.errors import UserError
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime.files import FileError
-from sfv_jax.runtime.locks import LockError
+from sfv_jax.runtime.locks import Lock, LockError
 from sfv_jax.training import loop
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.training.loop import train
@@ -134,15 +135,16 @@ def test_saved_means_committed_and_later_signals_wait_for_it(copied, monkeypatch
     def slowly(self):
         os.kill(os.getpid(), signal.SIGTERM)  # a scheduler sends it to every process of a group, and again
         os.kill(os.getpid(), signal.SIGHUP)
-        seen.append(capsys.readouterr().out)
+        seen.append((self.latest(), capsys.readouterr().out))
         wait(self)
-        seen.append(self.latest())
 
     monkeypatch.setattr(loop, "put_batch", interrupt)
     monkeypatch.setattr(Checkpoints, "wait", slowly)
     train(config_of(steps=9), copied)
-    assert "saved" not in seen[0] and seen[1] == 3
-    assert "asked to stop: saved step 3; run the same command again to continue" in capsys.readouterr().out
+    assert "saved step" not in seen[0][1]
+    out = "".join(text for _, text in seen) + capsys.readouterr().out
+    assert out.count("asked to stop: saved step 3; run the same command again to continue") == 1
+    assert all(step == 3 for step, text in seen if "saved step" in text) and steps_of(copied) == [1, 2, 3]
 
 
 # ---- readers beside a run ----
@@ -213,8 +215,8 @@ def test_damaged_descriptions_of_a_run(tmp_path, content):
         (lambda c: c["unet"].pop("mid_eps"), "UNetConfig lacks mid_eps"),
         (lambda c: c["unet"].update(depth=3), "UNetConfig has no depth"),
         (lambda c: c["unet"].update(num_frames="2"), "UNetConfig has another type of num_frames"),
-        (lambda c: c["unet"].update(norm_groups=5), "must divide"),
-        (lambda c: c["unet"].update(block_out_channels=["a"]), "UNetConfig"),
+        (lambda c: c["unet"].update(norm_groups=7), "must divide"),
+        (lambda c: c["unet"].update(block_out_channels=["a"]), "block_out_channels"),
         (lambda c: c.update(patch_codec=[4]), "PatchCodec is not an object"),
         (lambda c: c.update(model=3), "field model is not a path"),
         (lambda c: c.pop("model"), "has no model"),
@@ -278,14 +280,41 @@ def test_a_folder_in_place_of_the_metrics_is_moved(tmp_path):
 # ---- workdirs that cannot be used ----
 
 
-def test_workdirs_that_cannot_be_used(tmp_path, monkeypatch):
+def refused(workdir: Path) -> str:
+    with pytest.raises(WorkdirError) as caught, owned(workdir):
+        pass
+    assert str(workdir) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_workdirs_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "absent")
-    for name, cause in (
-        ("file", "not a folder"),
-        ("file/run", "not a directory"),
-        ("link", f"a symbolic link to {tmp_path}/absent, which does not exist"),
-    ):
-        with pytest.raises(WorkdirError) as caught, owned(tmp_path / name):
-            pass
-        assert cause in str(caught.value).replace("Not a", "not a") and "\n" not in str(caught.value)
+    assert "not a folder" in refused(tmp_path / "file")
+    assert "Not a directory" in refused(tmp_path / "file" / "run")
+    assert f"a symbolic link to {tmp_path}/absent, which does not exist" in refused(tmp_path / "link")
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_workdir_on_a_disk_that_takes_no_files(tmp_path, monkeypatch, number):
+    def refuse(self):
+        raise OSError(number, os.strerror(number), "lock.json")
+
+    monkeypatch.setattr(Lock, "_create", refuse)
+    message = refused(tmp_path / "run")
+    assert os.strerror(number) in message
+    assert ("Make room" if number == errno.ENOSPC else "name a folder that can be written") in message
+
+
+@pytest.mark.slow
+def test_metrics_on_a_full_disk_are_one_line_with_what_is_safe(copied, monkeypatch):
+    def refuse(self, entry):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+
+    monkeypatch.setattr(MetricWriter, "_append", refuse)
+    expected = (
+        f"{copied}/metrics.jsonl could not be written .No space left on device.; the checkpoint of step 2 is intact"
+    )
+    with pytest.raises(WorkdirError, match=expected) as caught:
+        train(config_of(steps=4), copied)
+    assert "\n" not in str(caught.value)
