@@ -34,18 +34,34 @@ if [ -n "$dry" ]; then
   exit
 fi
 
-logs=${LOGS:-$(mktemp -d)} pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM  # to every process, as a scheduler does
+logs=${LOGS:-$(mktemp -d)} pids=() stopping=
+finish() {  # TERM alone leaves a process that waits for one that is gone: JAX waits on for minutes
+  kill -TERM "${pids[@]}" 2>/dev/null || return 0
+  for _ in {1..50}; do
+    kill -0 "${pids[@]}" 2>/dev/null || break  # fails only if all are gone
+    sleep 0.1
+  done
+  kill -KILL "${pids[@]}" 2>/dev/null || true
+}
+trap finish EXIT
+# To every process, as a scheduler does; they save and end by themselves.
+trap 'stopping=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM HUP INT
 for ((i = processes - 1; i > 0; i--)); do
   "${train[@]}" "--process_id=$i" >"$logs/process-$i.log" 2>&1 &
   pids+=($!)
 done
 "${train[@]}" --process_id=0 &
 pids+=($!)
-status=0
-for _ in "${pids[@]}"; do
-  wait -n || { status=$?; break; }
+status=0 left=$processes
+while [ "$left" -gt 0 ]; do
+  code=0
+  wait -n || code=$?
+  if [ -n "$stopping" ] && [ "$code" -gt 128 ]; then  # a signal, not the end of a process
+    stopping=
+    continue
+  fi
+  left=$((left - 1))
+  [ "$code" = 0 ] || { status=$code; break; }
 done
 [ "$status" = 0 ] || tail -n 20 "$logs"/process-*.log >&2 || true
 exit "$status"

@@ -25,24 +25,29 @@ def main() -> None:
     from sfv_jax.config import world_of
     from sfv_jax.reproduction.strips import compare, picture, table
     from sfv_jax.runtime import compilation
+    from sfv_jax.runtime.files import write_text
     from sfv_jax.sampling.sampler import Sampler
+    from sfv_jax.training.alarms import TrainingStopped
     from sfv_jax.training.loop import train
 
     compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
     workdir, began = Path(FLAGS.workdir), time.monotonic()
     student = FLAGS.sfv.copy_and_resolve_references()
     student.init = str(workdir / "teacher")
-    print("1/3 teacher: denoising on the procedural world")
-    train(FLAGS.teacher, workdir / "teacher")
-    print("2/3 SF-V: one step, from the teacher's weights")
-    train(student, workdir / "sfv")
+    for title, config, name in (
+        ("1/3 teacher: denoising on the procedural world", FLAGS.teacher, "teacher"),
+        ("2/3 SF-V: one step, from the teacher's weights", student, "sfv"),
+    ):
+        print(title)
+        if train(config, workdir / name)["step"] < config.steps:
+            raise TrainingStopped(f"{workdir / name} was asked to stop; run the same command again to continue")
     print("3/3 comparison on held-out clips")
     world = world_of(FLAGS.sfv)
     rows, clips = compare(world, *(Sampler.load(workdir / name) for name in ("teacher", "sfv")))
     picture(clips, workdir / "comparison.png")
     text = table(rows, world.directions)
-    (workdir / "table.md").write_text(text + "\n")
-    (workdir / "table.json").write_text(json.dumps(rows, indent=1))
+    write_text(workdir / "table.md", text + "\n")
+    write_text(workdir / "table.json", json.dumps(rows, indent=1))
     minutes = (time.monotonic() - began) / 60
     print(f"\n{text}\n\nLook at {workdir / 'comparison.png'}. {minutes:.1f} minutes in all.")
 

@@ -9,9 +9,7 @@ Several processes (hosts) run the same command with `--coordinator=HOST:PORT --n
 and TPU pods need no flags; launch/ contains scripts. The workdir must be on a disk that all processes share.
 """
 
-import errno
 import os
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -31,12 +29,7 @@ def main() -> None:
 
     compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
     processes.join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    try:
-        train(FLAGS.config, Path(FLAGS.workdir))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        sys.exit(f"train: {error}: make room, then run the same command again to continue from the last checkpoint")
+    train(FLAGS.config, Path(FLAGS.workdir))
 
 
 def define_flags() -> None:

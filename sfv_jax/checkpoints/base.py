@@ -19,10 +19,10 @@ from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.models.vae import VAEConfig
-from sfv_jax.runtime.files import sha256, write_json
+from sfv_jax.runtime.files import FileError, read_json, sha256, write_json
 from sfv_jax.weights.components import make_config
 from sfv_jax.weights.diffusers import load_component
-from sfv_jax.weights.folders import WeightsError, read_json
+from sfv_jax.weights.folders import WeightsError
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,19 @@ def read_run(workdir: Path) -> tuple[UNetConfig, PatchCodec | None, Path | None]
     """Returns the UNet's config, the patch codec and the model folder that `describe_run` wrote.
 
     Raises:
-      WeightsError: if the file is not what `describe_run` writes.
+      FileError: if `network.json` is damaged.
     """
     path = workdir / "network.json"
-    content = read_json(path)
-    unet = make_config(UNetConfig, content.get("unet"), str(path))
-    patch, model = content.get("patch_codec"), content.get("model")
+    remedy = "restore it from a copy, or repeat the run's training command, which writes it anew"
+    content = read_json(path, remedy, ("unet", "patch_codec", "model"))
+    unet, codec, model = (content[name] for name in ("unet", "patch_codec", "model"))
     if model is not None and not isinstance(model, str):
-        raise WeightsError(f"{path}: model is {model!r}, which is not a path")
-    codec = make_config(PatchCodec, patch, str(path)) if patch else None
-    return unet, codec, Path(model) if model else None
+        raise FileError(f"{path}: field model is not a path; {remedy}")
+    try:
+        made = make_config(UNetConfig, unet, str(path)), codec and make_config(PatchCodec, codec, str(path))
+    except WeightsError as error:
+        raise FileError(f"{error}; {remedy}") from error
+    return *made, Path(model) if model else None
 
 
 def is_run(path: str | Path) -> bool:

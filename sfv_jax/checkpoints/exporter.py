@@ -7,7 +7,7 @@ from pathlib import Path
 from sfv_jax.checkpoints.base import is_run, read_run
 from sfv_jax.checkpoints.card import ONE_STEP_METHODS, model_card
 from sfv_jax.checkpoints.model_folder import load_model, read_model
-from sfv_jax.checkpoints.run import restore_ema
+from sfv_jax.checkpoints.run import read_config, restore_ema
 from sfv_jax.checkpoints.workflow import Video, workflow
 from sfv_jax.models import tree
 from sfv_jax.models.unet import UNet
@@ -65,7 +65,7 @@ def open_source(path: str | Path, *, raw: bool = False) -> Source:
     params, step = restore_ema(path, tree.abstract(UNet, unet)[1], name="generator" if raw else "ema")
     loaded = {"unet": params}
     del params
-    run = {"step": step, "raw": raw, "config": read_json(path / "config.json")}
+    run = {"step": step, "raw": raw, "config": read_config(path)}
 
     def load(name: str) -> tree.Params:
         return loaded.pop(name) if name in loaded else load_model(model, (name,))[0][name]

@@ -13,7 +13,6 @@ the TFDS metadata. Metadata is written last, so a folder with metadata is comple
 float16 has 3 digits of precision for the means and loads without TensorFlow, which TFDS needs for bfloat16.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,7 +23,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sfv_jax.errors import UserError
-from sfv_jax.runtime.files import replacing
+from sfv_jax.runtime import files
+from sfv_jax.runtime.files import FileError, replacing
 
 SCHEMA = 1
 NAME = "latents"
@@ -154,17 +154,15 @@ def write_metadata(
     )
 
 
-def read_json(path: Path) -> dict | None:
-    """Reads JSON; returns None if the file is missing.
+def read_json(path: Path, fields: Iterable[str] = ()) -> dict | None:
+    """Reads a JSON object that has these fields; returns None if the file is missing.
 
     Raises:
-      LatentError: if the file is not JSON.
+      LatentError: if the file has anything else.
     """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError as error:
-        raise LatentError(
-            f"{path}: not JSON ({error}); delete it and run `python -m sfv_jax.prepare` as before"
-        ) from error
+    try:
+        return files.read_json(path, "delete it and run `python -m sfv_jax.prepare` as before", fields)
+    except FileError as error:
+        raise LatentError(str(error)) from error

@@ -22,6 +22,7 @@ from sfv_jax.data.listing import VIDEO_SUFFIXES, list_videos
 from sfv_jax.data.settings import PrepareError, Settings
 from sfv_jax.data.video import VideoError
 from sfv_jax.runtime.files import write_json
+from sfv_jax.runtime.locks import Lock
 from sfv_jax.runtime.progress import progress
 
 # (frames uint8 [b, t, h, w, 3], seeds uint32 [b]) -> {"latents", "cond_latent", "image_embed"}, each [b, ...]
@@ -67,9 +68,17 @@ class Shard:
         return self.out / "progress" / f"{self.split}-{self.index:05d}.json"
 
     def report(self) -> dict | None:
-        """Returns `{"count", "shapes", "skipped"}`; None if the shard is missing, damaged or unfinished."""
-        report = latents.read_json(self.report_path)
-        return report if report and report["count"] == latents.count_records(self.path) else None
+        """Returns `{"count", "shapes", "skipped"}`; None if the shard or its report is missing or damaged."""
+        with contextlib.suppress(LatentError):
+            report = latents.read_json(self.report_path, ("count", "shapes", "skipped"))
+            if report and report["count"] == latents.count_records(self.path):
+                return report
+        return None
+
+    @property
+    def lock(self) -> Lock:
+        """The lock of the process that makes the shard."""
+        return Lock(self.report_path.with_suffix(".lock"), str(self.path))
 
 
 def run(
@@ -101,14 +110,22 @@ def run(
     Raises:
       VideoError: if `videos` contains no usable video.
       LatentError: if `out` was made with other settings or videos, or an encoded clip is not finite.
-      PrepareError: if `worker` is not in [0, workers).
+      LockError: if another process makes the shard that is next.
+      PrepareError: if `worker` is not in [0, workers), or `out` cannot be written.
     """
     if not 0 <= worker < workers:
         raise PrepareError(f"worker {worker} of {workers}: count from 0")
     out = Path(out)
     clips = plan(videos, settings)
     shards = _shards(out, clips, settings.shard_size)
+    try:
+        (out / "progress").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PrepareError(f"--out {out} cannot be used ({error.strerror}): name a folder that can be written") from (
+            error
+        )
     manifest = _claim(out, clips, settings)
+    _check_files(out, Path(videos), shards)
     mine = shards[worker::workers]
     with progress(sum(len(shard.clips) for shard in mine), "clips") as advance:
         for shard in mine:
@@ -117,9 +134,9 @@ def run(
                 continue
             skipped: list[dict] = []
             decoded = _decode(Path(videos), shard.clips, settings, threads, skipped, advance)
-            with contextlib.closing(decoded):
+            with shard.lock, contextlib.closing(decoded):
                 count, shapes = latents.write_shard(shard.path, _records(decoded, encode, settings, batch_size))
-            write_json(shard.report_path, {"count": count, "shapes": shapes, "skipped": skipped})
+                write_json(shard.report_path, {"count": count, "shapes": shapes, "skipped": skipped})
     return _finish(out, shards, manifest)
 
 
@@ -175,7 +192,7 @@ def _claim(out: Path, plan: dict[str, list[Clip]], settings: Settings) -> dict:
         "planned": {split: len(clips) for split, clips in plan.items()},
         "videos": hashlib.sha256(names.encode()).hexdigest(),
     }
-    earlier = latents.read_json(out / latents.MANIFEST)
+    earlier = latents.read_json(out / latents.MANIFEST, ("settings", "schema", "videos"))
     if earlier is None:
         write_json(out / latents.MANIFEST, manifest)
         return manifest
@@ -184,6 +201,22 @@ def _claim(out: Path, plan: dict[str, list[Clip]], settings: Settings) -> dict:
     if changed:
         raise LatentError(f"{out} was begun differently: {', '.join(changed)}; use another --out or the same settings")
     return manifest
+
+
+def _check_files(out: Path, folder: Path, shards: list[Shard]) -> None:
+    """Records size and time of every video; refuses to go on if one of a finished shard was replaced since."""
+    path, sources = out / "videos.json", sorted({clip.source for shard in shards for clip in shard.clips})
+    found = {source: [(at := (folder / source).stat()).st_size, at.st_mtime_ns] for source in sources}
+    earlier = latents.read_json(path) or {}  # a version before this one recorded nothing
+    for shard in shards:
+        changed = [c.source for c in shard.clips if c.source in earlier and earlier[c.source] != found[c.source]]
+        if changed and shard.report():
+            raise LatentError(
+                f"{folder / changed[0]} changed since {shard.path} was made from it: delete {shard.report_path} to "
+                f"make that shard again, or use another --out; if only times of files differ, delete {path}"
+            )
+    if found != earlier:
+        write_json(path, found)
 
 
 def _decode(

@@ -13,12 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sfv_jax.checkpoints.run import LOCK
 from sfv_jax.evaluation.report import Report
 from sfv_jax.reproduction import experiments
 from sfv_jax.reproduction.experiments import BASE, FAST, FULL, TABLES
 from sfv_jax.reproduction.rows import SHOWN, Bench, ensure_row, svd_bench, world_bench
 from sfv_jax.reproduction.runs import ReproduceError, Runs, plan, svd_runs, world_runs
 from sfv_jax.reproduction.tables import make_report
+from sfv_jax.runtime.locks import Lock
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.training.alarms import TrainingStopped
 
@@ -69,7 +71,7 @@ def run(request: Request) -> None:
     """Prints the plan, makes the missing runs and rows, and prints the tables.
 
     Raises:
-      UserError: if the request is impossible, or its files cannot be used.
+      UserError: if the request is impossible, its files cannot be used, or another process makes the same tables.
       TrainingStopped: if a run was stopped or a process failed.
     """
     began, runs = time.monotonic(), runs_for(request)
@@ -80,9 +82,19 @@ def run(request: Request) -> None:
     if request.dry_run:
         return
     bench = bench_for(request, runs)
-    if request.share:
+    if request.share:  # each run has its own lock
         _run_share(request, bench, methods)
         return
+    runs.folder.mkdir(parents=True, exist_ok=True)
+    with Lock(runs.folder / LOCK, str(runs.folder)):
+        _run_all(request, bench, methods, jobs)
+    minutes = (time.monotonic() - began) / 60
+    print(f"Look at {runs.folder / 'index.html'} and strips.png. {minutes:.1f} minutes this time.")
+
+
+def _run_all(request: Request, bench: Bench, methods: list[tuple[str, int]], jobs: int) -> None:
+    """Makes all missing runs, `jobs` at a time, and rows, and prints the tables."""
+    runs = bench.runs
     if jobs > 1 and not all(runs.done(*method) for method in methods):
         with ThreadPoolExecutor(1) as beside:
             scored = beside.submit(bench.score, bench.truth)  # trains the network of the scores once, not in every job
@@ -92,8 +104,6 @@ def run(request: Request) -> None:
         side_by_side(request.arguments, runs.folder, jobs)
     reproduce(bench, request.only, request.seeds)
     print("\n" + (runs.folder / "scores.md").read_text())
-    minutes = (time.monotonic() - began) / 60
-    print(f"Look at {runs.folder / 'index.html'} and strips.png. {minutes:.1f} minutes this time.")
 
 
 def runs_for(request: Request) -> Runs:
@@ -174,6 +184,8 @@ def side_by_side(arguments: Sequence[str], folder: Path, jobs: int) -> None:
     finally:
         for process in running:
             process.terminate()
+        for process in running:  # they save what they have
+            process.wait()
     if failed:
         log = folder / f"job{failed[0]}.log"
         raise TrainingStopped(f"{log}: {log.read_text().strip().splitlines()[-1:]}; the same command continues")

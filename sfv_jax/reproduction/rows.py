@@ -1,5 +1,6 @@
 """Rows of the tables: sampling, scoring and timing of a trained model."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from sfv_jax.checkpoints.model_folder import read_model
+from sfv_jax.checkpoints.run import read_config
 from sfv_jax.config import world_of
 from sfv_jax.evaluation import fvd, world
 from sfv_jax.evaluation.clips import Reading, find_clips
@@ -20,7 +22,7 @@ from sfv_jax.evaluation.frechet import MIN_SAMPLES, measure
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.reproduction.experiments import BASE, Budget, Row
 from sfv_jax.reproduction.runs import ReproduceError, Runs
-from sfv_jax.runtime.files import replacing, write_json
+from sfv_jax.runtime.files import FileError, read_json, replacing, write_json
 from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sampling.sampler import Sampler
 
@@ -134,12 +136,13 @@ def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -
     """Returns (record, clips) of a row: from its files if they are up to date, else made with the sampler of `load`."""
     folder = bench.runs.folder / f"seed{seed}" / "rows" / row.key
     path = bench.runs.workdir(row.run, seed)
-    trained = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else None
+    trained = read_config(path) if (path / "config.json").is_file() else None
     origin = [str(path), trained, row.run, row.steps, row.sampler, row.guidance, seed, bench.options]
     digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode() + bench.truth.tobytes()).hexdigest()
     kept = folder / "row.json"
-    if kept.is_file() and (record := json.loads(kept.read_text()))["digest"] == digest:
-        return record, read_clips(folder, bench)
+    with contextlib.suppress(FileError):  # missing or damaged: made anew
+        if (record := read_json(kept, "", ("digest",)))["digest"] == digest:
+            return record, read_clips(folder, bench)
     sampler = load()
     clips = sample_clips(bench, sampler, row, seed, folder, digest)
     record = {"digest": digest} | bench.score(clips) | latency(bench, sampler, row)

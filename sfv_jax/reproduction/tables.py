@@ -1,6 +1,5 @@
 """The paper's tables with published and measured numbers, and their report."""
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ from sfv_jax.reproduction import experiments
 from sfv_jax.reproduction.experiments import BASE, TABLES, Row
 from sfv_jax.reproduction.rows import SHOWN, Bench
 from sfv_jax.reproduction.strips import picture
+from sfv_jax.training.metrics import read_metrics
 
 
 def summarise(records: list[dict]) -> dict:
@@ -52,7 +52,7 @@ def curves(bench: Bench, runs: list[str], seed: int) -> dict[str, dict[str, list
     plots: dict[str, dict[str, list[float]]] = {}
     for run in runs:
         file = bench.runs.workdir(run, seed) / "metrics.jsonl"
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        lines = read_metrics(file)[0]
         for name in ("loss/denoising", "loss/consistency", "loss/adversarial", "loss/reconstruction", "loss/hinge"):
             if values := [line[name] for line in lines if line.get(name) is not None]:
                 plots.setdefault(name.removeprefix("loss/"), {})[run] = values

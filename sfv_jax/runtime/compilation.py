@@ -1,9 +1,12 @@
 """Settings of the compiler for commands: effort, the cache of compiled programs, and memory kept between calls."""
 
+import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
+import stat
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +34,8 @@ def set_up(effort: float | None = None, memory_effort: float | None = None, *, r
       runs: whether the command runs what it compiles.
 
     The cache is `cache_folder()`, or what JAX_COMPILATION_CACHE_DIR names; JAX_ENABLE_COMPILATION_CACHE=false turns it
-    off. A folder that cannot be written is reported on stderr and costs nothing but the compilation.
+    off. A folder that cannot be written, or that others can, is reported on stderr and costs nothing but the
+    compilation.
     """
     if runs:
         keep_memory()
@@ -42,18 +46,57 @@ def set_up(effort: float | None = None, memory_effort: float | None = None, *, r
     ):
         if value is not None:
             jax.config.update(name, _level(value) or default)
-    if _config("jax_compilation_cache_dir") or not _config("jax_enable_compilation_cache"):
+    if not _config("jax_enable_compilation_cache"):
+        return
+    replace_garbage()
+    if _config("jax_compilation_cache_dir"):
         return
     folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if writable:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if problem := _open(folder):
+        print(f"{problem}: compiled programs are not kept; see JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
     else:
-        print(f"cannot write {folder}: compiled programs are not kept; see JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _open(folder: Path) -> str:
+    """Creates the folder of compiled programs; returns why it cannot be used, "" if it can.
+
+    JAX runs what it finds there, so nobody else may write it or the two folders above, which are its own.
+    """
+    try:
+        for part in (folder.parents[1], folder.parent, folder):
+            part.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = part.stat()
+            if hasattr(os, "getuid") and found.st_uid != os.getuid():
+                return f"{part} belongs to another user"
+            if found.st_mode & stat.S_IWOTH:
+                return f"everybody can write {part} (chmod 700 it)"
+        return "" if os.access(folder, os.W_OK) else f"cannot write {folder}"
+    except OSError:
+        return f"cannot write {folder}"
+
+
+def replace_garbage() -> None:
+    """Makes JAX remove an entry of its cache that it cannot read, such as half of one, which a killed process left.
+
+    JAX compiles such a program again at every start, because it never writes an entry that exists.
+    """
+    from jax._src import compilation_cache  # nothing public has the key of an entry
+
+    read = getattr(compilation_cache, "get_executable_and_time", None)
+    if read is None or hasattr(read, "__wrapped__"):
+        return
+
+    @functools.wraps(read)
+    def read_or_remove(key: str, *args, **kw):
+        try:
+            return read(key, *args, **kw)
+        except Exception:  # of any kind; JAX warns and compiles
+            with contextlib.suppress(OSError):
+                Path(_config("jax_compilation_cache_dir"), f"{key}-cache").unlink()
+            raise
+
+    compilation_cache.get_executable_and_time = read_or_remove
 
 
 def _config(name: str) -> Any:

@@ -1,32 +1,104 @@
-"""Files that appear under their final name only when they are complete, and checksums of files."""
+"""Files that appear under their final name only when they are complete and on the disk; JSON and checksums of files."""
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import secrets
+import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
+from typing import Any
 
 from sfv_jax.errors import UserError
 
 
+class FileError(UserError):
+    """File without the content that it should have; the message gives the cause and the remedy."""
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Generator[Path, None, None]:
-    """Yields a temporary path next to `path`; renames it to `path` on success, deletes it on failure."""
+    """Yields a temporary path next to `path`; on success renames it to `path`, on failure deletes it.
+
+    The content is on the disk before the rename: after a power failure `path` has the old content or the new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes on several machines may have the same number and write the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
+        to_disk(temporary)
         os.replace(temporary, path)
+        to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def to_disk(path: Path) -> None:
+    """Waits until the content of a file, or the list of a folder's files, is on the disk."""
+    folder = path.is_dir()
+    if os.name == "nt" and folder:  # cannot be opened
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems do this for files only.
+        if not folder or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path` in UTF-8, completely or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: dict) -> None:
     """Writes `content` to `path` as JSON, completely or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path, remedy: str, fields: Iterable[str] = ()) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+      path: the file.
+      remedy: what to do if it is unusable, for the message.
+      fields: names of fields that must be there.
+
+    Raises:
+      FileError: if the file is missing, empty, cut off, not UTF-8 text or not a JSON object, or lacks fields.
+    """
+    try:
+        text = path.read_bytes().decode()
+        content = json.loads(text) if text.strip("\0 \r\n\t") else ""
+    except OSError as error:
+        problem = (error.strerror or str(error)).lower()
+    except UnicodeDecodeError:
+        problem = "is not UTF-8 text"
+    except (ValueError, RecursionError) as error:
+        problem = f"is cut off or not JSON ({error})"
+    else:
+        missing = [name for name in fields if not isinstance(content, dict) or name not in content]
+        if isinstance(content, dict) and not missing:
+            return content
+        problem = f"has no {', '.join(missing)}" if isinstance(content, dict) else "is not a JSON object"
+        problem = "is empty" if content == "" else problem
+    raise FileError(f"{path}: {problem}; {remedy}")
+
+
+def free_name(path: Path) -> Path:
+    """Returns `path`, extended by as many "_" as it takes for a name that nothing has."""
+    while os.path.lexists(path):
+        path = path.with_name(path.name + "_")
+    return path
 
 
 def check_folder(folder: Path, given: str) -> None:
@@ -63,13 +135,28 @@ def check_file(path: Path, given: str) -> None:
 
 def is_alive(process: int) -> bool:
     """Returns whether a process with this number exists on this machine."""
+    if sys.platform == "win32":
+        return _is_alive_on_windows(process)
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except (PermissionError, OverflowError):  # of another user; a number that no process has
+        return process < 2**31
     return True
+
+
+def _is_alive_on_windows(process: int) -> bool:
+    """Asks for the exit code: `os.kill(process, 0)` would end the process."""
+    query, denied, running = 0x1000, 5, 259  # PROCESS_QUERY_LIMITED_INFORMATION, ERROR_ACCESS_DENIED, STILL_ACTIVE
+    kernel = ctypes.windll.kernel32  # pyrefly: ignore[missing-attribute]
+    handle = kernel.OpenProcess(query, False, process)
+    if not handle:
+        return kernel.GetLastError() == denied
+    code = ctypes.c_ulong()
+    kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+    kernel.CloseHandle(handle)
+    return code.value == running
 
 
 def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:

@@ -21,6 +21,9 @@ from sfv_jax.runtime.sharding import on_mesh, param_shardings
 from sfv_jax.sampling.generator import Generator, share
 
 Array = jax.Array
+# Kinds of calls whose programs a process keeps. On a CPU the programs of one take about 350 memory maps, and Linux
+# allows a process 65,530.
+MOST_KINDS = 64
 
 
 class NonFiniteError(UserError):
@@ -29,6 +32,9 @@ class NonFiniteError(UserError):
 
 class Sampler:
     """Function from images to videos. Load it once and call it many times: each shape is compiled once.
+
+    Programs are kept for `MOST_KINDS` shapes and numbers of steps; the next kind clears JAX's memory of all programs of
+    the process. What is needed again is then compiled, or read from the cache of compiled programs.
 
     Attributes:
       unet: config of the generator; videos have `unet.num_frames` frames by default.
@@ -58,6 +64,7 @@ class Sampler:
         self.mesh, self.check_finite = mesh, check_finite
         self.generator = Generator(unet, dtype, mesh)
         self._finite = jax.jit(finite)
+        self._kinds: set[tuple] = set()
 
     @classmethod
     def load(
@@ -202,6 +209,9 @@ class Sampler:
         shape = self.latent_shape(size, num_frames)
         if noise is not None and noise.shape != (count, *shape):
             raise UserError(f"noise has shape {noise.shape}, these images need {(count, *shape)}")
+        self._keep_room(
+            (shape, steps, sampler, guidance is None, decode_chunk_size, *(image.shape for image in images))
+        )
         rows = self._rows(count)
         images, seeds = [images[n] for n in rows], [seeds[n] for n in rows]
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(jnp.stack([jax.random.key(s) for s in seeds]))
@@ -218,6 +228,13 @@ class Sampler:
         if self.check_finite:
             self._raise_nonfinite(checks | {"decoded frames": sound}, count)
         return frames
+
+    def _keep_room(self, kind: tuple) -> None:
+        """Notes a kind of call; forgets all programs before there are more than `MOST_KINDS`."""
+        if kind not in self._kinds and len(self._kinds) >= MOST_KINDS:
+            jax.clear_caches()
+            self._kinds.clear()
+        self._kinds.add(kind)
 
     def latent_shape(self, size: tuple[int, int], num_frames: int | None = None) -> tuple[int, int, int, int]:
         """Returns `(t, h, w, c)`, the shape of one video's latents, for `size (height, width)` in pixels."""

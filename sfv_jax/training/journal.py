@@ -1,6 +1,7 @@
 """Path of the metrics of a run from device to disk and terminal: fetched late, checked, averaged, written."""
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -59,7 +60,7 @@ class Journal:
             running = jax.device_get(self.running) if everything else []
         for offset, metrics in enumerate(finished + running):
             if cause := not_finite(metrics):
-                self._stop(self.first + offset, "nan", f"not finite: {cause}")
+                self.stop(self.first + offset, "nan", f"not finite: {cause}")
         self.finished = []
         if everything:
             self.clock.pause()  # the device became idle: times of this interval and the next would be too long
@@ -75,11 +76,16 @@ class Journal:
         self.report.note(step, line(values))
         for alarm in self.alarms.check(values):
             if self.on_alarm == "stop" and alarm.kind != "data":  # times differ between processes, and all must stop
-                self._stop(step, *alarm)
+                self.stop(step, *alarm)
             self.writer.alarm(step, *alarm)
             self.report.print(f"ALARM at step {step}: {alarm.message}")
 
-    def _stop(self, step: int, kind: str, message: str) -> None:
+    def stop(self, step: int, kind: str, message: str) -> NoReturn:
+        """Records an alarm at `step` and ends the run.
+
+        Raises:
+          TrainingStopped: always, with the message and how to continue.
+        """
         self.writer.alarm(step, kind, message)
         saved = self.saved()
         if saved is None:

@@ -1,5 +1,6 @@
 """Training loop, from a config to the last checkpoint."""
 
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sfv_jax.checkpoints.base import describe_run
-from sfv_jax.checkpoints.run import Checkpoints, claim_workdir, flat
+from sfv_jax.checkpoints.run import BadStateError, Checkpoints, claim_workdir, explained, flat, owned, safe
 from sfv_jax.config import ConfigError
 from sfv_jax.data.loader import make_loader
 from sfv_jax.errors import UserError
@@ -33,12 +34,19 @@ def train(config: ConfigDict, workdir: Path) -> dict:
     Raises:
       ConfigError: if the config cannot be run.
       WorkdirError: if `workdir` contains another run, or a checkpoint cannot be written or read.
+      LockError: if another process trains in `workdir`.
       ProcessError: if the processes were started with different settings.
       TrainingStopped: if a number is not finite, or an alarm stops the run.
     """
     agree(flat(config.to_dict()))
     if config.method not in METHODS:
         raise ConfigError(f"config.method={config.method!r}: choose one of {', '.join(METHODS)}")
+    with owned(workdir) as check_owner, explained(workdir):
+        return train_owned(config, workdir, check_owner)
+
+
+def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], None]) -> dict:
+    """Trains like `train` in a workdir that this run owns; calls `check_owner` before every save."""
     method, chief = METHODS[config.method], jax.process_index() == 0
 
     # ---- networks, state, shardings: shapes first ----
@@ -77,6 +85,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
 
     once(claim)
     with ExitStack() as stack:  # its end waits for unfinished checkpoints, also after an error
+        stop = stack.enter_context(StopRequest(lambda: safe(workdir)))  # outlives the wait for the last checkpoint
         checkpoints = stack.enter_context(
             closing(Checkpoints(workdir, config.keep_checkpoints, config.keep_every, config.to_dict()))
         )
@@ -105,9 +114,10 @@ def train(config: ConfigDict, workdir: Path) -> dict:
             flops = step_flops(config, base.unet, source[0]) / jax.device_count()
         clock = Clock(report.first, flops, peak_flops(jax.devices()[0].device_kind))
         out = Outputs(
-            Journal(config, clock, writer, report, checkpoints.latest),
+            Journal(config, clock, writer, report, checkpoints.settled),
             previews,
             checkpoints,
+            check_owner,
             stack.enter_context(closing(Trace(workdir / "profile", config.profile_start, config.profile_steps))),
         )
         return loop(
@@ -117,7 +127,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
             loader,
             lambda batch: put_batch(mesh, batch),
             out,
-            stack.enter_context(StopRequest()),
+            stop,
         )
 
 
@@ -128,7 +138,23 @@ class Outputs:
     journal: Journal
     previews: Previews | None
     checkpoints: Checkpoints
+    check_owner: Callable[[], None]
     trace: Trace
+
+    def save(self, step: int, state: dict, position: dict) -> None:
+        """Starts to save `state` after `step` and the `position` of the loader.
+
+        Raises:
+          TrainingStopped: if a number of the state is not finite; nothing is saved.
+          LockError: if another run has taken the workdir over.
+        """
+        # A run that resumes here writes no metrics of earlier steps, and only finite numbers may be saved.
+        self.journal.flush(everything=True)
+        self.check_owner()
+        try:
+            self.checkpoints.save(step, state, position)
+        except BadStateError as error:
+            self.journal.stop(step, "nan", str(error))
 
 
 def loop(config, step_fn, state, loader, put, out: Outputs, stop: StopRequest) -> dict:
@@ -163,13 +189,12 @@ def loop(config, step_fn, state, loader, put, out: Outputs, stop: StopRequest) -
         if step % config.log_every == 0 or last:
             journal.end_interval()
         if step % config.checkpoint_every == 0 or last:
-            # A run that resumes here writes no metrics of earlier steps, and only finite numbers may be saved.
-            journal.flush(everything=True)
-            out.checkpoints.save(step, state, loader.get_state())
+            out.save(step, state, loader.get_state())
+        if stopped:
+            out.checkpoints.wait()
+            report.print(f"asked to stop: saved step {step}; run the same command again to continue")
+            break
         if out.previews and (step % config.sample_every == 0 or last):
             out.previews.draw(state["generator"], state["ema"], step)
             journal.clock.pause()
-        if stopped:
-            report.print(f"asked to stop: saved step {step}; run the same command again to continue")
-            break
     return state

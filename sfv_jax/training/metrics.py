@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
 from sfv_jax.config import ConfigError
-from sfv_jax.runtime.files import replacing
+from sfv_jax.runtime.files import free_name, write_text
 
 
 class MetricWriter:
@@ -37,19 +39,20 @@ class MetricWriter:
             self.board = SummaryWriter(str(workdir / "tensorboard"))
 
     def resume(self, step: int) -> None:
-        """Removes lines after `step`, left by a crashed run, so that every step appears once; alarms remain."""
-        if not self.active or not self.path.exists():
+        """Removes lines after `step`, left by a crashed run, so that every step appears once; alarms remain.
+
+        A last line that a crash cut off is removed, too. If other lines are unreadable, the file is kept under another
+        name and its good lines go on.
+        """
+        if not self.active or not os.path.lexists(self.path):
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # a line truncated by the crash
-                continue
-            if entry["step"] <= step or "alarm" in entry:
-                kept.append(line)
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept))
+        lines, broken = read_metrics(self.path)
+        if broken:
+            aside = free_name(self.path.with_name(f"{self.path.name}.damaged"))
+            self.path.replace(aside)
+            print(f"{self.path}: {broken}; kept as {aside.name}, its good lines go on", file=sys.stderr)
+        kept = [json.dumps(entry) for entry in lines if entry["step"] <= step or "alarm" in entry]
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes `values` at `step`, the number of finished steps."""
@@ -87,6 +90,33 @@ class MetricWriter:
             self.board.close()
             if self.wandb:
                 self.wandb.finish()
+
+
+def read_metrics(path: Path) -> tuple[list[dict], str]:
+    """Reads `metrics.jsonl`.
+
+    Args:
+      path: the file.
+
+    Returns:
+      entries: the good lines: objects with a whole number "step".
+      broken: what is wrong with the other lines, "" if there are none but a cut-off last one.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        return [], f"cannot be read ({error.strerror})"
+    entries, bad = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):  # also of text that is not UTF-8
+            entry = None
+        if isinstance(entry, dict) and type(entry.get("step")) is int:
+            entries.append(entry)
+        elif number < len(lines):  # a whole line ends in "\n"
+            bad.append(number)
+    return entries, f"{len(bad)} lines are not metrics, first line {bad[0]}" if bad else ""
 
 
 def open_wandb(project: str, workdir: Path, config: dict):

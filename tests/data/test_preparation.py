@@ -21,6 +21,7 @@ from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
 from sfv_jax.models import clip, tree, vae
 from sfv_jax.models.codec import PatchCodec
+from sfv_jax.runtime.locks import LockError
 from sfv_jax.weights.diffusers import save_component
 
 SETTINGS = Settings(height=32, width=48, num_frames=4, shard_size=3)
@@ -340,7 +341,7 @@ BROKEN = {
     nan_latent: "clip 0/clip.*latents is not finite; delete that file and run .*00000-of-00004",
     wrong_shape: "00000-of-00004 is damaged .*delete that file",
     other_schema: "clip 0/clip.*schema 2, this code reads 1; make the cache anew",
-    damaged_metadata: "features.json: not JSON .*delete it and run",
+    damaged_metadata: "features.json: is cut off or not JSON .*delete it and run",
     empty_folder: "not a finished cache; run",
 }
 
@@ -452,3 +453,57 @@ def test_world_source_needs_no_files():
     np.testing.assert_array_equal(example["ids"], [6, 127, 0])
     batch = next(make_loader(source, global_batch_size=4, seed=0))
     assert jax.tree.map(np.shape, batch)["latents"] == (4, 8, 8, 8, 48)
+
+
+# ---- interruptions and neighbors ----
+
+
+def test_a_second_worker_leaves_the_shard_of_the_first_alone(videos, tmp_path):
+    """The temporary file of a live process must not be deleted."""
+
+    class Meets(Counting):
+        def __call__(self, frames, seeds):
+            if not self.calls:
+                with pytest.raises(LockError, match=f"00000-of-0000.* is in use by process {os.getpid()}"):
+                    preparation.run(videos, tmp_path, encode, SETTINGS)
+            return super().__call__(frames, seeds)
+
+    assert preparation.run(videos, tmp_path, Meets(), SETTINGS)
+    assert not list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_video_that_was_replaced_is_noticed(videos, tmp_path):
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    shutil.copytree(videos, folder)
+    with pytest.raises(KeyboardInterrupt):
+        preparation.run(folder, out, Counting(limit=4), SETTINGS)
+    done = next(iter(sorted(out.glob("progress/*.json"))))
+    first, last = (folder / f"{n % 2}" / f"clip{n}.mp4" for n in (0, 7))  # in the first shard, in the last one
+    last.write_bytes((folder / "0" / "clip2.mp4").read_bytes())  # not encoded yet
+    first.write_bytes((folder / "0" / "clip4.mp4").read_bytes())
+    with pytest.raises(LatentError, match=f"{first} changed since .* was made from it: delete {done} to make that"):
+        preparation.run(folder, out, encode, SETTINGS)
+    done.unlink()
+    preparation.run(folder, out, encode, SETTINGS)
+    preparation.run(folder, tmp_path / "anew", encode, SETTINGS)
+    assert contents(out) == contents(tmp_path / "anew")
+
+
+@pytest.mark.parametrize("content", ["[]", "", "{", '{"settings": {}}'])
+def test_a_damaged_manifest_or_report_is_one_line_or_made_anew(videos, cache, tmp_path, content):
+    out = tmp_path / "cache"
+    shutil.copytree(cache[0], out)
+    report = sorted(out.glob("progress/*.json"))[0]
+    report.write_text(content)
+    preparation.run(videos, out, encode, SETTINGS)
+    assert contents(out) == contents(cache[0])
+    (out / latents.MANIFEST).write_text(content)
+    with pytest.raises(LatentError, match=r"manifest.json: .*; delete it and run") as caught:
+        preparation.run(videos, out, encode, SETTINGS)
+    assert "\n" not in str(caught.value)
+
+
+def test_out_that_is_a_file(videos, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(PrepareError, match="--out .*out cannot be used"):
+        preparation.run(videos, tmp_path / "out", encode, SETTINGS)

@@ -44,6 +44,15 @@ def test_a_second_start_finds_its_programs(tmp_path):
     assert command(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false") == ["None", "False", "0.0"]
 
 
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:100], lambda content: b"garbage"])
+def test_an_entry_that_cannot_be_read_is_replaced(tmp_path, damage):
+    folder = Path(command(tmp_path)[0])
+    for entry in folder.glob("*-cache"):
+        entry.write_bytes(damage(entry.read_bytes()))
+    assert command(tmp_path)[1] == "False"  # compiled, and written anew
+    assert command(tmp_path)[1] == "True"
+
+
 KEEP = """
 import resource, sys, jax
 from sfv_jax.runtime import compilation
@@ -143,6 +152,28 @@ def test_no_cache_where_it_cannot_be_written(config, monkeypatch, tmp_path, caps
     compilation.set_up()
     assert config.jax_compilation_cache_dir is None
     assert "compiled programs are not kept" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="file modes")
+def test_only_a_private_cache_is_used(config, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compilation.set_up(runs=False)
+    folder = compilation.cache_folder()
+    assert config.jax_compilation_cache_dir == str(folder)
+    assert [path.stat().st_mode & 0o777 for path in (folder, *folder.parents[:2])] == [0o700] * 3
+    for path, problem in ((folder, "chmod"), (folder.parent, "chmod"), (folder, "user")):
+        config["jax_compilation_cache_dir"] = None
+        with monkeypatch.context() as patch:
+            if problem == "user":
+                patch.setattr(os, "getuid", lambda: 12345)
+            else:
+                path.chmod(0o777)
+            compilation.set_up(runs=False)
+        path.chmod(0o700)
+        error = capsys.readouterr().err
+        assert config.jax_compilation_cache_dir is None and error.count("\n") == 1
+        expected = f"everybody can write {path} (chmod 700 it)" if problem == "chmod" else "belongs to another user"
+        assert expected in error and "compiled programs are not kept" in error
 
 
 def test_each_kind_of_cpu_has_its_own_folder(monkeypatch):

@@ -1,11 +1,15 @@
 """Two processes on loopback with four devices each, compared with one with eight; continuation on fewer of both."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +31,8 @@ BOUNDS = {"generator": 2e-5, "ema": 2e-5, "opt_g": 1e-3, "step": 0}
 pytestmark = pytest.mark.usefixtures("compile_little")
 
 
-def launch(workdir: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Trains in two processes of four devices each."""
+def begin(workdir: Path, *flags: str) -> subprocess.Popen:
+    """Starts to train in two processes of four devices each."""
     environment = os.environ | dict(
         PYTHON=sys.executable,
         PYTHONPATH=str(ROOT),
@@ -38,7 +42,15 @@ def launch(workdir: Path, *flags: str) -> subprocess.CompletedProcess:
     )
     arguments = ["--config", str(ROOT / "tests/support/small_run.py"), "--workdir", str(workdir), *flags]
     command = [str(ROOT / "launch/local.sh"), "-n", "2", "-d", "4", "--", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+
+
+def launch(workdir: Path, *flags: str) -> subprocess.CompletedProcess:
+    """Trains in two processes of four devices each."""
+    with begin(workdir, *flags) as started:
+        out, error = started.communicate(timeout=600)
+    return subprocess.CompletedProcess(started.args, started.returncode, out, error)
 
 
 def run(workdir: Path, devices: int, steps: int, **mesh) -> dict:
@@ -94,6 +106,44 @@ def test_two_processes_continue_as_four_devices_and_those_as_one(eight, two, tmp
     assert int(run(workdir, 4, 3, data=1, fsdp=2, spatial=2)["step"]) == 3
     assert_close(run(workdir, 1, 4), eight[1])
     np.testing.assert_allclose(list(losses(workdir).values()), list(losses(eight[0]).values()), rtol=1e-5)
+
+
+def members(workdir: Path) -> dict[int, int]:
+    """Returns `{process id of the run: process number of the system}` of the processes that train in `workdir`."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = entry.read_bytes().decode(errors="replace").split("\0")
+            if str(workdir) in words and words[-2].startswith("--process_id="):
+                found[int(words[-2].partition("=")[2])] = int(entry.parent.name)
+    return found
+
+
+def until(condition, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc")
+def test_two_processes_are_told_to_stop_and_one_is_killed(tmp_path):
+    workdir = tmp_path / "run"
+    start = partial(begin, workdir, "--config.steps=100000", "--config.checkpoint_every=1000")
+    with start() as launched:
+        until(lambda: (workdir / "metrics.jsonl").exists() and losses(workdir))
+        os.kill(members(workdir)[1], signal.SIGHUP)  # one alone
+        out, _ = launched.communicate(timeout=100)
+    assert launched.returncode == 0 and not members(workdir)
+    step = int(re.search(r"saved step (\d+); run the same", out)[1])
+    assert (workdir / "checkpoints" / str(step)).is_dir() and not (workdir / "lock.json").exists()
+    with start() as launched:
+        until(lambda: max(losses(workdir)) > step)
+        os.kill(members(workdir)[1], signal.SIGKILL)
+        began = time.monotonic()
+        launched.communicate(timeout=60)
+    assert time.monotonic() - began < 20 and launched.returncode and not members(workdir)
 
 
 def test_processes_stop_together():

@@ -1,0 +1,150 @@
+"""Locks between processes, of this machine and of others."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sfv_jax.runtime import locks
+from sfv_jax.runtime.locks import Lock, LockError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "lock.json"
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    monkeypatch.setattr(locks, "SILENCE", 0.4)
+    monkeypatch.setattr(locks, "SIGN", 0.05)
+
+
+def elsewhere(**changes) -> dict:
+    """Returns an owner on another machine."""
+    owner = {"process": 123, "host": "node7", "place": "another", "started": "", "since": "yesterday", "token": "t"}
+    return owner | changes
+
+
+def test_one_owner_at_a_time(path):
+    with Lock(path, "runs/a") as lock:
+        owner = json.loads(path.read_text())
+        assert owner["process"] == os.getpid() and owner["host"] and owner["since"]
+        with (
+            pytest.raises(LockError, match=f"runs/a is in use by process {os.getpid()} on .* since 20"),
+            Lock(path, "runs/a"),
+        ):
+            pass
+        lock.check()
+    assert list(path.parent.iterdir()) == []
+    with Lock(path, "runs/a"):
+        pass
+
+
+def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    for started, number in (("", process.pid), ("1", os.getpid())):  # gone; its number is that of a later process
+        path.write_text(json.dumps(elsewhere(process=number, place=locks._place(), started=started)))
+        began = time.monotonic()
+        with Lock(path, "runs/a"):
+            assert time.monotonic() - began < 1 and json.loads(path.read_text())["process"] == os.getpid()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_zombie_is_gone():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    while locks._state(process.pid)[0] != "Z":
+        time.sleep(0.01)
+    assert not locks.is_running(process.pid, "")
+    process.wait()
+
+
+@pytest.mark.parametrize("content", [json.dumps(elsewhere()), "", "[]", '{"process": "x"}', "\0\0"])
+def test_a_silent_owner_on_another_machine_is_taken_over_after_a_while(path, hurried, capsys, content):
+    path.write_text(content)
+    began = time.monotonic()
+    with Lock(path, "runs/a") as lock:
+        assert time.monotonic() - began > 0.4
+        lock.check()
+    assert "runs/a: locked by" in capsys.readouterr().err and not list(path.parent.iterdir())
+
+
+def test_an_owner_on_another_machine_that_gives_signs_is_left_alone(path, hurried, monkeypatch):
+    with Lock(path, "runs/a"):
+        time.sleep(0.15)
+        monkeypatch.setattr(locks, "_place", lambda: "another")
+        with pytest.raises(LockError, match="runs/a is in use by process"), Lock(path, "runs/a"):
+            pass
+    assert not path.exists()
+
+
+def test_who_was_taken_over_notices(path):
+    with Lock(path, "runs/a") as lock:
+        path.write_text(json.dumps(elsewhere()))
+        with pytest.raises(LockError, match="taken over by process 123 on node7 since yesterday"):
+            lock.check()
+    assert json.loads(path.read_text()) == elsewhere()  # not removed: it is not ours
+
+
+def test_a_deleted_lock_is_made_anew(path):
+    with Lock(path, "runs/a") as lock:
+        path.unlink()
+        lock.check()
+        assert json.loads(path.read_text())["token"] == lock.token
+
+
+def test_without_hard_links(path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with Lock(path, "runs/a"), pytest.raises(LockError, match="in use"), Lock(path, "runs/a"):
+        pass
+    assert not list(path.parent.iterdir())
+
+
+def test_one_of_many_wins(path):
+    """Many threads and an abandoned lock: never two owners at once."""
+    inside, won, most = [], [], []
+
+    def contend():
+        try:
+            with Lock(path, "runs/a"):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.02)
+                inside.pop()
+                won.append(1)
+        except LockError:
+            pass
+
+    path.write_text(json.dumps(elsewhere(process=2**22 + 5, place=locks._place())))
+    threads = [threading.Thread(target=contend) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won and max(most) == 1 and not list(path.parent.iterdir())
+
+
+def test_a_killed_process_leaves_a_lock_that_does_not_hinder(path):
+    code = (
+        f"import sys\nfrom pathlib import Path\nfrom sfv_jax.runtime.locks import Lock\nLock(Path({str(path)!r}), 'a')"
+    )
+    code += ".__enter__()\nprint('locked', flush=True)\nsys.stdin.read()"
+    command, env = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(LockError, match=f"a is in use by process {process.pid} on"), Lock(path, "a"):
+            pass
+        process.kill()
+    with Lock(path, "a"):
+        pass
