@@ -15,7 +15,6 @@ It needs jax, flax, optax, orbax, einops, numpy and, for the parity stage, the r
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from absl import flags
 from sfv_jax.errors import UserError
 from sfv_jax.runtime import commands
 from sfv_jax.runtime.files import replacing, write_json
+from sfv_jax.runtime.platforms import end_group
 from sfv_jax.runtime.versions import package_versions
 
 FLAGS = flags.FLAGS
@@ -374,7 +374,7 @@ def _end(process: subprocess.Popen, patience: float) -> None:
     try:
         process.wait(patience)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        end_group(process)
         process.wait()
 
 

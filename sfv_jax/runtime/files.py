@@ -26,17 +26,6 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def is_alive(process: int) -> bool:
-    """Returns whether a process with this number exists on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:
     """Returns the hexadecimal SHA-256 of a file; calls `done` with the number of bytes of each block read."""
     digest = hashlib.sha256()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sfv_jax.errors import UserError
-from sfv_jax.runtime.files import is_alive
+from sfv_jax.runtime.platforms import is_alive
 
 
 class WeightsError(UserError):
