@@ -1,4 +1,7 @@
-"""Values of enum flags, without imports of the modules that define them; a test compares them with those modules."""
+"""Values of enum flags and config fields, without imports of the modules that define them.
+
+A test compares them with those modules.
+"""
 
 DTYPES = ("float32", "bfloat16", "float16")  # models.networks.DTYPES
 SAMPLERS = ("euler", "sfv", "sfv_euler", "animatelcm")  # diffusion.solvers.SAMPLERS
@@ -10,3 +13,7 @@ TABLES = ("table1", "table2", "table3", "losses")  # reproduction.experiments.TA
 DATASETS = ("ucf101", "folder", "world")  # evaluation.request.COUNTS
 UCF101_SPLITS = (*(f"{kind}list0{n}" for kind in ("train", "test") for n in (1, 2, 3)), "all")  # data.ucf101.SPLITS
 JOBS = ("train", "sample", "prepare")  # performance.job.WHAT
+METHODS = ("sfv", "teacher", "animatelcm", "ufogen", "ladd")  # methods.METHODS
+ATTENTION_KERNELS = ("auto", "einsum", "blocked", "looped", "reduce", "cudnn", "splash")  # models.attention.attention
+SHAPES = ("disc", "square", "triangle", "ring")  # data.worlds.SHAPES
+COLOURS = ("red", "orange", "yellow", "green", "blue", "violet")  # data.worlds.PALETTE

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import replacing
+from sfv_jax.runtime.plain_config import flat
 
 MAY_CHANGE = (
     "steps",
@@ -49,10 +50,15 @@ class WorkdirError(UserError):
     """Workdir that cannot be used for this run; the message gives the cause and the remedy."""
 
 
-def claim_workdir(workdir: Path, config: dict) -> None:
+def claim_workdir(workdir: Path, config: dict, renew: Callable[[dict, dict], dict] = lambda old, new: old) -> None:
     """Records `config` in `workdir`, or checks that it equals the recorded one.
 
     Fields of `MAY_CHANGE` (length, reporting and mesh) may differ between runs of the same workdir.
+
+    Args:
+      workdir: the workdir.
+      config: config of the run (JSON).
+      renew: function from the recorded flat fields and those of `config` to the recorded ones in today's form.
 
     Raises:
       WorkdirError: if any other field differs; lists all of them.
@@ -60,6 +66,7 @@ def claim_workdir(workdir: Path, config: dict) -> None:
     path, text = workdir / "config.json", json.dumps(config, indent=1)
     if path.exists():
         old, new = flat(json.loads(path.read_text())), flat(json.loads(text))  # JSON turns tuples into lists
+        old = renew(old, new)
         names = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE]
         if names:
             lines = [f"  {k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} now" for k in names]
@@ -70,14 +77,6 @@ def claim_workdir(workdir: Path, config: dict) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text)
-
-
-def flat(config: dict, prefix: str = "") -> dict:
-    """Returns `{"a.b": value}` of nested dicts."""
-    fields = {}
-    for k, v in config.items():
-        fields |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-    return fields
 
 
 @jax.jit
