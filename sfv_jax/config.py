@@ -313,9 +313,7 @@ def renewed(recorded: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """
     idle = [name for name in GONE if name in recorded and name not in now and recorded[name] == GONE[name]]
     for name in idle:
-        print(
-            f"config.{name} is gone; its value {recorded[name]!r} in the recorded config did nothing", file=sys.stderr
-        )
+        print(f"config.{name}={recorded[name]!r} of the recorded run is gone: it did nothing", file=sys.stderr)
     kept = {name: value for name, value in recorded.items() if name not in idle}
     return {name: value for name, value in YOUNGER.items() if name in now} | kept
 

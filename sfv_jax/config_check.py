@@ -109,9 +109,13 @@ def _losses(adversarial: float, second: float) -> None:
 def _law(mean: float, std: float, levels: int) -> None:
     from sfv_jax.diffusion import edm
 
-    if abs(std) < 1e-3:
-        raise UserError(f"p_std={std}: give a magnitude of at least 0.001")
-    edm.lognormal_levels(levels, mean, std)
+    if std:
+        edm.lognormal_levels(levels, mean, std)
+
+
+def _spread(std: float) -> None:
+    if not std:
+        raise UserError("give a magnitude above 0")
 
 
 def _probabilities(given: tuple, levels: int) -> None:
@@ -146,6 +150,7 @@ RELATIONS: list[tuple[tuple[str, ...], Callable]] = [
     ),
     *(((f"{name}.adv_weight", f"{name}.recon_weight"), _losses) for name in ADVERSARIAL),
     *(((f"{name}.p_mean", f"{name}.p_std", f"{name}.discriminator_levels"), _law) for name in ("sfv", "ladd")),
+    *(((f"{name}.p_std",), _spread) for name in ("sfv", "ladd")),
     (("ladd.probabilities", "ladd.generator_levels"), _probabilities),
     (("ladd.warmup_probabilities", "ladd.probabilities"), _one_together),
     (("ladd.teacher_guidance",), _guidance),

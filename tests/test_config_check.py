@@ -33,9 +33,9 @@ CONFIGS = [
 ]
 
 
-def changed(method: str = "sfv", **changes) -> ConfigDict:
+def changed(base: str = "sfv", /, **changes) -> ConfigDict:
     """Returns the tiny config of a method with changes by dotted name ("__" for a dot), of whatever type."""
-    config = ConfigDict(defaults.tiny(getattr(defaults, method)()).to_dict(), type_safe=False)
+    config = ConfigDict(defaults.tiny(getattr(defaults, base)()).to_dict(), type_safe=False)
     for name, value in changes.items():
         *sections, field = name.split("__")
         node = config

@@ -139,7 +139,7 @@ def lognormal_levels(levels: int, p_mean: float, p_std: float) -> tuple[np.ndarr
     sigmas = karras_sigmas(levels)[1:]
     cdf = np.array([erf((log(s) - p_mean) / (sqrt(2) * abs(p_std))) for s in sigmas.astype(np.float64)])
     mass = np.diff(cdf)
-    if not mass.sum() > 1e-6:
+    if not mass.sum() > 1e-6:  # NaN included
         raise UserError(f"{levels} levels have no mass under a lognormal law of p_mean={p_mean}, p_std={p_std}")
     return sigmas[:-1], (mass / mass.sum()).astype(np.float32)
 

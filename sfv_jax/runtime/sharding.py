@@ -56,7 +56,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, spatial: int = 1, devices=None) -> 
     """
     devices = jax.devices() if devices is None else devices
     if data == -1:
-        data = max(len(devices) // (fsdp * spatial), 1)
+        data = max(len(devices) // max(fsdp * spatial, 1), 1)
     if min(data, fsdp, spatial) < 1 or data * fsdp * spatial != len(devices):
         divisors = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
         raise UserError(

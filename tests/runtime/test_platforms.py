@@ -24,14 +24,14 @@ POSIX |= {"symlink", "sched_getaffinity", "sched_setaffinity", "getrusage"}
 def windows(monkeypatch):
     """Makes `platforms` see Windows; `os.kill` fails the test."""
 
-    def kill(*args):
+    def fail(*args):
         raise AssertionError("os.kill ends a process on Windows")
 
     class Os:
         """`os` as on Windows: pathlib needs the real one."""
 
         name, sysconf_names = "nt", {}
-        kill = staticmethod(kill)
+        kill = staticmethod(fail)
 
     monkeypatch.setattr(platforms, "os", Os)
     real = builtins.__import__

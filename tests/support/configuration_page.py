@@ -36,7 +36,7 @@ RELATIONS = """
 | `*_optimizer.decay_steps` | 0 for the schedule "constant", otherwise a length |
 | `gan_loss` "relativistic" | needs `shared_noise=True` |
 | `adv_weight`, `recon_weight` | not both 0 |
-| `p_mean`, `p_std` | the law has mass at the discriminator's levels; the magnitude of `p_std` is at least 0.001 |
+| `p_mean`, `p_std` | the law has mass at the discriminator's levels; `p_std` is not 0 |
 | `ladd.probabilities` | at most `generator_levels`; as many `warmup_probabilities`; both 1 together |
 | `ladd.teacher_guidance` | one end above 1, or both 1 |
 | `animatelcm.sample_steps` | at most 3 with a sampler of SF-V, 40 with AnimateLCM's |
