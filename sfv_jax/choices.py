@@ -1,4 +1,7 @@
-"""Values of flags, without imports of the modules that define the names; a test compares these with the modules."""
+"""Values of enum flags and config fields, without imports of the modules that define them.
+
+A test compares them with those modules.
+"""
 
 DTYPES = ("float32", "bfloat16", "float16")  # models.networks.DTYPES
 SAMPLERS = ("euler", "sfv", "sfv_euler", "animatelcm")  # diffusion.solvers.SAMPLERS
@@ -16,3 +19,7 @@ FPS = (0.01, 1000.0)  # range of frame rates: WebP counts milliseconds
 MOST_SEED = 2**32 - 1  # JAX uses the lowest 32 bits of a seed
 MOST_MOTION = 1023  # of the motion bucket; SVD was trained on 0 to 255
 MOST_NOISE = 10.0  # standard deviation on the condition, for pixels in [-1, 1]
+METHODS = ("sfv", "teacher", "animatelcm", "ufogen", "ladd")  # methods.METHODS
+ATTENTION_KERNELS = ("auto", "einsum", "blocked", "looped", "reduce", "cudnn", "splash")  # models.attention.attention
+SHAPES = ("disc", "square", "triangle", "ring")  # data.worlds.SHAPES
+COLOURS = ("red", "orange", "yellow", "green", "blue", "violet")  # data.worlds.PALETTE

@@ -3,8 +3,9 @@
 "paper" is SF-V (arXiv 2406.04324); "choice" marks values that no source states, with the reason in docs/decisions.md.
 """
 
+import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 try:
     from ml_collections import ConfigDict
@@ -280,6 +281,41 @@ def tiny_unet(codec: dict, size: int) -> dict:
 
 class ConfigError(UserError):
     """Config that cannot be run; the message names the field."""
+
+
+# Fields added after runs had been recorded without them, with the value that does what was done before.
+YOUNGER: dict[str, Any] = {
+    "data.any_encoders": False,
+    "trainable": "all",
+    "unet.remat": False,
+    "unet.temporal_conv": "conv",
+    "unet.attention_kernel": "auto",
+    "generator_optimizer.schedule": "constant",
+    "heads_optimizer.schedule": "constant",
+    "sfv.gan_loss": "hinge",
+    "sfv.r1_form": "gradient",
+    "sfv.perturbation_std": 0.1,
+    "sfv.r2_weight": 0.0,
+    "sfv.heads_every": 1,
+}
+GONE: dict[str, Any] = {}  # removed fields that may be in recorded runs, with the value that did nothing
+
+
+def renewed(recorded: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Returns the recorded fields of a run as today's code would have recorded them.
+
+    Fields that did not exist get the value that reproduces the run; removed fields that did nothing are left out, with
+    a line on stderr.
+
+    Args:
+      recorded: flat fields of a `config.json`.
+      now: flat fields of the config that continues the run.
+    """
+    idle = [name for name in GONE if name in recorded and name not in now and recorded[name] == GONE[name]]
+    for name in idle:
+        print(f"config.{name}={recorded[name]!r} of the recorded run is gone: it did nothing", file=sys.stderr)
+    kept = {name: value for name, value in recorded.items() if name not in idle}
+    return {name: value for name, value in YOUNGER.items() if name in now} | kept
 
 
 # Fields of `config.unet` that may be changed even with `init`, because they do not change the parameters.

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import free_name, read_json, to_disk, write_text
 from sfv_jax.runtime.locks import Lock
+from sfv_jax.runtime.plain_config import flat
 from sfv_jax.runtime.processes import once, tell
 
 MAY_CHANGE = (
@@ -125,10 +126,15 @@ def _not_written(workdir: Path, what: str, cause: str) -> str:
     )
 
 
-def claim_workdir(workdir: Path, config: dict) -> None:
+def claim_workdir(workdir: Path, config: dict, renew: Callable[[dict, dict], dict] = lambda old, new: old) -> None:
     """Records `config` in `workdir`, or checks that it equals the recorded one.
 
     Fields of `MAY_CHANGE` (length, reporting and mesh) may differ between runs of the same workdir.
+
+    Args:
+      workdir: the workdir.
+      config: config of the run (JSON).
+      renew: function from the recorded flat fields and those of `config` to the recorded ones in today's form.
 
     Raises:
       WorkdirError: if any other field differs; lists all of them.
@@ -136,6 +142,7 @@ def claim_workdir(workdir: Path, config: dict) -> None:
     path, text = workdir / "config.json", json.dumps(config, indent=1)
     if path.exists():
         old, new = flat(read_config(workdir)), flat(json.loads(text))  # JSON turns tuples into lists
+        old = renew(old, new)
         names = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE]
         if names:
             lines = [f"  {k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} now" for k in names]
@@ -154,14 +161,6 @@ def read_config(workdir: Path) -> dict:
     """
     copies = "checkpoints/STEP/config/metadata has a copy"
     return read_json(workdir / "config.json", f"restore it ({copies}), or delete it and repeat the command of the run")
-
-
-def flat(config: dict, prefix: str = "") -> dict:
-    """Returns `{"a.b": value}` of nested dicts."""
-    fields = {}
-    for k, v in config.items():
-        fields |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-    return fields
 
 
 @jax.jit

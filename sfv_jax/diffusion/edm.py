@@ -132,10 +132,15 @@ def lognormal_levels(levels: int, p_mean: float, p_std: float) -> tuple[np.ndarr
 
     p(s_i) ~ erf((ln s_{i+1} - P_mean) / (sqrt2 P_std)) - erf((ln s_i - P_mean) / (sqrt2 P_std)), i = 1 .. levels - 2
     (the last level has no s_{i+1}). Only the magnitude of P_std matters; the paper prints -1.
+
+    Raises:
+      UserError: if the law has no mass at these levels.
     """
     sigmas = karras_sigmas(levels)[1:]
     cdf = np.array([erf((log(s) - p_mean) / (sqrt(2) * abs(p_std))) for s in sigmas.astype(np.float64)])
     mass = np.diff(cdf)
+    if not mass.sum() > 1e-6:  # NaN included
+        raise UserError(f"{levels} levels have no mass under a lognormal law of p_mean={p_mean}, p_std={p_std}")
     return sigmas[:-1], (mass / mass.sum()).astype(np.float32)
 
 

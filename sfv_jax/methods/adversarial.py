@@ -13,19 +13,46 @@ import jax
 import jax.numpy as jnp
 
 from sfv_jax.diffusion import edm, losses
-from sfv_jax.errors import UserError
 from sfv_jax.methods import optim
-from sfv_jax.methods.common import accumulate, check_recipe, generator_state, update_generator, watch
+from sfv_jax.methods.common import accumulate, check_recipe, generator_state, step_key, update_generator, watch
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig, head_names, per_head
 from sfv_jax.models.networks import Networks, Params
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.runtime.seeds import stream
 
 Array = jax.Array
 GAN_LOSSES = {  # (discriminator's loss, generator's loss), both functions of (real, fake) logits
     "hinge": (losses.hinge_discriminator, lambda real, fake: losses.adversarial_generator(fake)),
     "relativistic": (losses.relativistic_discriminator, losses.relativistic_generator),
 }
+
+
+class Keys(NamedTuple):
+    """Random keys of a micro-batch, one for everything that is drawn; each is used at most once.
+
+    Attributes:
+      level, noise: of the latents that the generator denoises.
+      real_level, real_noise: of the real latents that the discriminator scores.
+      fake_level, fake_noise: of the fakes, unless they share those of the real latents.
+      real_shift, fake_shift: perturbations of clean latents, for `r1_form="perturbation"`.
+      videos: clean latents that a method samples itself.
+    """
+
+    level: Array
+    noise: Array
+    real_level: Array
+    real_noise: Array
+    fake_level: Array
+    fake_noise: Array
+    real_shift: Array
+    fake_shift: Array
+    videos: Array
+
+    @classmethod
+    def split(cls, key: Array) -> "Keys":
+        """Returns the keys of a micro-batch from its own key, which must not be used for anything else."""
+        return cls(*jax.random.split(key, len(cls._fields)))
 
 
 class Draws(NamedTuple):
@@ -48,33 +75,23 @@ def make_networks(unet: UNetConfig, config) -> Networks:
     """Returns generator, backbone and heads for a config.
 
     Raises:
-      UserError: if settings do not exist or contradict each other.
+      UserError: if the recipe is impossible (`check_recipe`).
     """
-    name, method = config.method, config[config.method]
-    for field, choices in (("gan_loss", GAN_LOSSES), ("r1_form", ("gradient", "perturbation"))):
-        if method[field] not in choices:
-            raise UserError(f"{name}.{field}={method[field]!r}: choose one of {', '.join(choices)}")
-    if method.gan_loss == "relativistic" and not method.shared_noise:
-        raise UserError(
-            f"{name}.gan_loss='relativistic' compares real and fake at one noise: set {name}.shared_noise=True"
-        )
-    for field in ("generator_every", "heads_every"):
-        if method[field] < 1:
-            raise UserError(f"{name}.{field}={method[field]}: at least 1")
-    optim.make_optimizer(config.heads_optimizer)
     heads = DiscriminatorConfig.for_unet(unet, **config.discriminator.to_dict())
     return check_recipe(config, Networks(unet, heads, config.dtype))
 
 
 def init_state(networks: Networks, config, generator: Params) -> tuple[Params, Params]:
     """Returns (state, frozen) from the base model's UNet parameters, with which generator and backbone both start."""
-    heads = networks.init_heads(config.seed)
+    heads = networks.init_heads(stream(config.seed, "heads"))
     state = generator_state(config, generator)
     state |= {"heads": heads, "opt_d": optim.make_optimizer(config.heads_optimizer).init(heads)}
     return state, {"backbone": networks.backbone_params(state["generator"])}
 
 
-def make_gradients(networks: Networks, config, draw: Callable, second_loss: Callable):
+def make_gradients(
+    networks: Networks, config, draw: Callable, second_loss: Callable, videos: Callable | None = None
+) -> Callable:
     """Returns the gradient function of one micro-batch.
 
     Both gradients are taken at the same parameters with the same fake, so the generator and the backbone run forward
@@ -85,8 +102,9 @@ def make_gradients(networks: Networks, config, draw: Callable, second_loss: Call
     Args:
       networks: `Networks` with a discriminator.
       config: the whole config.
-      draw: `(key, shape of the latents, step) -> Draws`.
+      draw: `(Keys, shape of the latents, step) -> Draws`.
       second_loss: `(predicted x0, x0, sigma) -> scalar`, weighted by `recon_weight`.
+      videos: `(frozen, batch, key) -> latents [b, t, h, w, c]` in place of those of the batch; None: the batch's.
 
     Returns:
       `(generator, heads, frozen, batch, key, step) -> (generator gradients, head gradients, metrics)`.
@@ -96,8 +114,9 @@ def make_gradients(networks: Networks, config, draw: Callable, second_loss: Call
     loss_d, loss_g = GAN_LOSSES[method.gan_loss]
 
     def gradients(generator, heads, frozen, batch, key, step=0):
-        x0 = batch["latents"]
-        (sigma, noise), (sigma_r, noise_r), (sigma_f, noise_f), one_step = draw(key, x0.shape, step)
+        keys = Keys.split(key)
+        x0 = batch["latents"] if videos is None else videos(frozen, batch, keys.videos)
+        (sigma, noise), (sigma_r, noise_r), (sigma_f, noise_f), one_step = draw(keys, x0.shape, step)
         x_t = edm.add_noise(x0, noise, sigma)
 
         def logits(heads, features, sigma):
@@ -137,11 +156,11 @@ def make_gradients(networks: Networks, config, draw: Callable, second_loss: Call
         turn = turn_of(step, method.generator_every)
         g_grads, ratio = backward() if turn is None else jax.lax.cond(turn, backward, nothing)
 
-        def penalty(heads, x, features, sigma, noise):
+        def penalty(heads, x, features, sigma, noise, key):
             score = lambda features: logits(heads, features, sigma)  # noqa: E731
             if method.r1_form == "gradient":
                 return losses.r1_on_features(score, features)
-            step = method.perturbation_std * jax.random.normal(jax.random.fold_in(key, 2), x.shape)
+            step = method.perturbation_std * jax.random.normal(key, x.shape)
             return losses.perturbation_penalty(score(features), score(encode(x + step, sigma, noise)))
 
         def discriminator_loss(heads):  # Eq. 11
@@ -149,10 +168,11 @@ def make_gradients(networks: Networks, config, draw: Callable, second_loss: Call
             parts = {f"loss/{method.gan_loss}": loss_d(real, fake_), "loss/r1": jnp.zeros(())}
             total = parts[f"loss/{method.gan_loss}"]
             if method.r1_weight:
-                parts["loss/r1"] = penalty(heads, x0, real_features, sigma_r, noise_r)
+                parts["loss/r1"] = penalty(heads, x0, real_features, sigma_r, noise_r, keys.real_shift)
                 total += method.r1_weight * parts["loss/r1"]
             if method.r2_weight:
-                parts["loss/r2"] = penalty(heads, jax.lax.stop_gradient(fake), fake_features, sigma_f, noise_f)
+                clean = jax.lax.stop_gradient(fake)
+                parts["loss/r2"] = penalty(heads, clean, fake_features, sigma_f, noise_f, keys.fake_shift)
                 total += method.r2_weight * parts["loss/r2"]
             return total, (parts, real, fake_)
 
@@ -200,7 +220,7 @@ def motion(fake: Array, real: Array, chosen: Array) -> dict[str, Array]:
 
 
 def make_train_step(config, gradients: Callable):
-    """Returns the train step `(state, frozen, batch) -> (state, metrics)`: pure, with randomness fold_in(seed, step).
+    """Returns the train step `(state, frozen, batch) -> (state, metrics)`: pure, with the randomness of `step_key`.
 
     `batch` contains `latents [n, t, h, w, c]` (scaled), `cond_latent [n, h, w, c]` (unscaled), `image_embed [n, d]` and
     `ids [n, 3]`; n is the number of samples in all `accumulation_steps` micro-batches together.
@@ -218,7 +238,7 @@ def make_train_step(config, gradients: Callable):
 
     def train_step(state, frozen, batch):
         step, generator, heads = state["step"], state["generator"], state["heads"]
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        key = step_key(config, step)
         g_grads, d_grads, metrics = accumulate(
             lambda params, micro, k: gradients(*params, micro, k, step),
             (generator, heads, frozen),

@@ -17,7 +17,15 @@ import numpy as np
 from sfv_jax.diffusion import edm, losses
 from sfv_jax.diffusion.solvers import guided
 from sfv_jax.methods import optim
-from sfv_jax.methods.common import accumulate, check_recipe, frozen_copy, generator_state, update_generator, watch
+from sfv_jax.methods.common import (
+    accumulate,
+    check_recipe,
+    frozen_copy,
+    generator_state,
+    step_key,
+    update_generator,
+    watch,
+)
 from sfv_jax.models import tree
 from sfv_jax.models.networks import Networks, Params
 from sfv_jax.models.unet import UNetConfig
@@ -29,10 +37,8 @@ def make_networks(unet: UNetConfig, config) -> Networks:
     """Returns the UNet alone: student, target and teacher have the same architecture.
 
     Raises:
-      ValueError: if there are fewer than two levels.
       UserError: if the recipe is impossible (`check_recipe`).
     """
-    edm.karras_sigmas(config.animatelcm.levels)
     return check_recipe(config, Networks(unet, None, config.dtype))
 
 
@@ -89,7 +95,7 @@ def make_gradients(networks: Networks, config) -> Callable:
 
 
 def make_train_step(networks: Networks, config):
-    """Returns the train step `(state, frozen, batch) -> (state, metrics)`: pure, with randomness fold_in(seed, step).
+    """Returns the train step `(state, frozen, batch) -> (state, metrics)`: pure, with the randomness of `step_key`.
 
     `batch` contains `latents [n, t, h, w, c]` (scaled), `cond_latent [n, h, w, c]` (unscaled), `image_embed [n, d]` and
     `ids [n, 3]`.
@@ -98,7 +104,7 @@ def make_train_step(networks: Networks, config):
 
     def train_step(state, frozen, batch):
         step, generator, target = state["step"], state["generator"], state["ema"]
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        key = step_key(config, step)
         grads, metrics = accumulate(
             lambda params, micro, k: gradients(*params, micro, k),
             (generator, target, frozen),

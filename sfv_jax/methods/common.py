@@ -11,6 +11,12 @@ import jax.numpy as jnp
 from sfv_jax.methods import optim
 from sfv_jax.models import tree
 from sfv_jax.models.networks import DTYPES, Networks, Params
+from sfv_jax.runtime.seeds import stream
+
+
+def step_key(config, step: jax.Array | int) -> jax.Array:
+    """Returns the random key of a step, a function of `config.seed` and `step` alone, for `accumulate`."""
+    return jax.random.fold_in(stream(config.seed, "steps"), step)
 
 
 def accumulate(gradients: Callable, params, batch: dict, key: jax.Array, steps: int):
@@ -44,13 +50,12 @@ def accumulate(gradients: Callable, params, batch: dict, key: jax.Array, steps: 
 
 
 def check_recipe(config, networks: Networks) -> Networks:
-    """Returns `networks` after checking `config.trainable` and `config.generator_optimizer` against them.
+    """Returns `networks` after checking `config.trainable` against them.
 
     Raises:
-      UserError: if one of the two is impossible; the message names it.
+      UserError: if `config.trainable` finds no parameter, or takes too long.
     """
-    optim.make_optimizer(config.generator_optimizer)
-    optim.trainable(networks.abstract["generator"], config.trainable)
+    optim.check_trainable(networks.abstract["generator"], config.trainable)
     return networks
 
 

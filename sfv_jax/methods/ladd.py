@@ -9,32 +9,11 @@ import jax.numpy as jnp
 
 from sfv_jax.diffusion import edm
 from sfv_jax.diffusion.solvers import guidance_ramp, sample
-from sfv_jax.errors import UserError
 from sfv_jax.methods import adversarial, sfv
 from sfv_jax.methods.common import frozen_copy
 from sfv_jax.models.networks import Networks, Params
 
-
-def make_networks(unet, config) -> Networks:
-    """Returns generator, backbone and heads for a config.
-
-    Raises:
-      UserError: if levels and probabilities do not fit together, guidance is impossible, or settings do not exist or
-        contradict each other.
-    """
-    method = config.ladd
-    for name in ("probabilities", "warmup_probabilities"):
-        p = method[name]
-        if len(p) != len(method.probabilities) or min(p) < 0 or abs(sum(p) - 1) > 1e-6:
-            raise UserError(f"ladd.{name}={p}: one probability for each level, 1 together")
-    if len(method.probabilities) > method.generator_levels:
-        raise UserError(
-            f"ladd.generator_levels={method.generator_levels}: fewer than the {len(method.probabilities)} probabilities"
-        )
-    if method.teacher_steps < 0:
-        raise UserError(f"ladd.teacher_steps={method.teacher_steps}: 0 for real videos, or a number of steps")
-    guidance_ramp(method.teacher_guidance, unet.num_frames)
-    return adversarial.make_networks(unet, config)
+make_networks = adversarial.make_networks
 
 
 def init_state(networks: Networks, config, generator: Params) -> tuple[Params, Params]:
@@ -59,15 +38,11 @@ def make_gradients(networks: Networks, config):
         del sigma
         return jnp.mean(jnp.square(x - x0))  # a metric only: LADD has no reconstruction loss
 
-    learn = adversarial.make_gradients(networks, config, sfv.make_draw(method, g_sigmas, probabilities), distance)
+    def videos(frozen, batch, key):
+        return teacher_videos(networks.generator(frozen["teacher"]), batch, key, method)
 
-    def gradients(generator, heads, frozen, batch, key, step=0):
-        if method.teacher_steps:
-            latents = teacher_videos(networks.generator(frozen["teacher"]), batch, jax.random.fold_in(key, 3), method)
-            batch = batch | {"latents": latents}
-        return learn(generator, heads, frozen, batch, key, step)
-
-    return gradients
+    draw = sfv.make_draw(method, g_sigmas, probabilities)
+    return adversarial.make_gradients(networks, config, draw, distance, videos if method.teacher_steps else None)
 
 
 def teacher_videos(teacher, batch, key, method) -> jax.Array:

@@ -1,7 +1,9 @@
 """Optimizers (SM3 as in SF-V, and AdamW) and the moving average of parameters."""
 
 import functools
-import re
+import json
+import subprocess
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -81,25 +83,16 @@ def make_optimizer(config) -> optax.GradientTransformation:
     Args:
       config: `name` ("sm3" or "adamw"), that optimizer's own fields, `lr`, `warmup_steps` (linear), `schedule` (after
         the warm-up: "constant", or "cosine" or "linear" to zero in `decay_steps`) and `clip_norm`.
-
-    Raises:
-      UserError: if name or schedule are unknown, or `decay_steps` contradicts the schedule.
     """
     if config.name == "sm3":
         scale = scale_by_sm3(config.momentum, config.beta)
-    elif config.name == "adamw":
-        scale = optax.chain(optax.scale_by_adam(config.b1, config.b2), optax.add_decayed_weights(config.weight_decay))
     else:
-        raise UserError(f"optimizer {config.name!r}: choose 'sm3' or 'adamw'")
+        scale = optax.chain(optax.scale_by_adam(config.b1, config.b2), optax.add_decayed_weights(config.weight_decay))
     schedules = {
         "constant": lambda: optax.schedules.constant_schedule(config.lr),
         "cosine": lambda: optax.schedules.cosine_decay_schedule(config.lr, config.decay_steps),
         "linear": lambda: optax.schedules.linear_schedule(config.lr, 0.0, config.decay_steps),
     }
-    if config.schedule not in schedules:
-        raise UserError(f"schedule {config.schedule!r}: choose 'constant', 'cosine' or 'linear'")
-    if (config.schedule == "constant") != (config.decay_steps == 0):
-        raise UserError(f"schedule {config.schedule!r} does not go with decay_steps={config.decay_steps}")
     schedule = schedules[config.schedule]()
     if config.warmup_steps:
         warmup = optax.schedules.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps)
@@ -121,17 +114,32 @@ def trainable(params: tree.Params, which: str) -> tree.Params:
       which: "all"; "temporal" for the temporal residual and transformer blocks, the embedding of the frame index and
         the mix factors; "spatial" for the rest; or a regular expression that is searched for in dotted paths
         ("up_blocks|conv_out").
+    """
+    return tree.select(params, TRAINABLE.get(which, which))
+
+
+PATIENCE = 5.0  # seconds for the search of all paths of a UNet; usual patterns take milliseconds
+SEARCH = "import json, re, sys; pattern, *paths = json.load(sys.stdin); [re.search(pattern, path) for path in paths]"
+
+
+def check_trainable(params: tree.Params, which: str) -> None:
+    """Checks that `trainable(params, which)` finds parameters, and soon.
+
+    A regular expression such as `(a+)+$` may take years for one path. Python's search cannot be interrupted from
+    outside, so a process of its own tries a pattern with repetitions first and is ended after `PATIENCE` seconds.
 
     Raises:
-      UserError: if `which` is not a regular expression, or finds nothing.
+      UserError: if it finds nothing, or takes longer.
     """
-    try:
-        part = tree.select(params, TRAINABLE.get(which, which))
-    except re.error as error:
-        raise UserError(f"trainable {which!r} is not a regular expression: {error}") from error
-    if not part:
+    if which not in TRAINABLE and set(which) & set("*+?{"):
+        content = json.dumps([which, *tree.flatten(params)])
+        try:
+            subprocess.run([sys.executable, "-I", "-S", "-c", SEARCH], input=content, text=True, timeout=PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            advice = "write it without nested repetitions such as (a+)+"
+            raise UserError(f"trainable {which!r} takes more than {PATIENCE:g} s to search: {advice}") from error
+    if not trainable(params, which):
         raise UserError(f"trainable {which!r} finds no parameter: use 'all', 'temporal', 'spatial' or parts of paths")
-    return part
 
 
 def apply(optimizer: optax.GradientTransformation, grads, opt_state, params) -> tuple[Any, optax.OptState, Array]:

@@ -22,20 +22,18 @@ def make_draw(method, g_sigmas, probabilities):
       probabilities: `step -> [n]` probabilities of these levels; None for uniform.
 
     Returns:
-      `(key, shape of the latents, step) -> adversarial.Draws`.
+      `(adversarial.Keys, shape of the latents, step) -> adversarial.Draws`.
     """
     d_sigmas, d_probabilities = edm.lognormal_levels(method.discriminator_levels, method.p_mean, method.p_std)
 
-    def draw(key, shape, step):
-        b = shape[:1]
-        k_level, k_noise, *k_real = jax.random.split(key, 4)
-        k_fake = k_real if method.shared_noise else jax.random.split(jax.random.fold_in(key, 1))
-        sigma = edm.draw_levels(k_level, g_sigmas, probabilities and probabilities(step), b)
-        real, fake = (
-            (edm.draw_levels(k[0], d_sigmas, d_probabilities, b), jax.random.normal(k[1], shape))
-            for k in (k_real, k_fake)
-        )
-        return adversarial.Draws((sigma, jax.random.normal(k_noise, shape)), real, fake, sigma >= g_sigmas[-1])
+    def renoise(level, noise, shape):
+        return edm.draw_levels(level, d_sigmas, d_probabilities, shape[:1]), jax.random.normal(noise, shape)
+
+    def draw(keys, shape, step):
+        sigma = edm.draw_levels(keys.level, g_sigmas, probabilities and probabilities(step), shape[:1])
+        real = renoise(keys.real_level, keys.real_noise, shape)
+        fake = real if method.shared_noise else renoise(keys.fake_level, keys.fake_noise, shape)
+        return adversarial.Draws((sigma, jax.random.normal(keys.noise, shape)), real, fake, sigma >= g_sigmas[-1])
 
     return draw
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sfv_jax.diffusion import edm, losses
 from sfv_jax.methods import optim
-from sfv_jax.methods.common import accumulate, check_recipe, generator_state, update_generator, watch
+from sfv_jax.methods.common import accumulate, check_recipe, generator_state, step_key, update_generator, watch
 from sfv_jax.models import tree
 from sfv_jax.models.networks import Networks, Params
 from sfv_jax.models.unet import UNetConfig
@@ -44,7 +44,7 @@ def drop_conditions(batch: dict, key: Array, p: float) -> dict:
 
 
 def make_train_step(networks: Networks, config):
-    """Returns the train step `(state, frozen, batch) -> (state, metrics)`: pure, with randomness fold_in(seed, step).
+    """Returns the train step `(state, frozen, batch) -> (state, metrics)`: pure, with the randomness of `step_key`.
 
     ln sigma ~ N(p_mean, p_std^2); the loss is the unweighted squared error of the raw output (SVD appendix D). `batch`
     contains `latents [n, t, h, w, c]` (scaled), `cond_latent [n, h, w, c]` (unscaled), `image_embed [n, d]` and
@@ -71,7 +71,7 @@ def make_train_step(networks: Networks, config):
     def train_step(state, frozen, batch):
         del frozen
         step, generator = state["step"], state["generator"]
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        key = step_key(config, step)
         grads, metrics = accumulate(gradients, generator, batch, key, config.accumulation_steps)
         # With a constant decay the initialization would dominate the average for 1 / (1 - decay) steps.
         decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))

@@ -11,22 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from sfv_jax.diffusion import edm, losses
-from sfv_jax.errors import UserError
 from sfv_jax.methods import adversarial
 from sfv_jax.models.networks import Networks
 
+make_networks = adversarial.make_networks
 init_state = adversarial.init_state
-
-
-def make_networks(unet, config) -> Networks:
-    """Returns generator, backbone and heads for a config.
-
-    Raises:
-      UserError: if the jump is not a share of the levels, or settings do not exist or contradict each other.
-    """
-    if not 0 <= config.ufogen.jump <= 1:
-        raise UserError(f"ufogen.jump={config.ufogen.jump}: a share of all levels, 0 to 1")
-    return adversarial.make_networks(unet, config)
 
 
 def make_gradients(networks: Networks, config):
@@ -38,14 +27,15 @@ def make_gradients(networks: Networks, config):
     sigmas = jnp.asarray(edm.karras_sigmas(method.levels))
     jump = round(method.jump * method.levels)
 
-    def draw(key, shape, step):
+    def draw(keys, shape, step):
         del step
-        k_level, k_noise, k_real, k_fake = jax.random.split(key, 4)
-        t = jax.random.randint(k_level, shape[:1], 1, method.levels)  # level 0, the lowest, leaves nothing to denoise
-        lower = sigmas[jnp.maximum(t - jump, 0)]
-        real, fake = (jax.random.normal(k, shape) for k in (k_real, k_real if method.shared_noise else k_fake))
+        # Level 0, the lowest, leaves nothing to denoise.
+        t = jax.random.randint(keys.level, shape[:1], 1, method.levels)
+        lower, noise = sigmas[jnp.maximum(t - jump, 0)], jax.random.normal(keys.noise, shape)
+        real = jax.random.normal(keys.real_noise, shape)
+        fake = real if method.shared_noise else jax.random.normal(keys.fake_noise, shape)
         one_step = t >= method.levels - method.levels // 20  # sigma above 500 or so: too few draws are at the very top
-        return adversarial.Draws((sigmas[t], jax.random.normal(k_noise, shape)), (lower, real), (lower, fake), one_step)
+        return adversarial.Draws((sigmas[t], noise), (lower, real), (lower, fake), one_step)
 
     return adversarial.make_gradients(networks, config, draw, losses.denoising)
 

@@ -69,6 +69,6 @@ class Networks:
         """Returns fresh UNet parameters, fp32."""
         return tree.init(UNet, self.unet, seed, dtype=DTYPES[self.dtype])
 
-    def init_heads(self, seed: int) -> Params:
+    def init_heads(self, key: jax.Array) -> Params:
         """Returns fresh head parameters, fp32."""
-        return tree.init(DiscriminatorHeads, self.discriminator, seed, dtype=DTYPES[self.dtype])
+        return tree.init(DiscriminatorHeads, self.discriminator, key, dtype=DTYPES[self.dtype])

@@ -20,8 +20,8 @@ class _Keys:
     nnx.Rngs counts in a traced variable, with which abstract initialization of the full UNet takes half a minute.
     """
 
-    def __init__(self, seed: int):
-        self.key, self.used = jax.random.key(seed), 0
+    def __init__(self, seed: int | jax.Array):
+        self.key, self.used = seed if isinstance(seed, jax.Array) else jax.random.key(seed), 0
 
     def params(self) -> jax.Array:
         self.used += 1
@@ -56,8 +56,11 @@ def _numbered(tree: Params) -> dict:
     return {int(k) if k.isdigit() else k: _numbered(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
-def init(module: Callable[..., nnx.Module], config, seed: int = 0, **kw) -> Params:
-    """Returns fresh parameters of `module(config, **kw)` as a nested dict; run it under `jit` to initialize sharded."""
+def init(module: Callable[..., nnx.Module], config, seed: int | jax.Array = 0, **kw) -> Params:
+    """Returns fresh parameters of `module(config, **kw)` as a nested dict; run it under `jit` to initialize sharded.
+
+    `seed` is a whole number or a random key.
+    """
     return _plain(nnx.to_pure_dict(nnx.state(module(config, **kw, rngs=_Keys(seed)))))
 
 

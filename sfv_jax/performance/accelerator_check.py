@@ -14,7 +14,6 @@ It needs jax, flax, optax, orbax, einops, numpy and, for the parity stage, the r
 
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from absl import flags
 from sfv_jax.errors import UserError
 from sfv_jax.runtime import commands
 from sfv_jax.runtime.files import replacing, write_json
+from sfv_jax.runtime.platforms import end_group
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def _end(process: subprocess.Popen, patience: float) -> None:
     try:
         process.wait(patience)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        end_group(process)
         process.wait()
 
 

@@ -5,8 +5,6 @@ All numbers are per chip.
 
 import math
 import re
-import resource
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -179,9 +177,3 @@ def _read_kernels(cost: Cost, compiled, target: Target, devices: int) -> None:
     estimate = analysis.get("optimal_seconds")
     if estimate is not None:  # each operation of unknown cost subtracts a second
         cost.compiler_seconds = estimate + max(math.ceil(-estimate), 0)
-
-
-def planner_rss() -> float:
-    """Returns the peak memory of this process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)

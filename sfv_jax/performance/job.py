@@ -1,6 +1,6 @@
 """Plan of a job: its programs compiled for a target, their costs, and settings with which the job fits."""
 
-import os
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -13,10 +13,11 @@ from sfv_jax.config import ConfigError
 from sfv_jax.errors import UserError
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.performance import programs, targets
-from sfv_jax.performance.cost import Cost, measure, planner_rss
+from sfv_jax.performance.cost import Cost, measure
 from sfv_jax.performance.programs import Program, SampleOptions
 from sfv_jax.performance.targets import GIB, Target
 from sfv_jax.runtime import compilation
+from sfv_jax.runtime.platforms import peak_memory, physical_memory
 from sfv_jax.runtime.sharding import make_mesh
 
 QUICK = -1.0  # default compile effort for TPUs: minutes instead of tens of minutes
@@ -65,7 +66,7 @@ def build(config: ConfigDict, target: Target, devices: list, request: Request) -
     try:
         mesh = make_mesh(**config.mesh, devices=devices)
     except UserError as error:
-        raise ConfigError(f"config: {error} of {target.name}") from error
+        raise ConfigError(f"config: on {target.name}, {error}") from error
     if request.what == "train":
         return mesh, [programs.train_program(config, mesh, sizes, size)]
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -115,7 +116,7 @@ def plan(config: ConfigDict, target: Target, request: Request, say=print, *, tri
         **run_time(costs, config, target, request, videos),
         "planner": {
             "seconds": time.monotonic() - began,
-            "rss": planner_rss(),
+            "rss": peak_memory(),
             "effort": compilation.current_effort(),
             "versions": targets.versions(target),
         },
@@ -127,7 +128,7 @@ def limit_of(target: Target, request: Request) -> float:
     if request.memory_gib:
         return request.memory_gib * GIB
     if target.chip.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / target.count
+        return (physical_memory() or math.inf) / target.count
     return target.chip.memory
 
 

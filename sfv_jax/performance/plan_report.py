@@ -32,7 +32,8 @@ def text(plan: dict) -> str:
     planner = plan["planner"]
     effort = f", compile effort {planner['effort']:g}" if planner["effort"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in planner["versions"].items())
-    lines.append(f"planned in {planner['seconds'] / 60:.1f} min, {planner['rss'] / GIB:.1f} GiB ({versions}{effort})")
+    memory = f", {planner['rss'] / GIB:.1f} GiB" if planner["rss"] is not None else ""
+    lines.append(f"planned in {planner['seconds'] / 60:.1f} min{memory} ({versions}{effort})")
     if planner["effort"] < 0:
         lines.append("Low effort: memory may differ by 15 % from a run's; --compile_effort=0 compiles as a run does.")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from sfv_jax import config as configs
 from sfv_jax.checkpoints.base import is_run, read_run
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.config import ConfigDict, ConfigError
+from sfv_jax.config_check import check
 from sfv_jax.errors import UserError
 from sfv_jax.methods import METHODS
 from sfv_jax.models import tree
@@ -126,8 +127,7 @@ def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int,
     Raises:
       ConfigError: if training would reject `config` before it reads data.
     """
-    if config.method not in METHODS:
-        raise ConfigError(f"config.method={config.method!r}: choose one of {', '.join(METHODS)}")
+    check(config)
     method = METHODS[config.method]
     try:
         local_rows(mesh, config.batch_size, config.accumulation_steps)

@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 from sfv_jax import config as configs
 from sfv_jax.checkpoints.base import is_run, read_run
 from sfv_jax.checkpoints.model_folder import read_model
-from sfv_jax.checkpoints.run import claim_workdir, flat
+from sfv_jax.checkpoints.run import claim_workdir
 from sfv_jax.config import world_of
 from sfv_jax.data.loader import latent_source, world_source
 from sfv_jax.errors import UserError
 from sfv_jax.reproduction.experiments import BASE, TABLES, Budget, runs_of, svd_config, world_config
+from sfv_jax.runtime.plain_config import flat
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.training.loop import train
 from sfv_jax.training.step import step_flops

@@ -1,10 +1,12 @@
-"""Facts about devices: peak FLOP/s by kind, memory in use; and FLOPs of a function, counted on its jaxpr."""
+"""Facts about devices: peak FLOP/s by kind, memory; and FLOPs of a function, counted on its jaxpr."""
 
 import math
 from collections.abc import Callable
 
 import jax
 from jax.extend import core
+
+from sfv_jax.runtime.platforms import physical_memory
 
 # Dense bf16 (V100: fp16) FLOP/s of one device from the vendors' data sheets, by a substring of JAX's `device_kind`; the
 # first match applies.
@@ -72,3 +74,12 @@ def peak_memory() -> dict[str, float]:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return {"memory/peak_gib": max(peaks) / 2**30} if peaks else {}
+
+
+def memory_per_device() -> float | None:
+    """Returns the bytes that arrays may take on each local device; CPU devices share the machine's. None: unknown."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        memory = physical_memory()
+        return None if memory is None else memory / len(devices)
+    return (devices[0].memory_stats() or {}).get("bytes_limit")

@@ -1,13 +1,11 @@
 """Files that appear under their final name only when they are complete and on the disk; JSON and checksums of files."""
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
 import os
 import secrets
-import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
@@ -131,32 +129,6 @@ def check_file(path: Path, given: str) -> None:
     if path.is_dir():
         raise UserError(f"{one_line(given)} is a folder: name a file")
     check_folder(path.parent, given)
-
-
-def is_alive(process: int) -> bool:
-    """Returns whether a process with this number exists on this machine."""
-    if sys.platform == "win32":
-        return _is_alive_on_windows(process)
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # of another user; a number that no process has
-        return process < 2**31
-    return True
-
-
-def _is_alive_on_windows(process: int) -> bool:
-    """Asks for the exit code: `os.kill(process, 0)` would end the process."""
-    query, denied, running = 0x1000, 5, 259  # PROCESS_QUERY_LIMITED_INFORMATION, ERROR_ACCESS_DENIED, STILL_ACTIVE
-    kernel = ctypes.windll.kernel32  # pyrefly: ignore[missing-attribute]
-    handle = kernel.OpenProcess(query, False, process)
-    if not handle:
-        return kernel.GetLastError() == denied
-    code = ctypes.c_ulong()
-    kernel.GetExitCodeProcess(handle, ctypes.byref(code))
-    kernel.CloseHandle(handle)
-    return code.value == running
 
 
 def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from sfv_jax.errors import UserError
-from sfv_jax.runtime.files import is_alive
+from sfv_jax.runtime.platforms import is_alive
 
 SIGN = 10.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds

@@ -1,6 +1,6 @@
-"""Substitute for ml_collections.ConfigDict with only the features that the defaults need.
+"""Substitute for ml_collections.ConfigDict with only the features that the defaults need, and configs as flat dicts.
 
-It serves accelerator images that have only JAX and its dependencies, where nothing but the benchmark runs.
+The substitute serves accelerator images that have only JAX and its dependencies, where nothing but the benchmark runs.
 """
 
 
@@ -42,3 +42,11 @@ class ConfigDict(dict):
     def copy_and_resolve_references(self) -> "ConfigDict":
         """Returns a deep copy; there are no references."""
         return ConfigDict(self.to_dict())
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """Returns `{"a.b": value}` of nested dicts."""
+    fields = {}
+    for k, v in config.items():
+        fields |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return fields

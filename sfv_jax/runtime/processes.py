@@ -78,7 +78,8 @@ def agree(settings: dict) -> None:
         return
     mine = json.loads(json.dumps(settings))
     theirs = json.loads(tell(json.dumps(settings)))
-    names = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
+    # As text, since NaN does not equal itself.
+    names = [k for k in sorted(mine.keys() | theirs.keys()) if repr(mine.get(k)) != repr(theirs.get(k))]
     others = np.flatnonzero(multihost_utils.process_allgather(np.bool_(len(names) > 0)))
     if names:
         fields = ", ".join(f"{k}={mine.get(k)!r} here, {theirs.get(k)!r} there" for k in names)

@@ -56,9 +56,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, spatial: int = 1, devices=None) -> 
     """
     devices = jax.devices() if devices is None else devices
     if data == -1:
-        data = max(len(devices) // (fsdp * spatial), 1)
+        data = max(len(devices) // max(fsdp * spatial, 1), 1)
     if min(data, fsdp, spatial) < 1 or data * fsdp * spatial != len(devices):
-        raise UserError(f"mesh data={data} fsdp={fsdp} spatial={spatial} does not cover {len(devices)} devices")
+        divisors = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
+        raise UserError(
+            f"mesh data={data} fsdp={fsdp} spatial={spatial} does not cover {len(devices)} devices: choose among "
+            f"{divisors}, with the product {len(devices)}"
+        )
     grid = np.asarray(devices).reshape(data, fsdp, spatial)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -134,9 +138,11 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int, accumulation_steps: int
     """
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (accumulation_steps * shares):
+        step = accumulation_steps * shares
         raise UserError(
             f"batch_size={batch_size} does not divide into accumulation_steps={accumulation_steps} times "
-            f"data x fsdp = {shares} devices of the mesh"
+            f"data x fsdp = {shares} devices of the mesh; nearest: {max(batch_size // step, 1) * step} and "
+            f"{max(batch_size // step + 1, 2) * step}"
         )
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))

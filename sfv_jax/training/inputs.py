@@ -1,5 +1,6 @@
 """Inputs of a training run: the base model and the data."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -11,6 +12,7 @@ from sfv_jax.checkpoints.model_folder import encoders_identity
 from sfv_jax.config import ConfigError
 from sfv_jax.data.loader import LatentSource, WorldSource, encoders_of, latent_source, world_source
 from sfv_jax.models.networks import Networks
+from sfv_jax.runtime.device import memory_per_device
 from sfv_jax.runtime.sharding import param_shardings
 
 
@@ -18,7 +20,8 @@ def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
     """Loads `config.init`, or initializes a UNet for the procedural world; parameters are placed on `mesh`.
 
     Raises:
-      ConfigError: if `config.unet` would change the parameters of `config.init`, or `config.init` is missing.
+      ConfigError: if `config.unet` would change the parameters of `config.init`, `config.init` is missing, or the UNet
+        is too large.
     """
     if not config.init:
         unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
@@ -26,6 +29,7 @@ def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
             raise ConfigError("config.init is empty: name a model folder (python -m sfv_jax.convert makes one)")
         networks = Networks(unet)
         place = param_shardings(mesh, networks.abstract["generator"])
+        check_memory("the UNet of config.unet", networks.abstract["generator"], place)
         init = networks.init_generator
         if mesh.size > 1:  # on one device, compilation would take longer than initialization
             init = jax.jit(init, static_argnums=0, out_shardings=place)
@@ -36,20 +40,40 @@ def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
     return replace(base, unet=configs.same_unet(base.unet, config))
 
 
+def check_memory(what: str, abstract, shardings) -> None:
+    """Checks, before any array is made, that those of a tree fit the memory of a device, where this is reported.
+
+    Args:
+      what: the tree's name in the message.
+      abstract: shapes and dtypes.
+      shardings: their shardings.
+
+    Raises:
+      ConfigError: if they do not.
+    """
+    arrays, places = jax.tree.leaves(abstract), jax.tree.leaves(shardings)
+    pairs = zip(arrays, places, strict=True)
+    need = sum(math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in pairs)
+    limit = memory_per_device()
+    if limit is not None and need > limit:
+        raise ConfigError(
+            f"config: {what} has {sum(x.size for x in arrays):,} numbers and takes {need / 2**30:.1f} GiB of each "
+            f"device, which has {limit / 2**30:.1f}: train smaller networks, or raise mesh.fsdp"
+        )
+
+
 def open_source(config: ConfigDict, base: Base, split: str) -> LatentSource | WorldSource:
     """Opens the examples of `config.data` for random access.
 
     Raises:
-      ConfigError: if latents and UNet do not fit, or the source is unknown.
+      ConfigError: if latents and UNet do not fit.
     """
     data = config.data
     if data.source == "world":
         source = world_source(configs.world_of(config), split, data.world_size, base.codec)
-    elif data.source == "latents":
+    else:
         source = latent_source(data.path, split, base.codec.scaling_factor)
         check_encoders(config, base)
-    else:
-        raise ConfigError(f"config.data.source={data.source!r}: choose 'latents' or 'world'")
     example = source[0]
     channels = (example["latents"].shape[-1], example["image_embed"].shape[-1])
     expected = (base.unet.out_channels, base.unet.cross_attention_dim)

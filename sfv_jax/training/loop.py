@@ -9,19 +9,21 @@ import jax
 from ml_collections import ConfigDict
 
 from sfv_jax.checkpoints.base import describe_run
-from sfv_jax.checkpoints.run import BadStateError, Checkpoints, claim_workdir, explained, flat, owned, safe
-from sfv_jax.config import ConfigError
+from sfv_jax.checkpoints.run import BadStateError, Checkpoints, claim_workdir, explained, owned, safe
+from sfv_jax.config import ConfigError, renewed
+from sfv_jax.config_check import check
 from sfv_jax.data.loader import make_loader
 from sfv_jax.errors import UserError
 from sfv_jax.methods import METHODS
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.runtime.device import peak_flops
+from sfv_jax.runtime.plain_config import flat
 from sfv_jax.runtime.processes import agree, once
 from sfv_jax.runtime.progress import ProgressReport
 from sfv_jax.runtime.sharding import local_rows, make_mesh, on_mesh, param_shardings, put_batch, with_shardings
 from sfv_jax.runtime.stopping import StopRequest
 from sfv_jax.training.clock import Clock, Trace
-from sfv_jax.training.inputs import load_base, open_source
+from sfv_jax.training.inputs import check_memory, load_base, open_source
 from sfv_jax.training.journal import Journal
 from sfv_jax.training.metrics import MetricWriter
 from sfv_jax.training.previews import Previews
@@ -39,8 +41,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
       TrainingStopped: if a number is not finite, or an alarm stops the run.
     """
     agree(flat(config.to_dict()))
-    if config.method not in METHODS:
-        raise ConfigError(f"config.method={config.method!r}: choose one of {', '.join(METHODS)}")
+    check(config)
     with owned(workdir) as check_owner, explained(workdir):
         return train_owned(config, workdir, check_owner)
 
@@ -67,6 +68,7 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
 
     abstract = jax.eval_shape(init, base.params)
     shardings = param_shardings(mesh, abstract)
+    check_memory("the state of training", abstract, shardings)
     params, base = base.params, replace(base, params={})  # the state replaces them
     try:
         loader = make_loader(
@@ -79,7 +81,7 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
         raise ConfigError(f"config.batch_size={config.batch_size}: {error}") from error
 
     def claim() -> None:  # after all checks of the config
-        claim_workdir(workdir, config.to_dict())
+        claim_workdir(workdir, config.to_dict(), renewed)
         codec = base.codec if isinstance(base.codec, PatchCodec) else None
         describe_run(workdir, base.unet, codec, base.model.path if base.model else None)
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from sfv_jax.checkpoints.base import Base
 from sfv_jax.data.video import write_video
 from sfv_jax.runtime.processes import whole
+from sfv_jax.runtime.seeds import stream
 from sfv_jax.runtime.sharding import on_mesh
 from sfv_jax.sampling.generator import Generator
 from sfv_jax.training.metrics import MetricWriter
@@ -40,11 +41,11 @@ class Previews:
         self.condition = {k: batch[k] for k in ("cond_latent", "image_embed", "ids")}
         self.decode: Callable = base.codec.decode
         self.generate = on_mesh(mesh, Generator(base.unet))
-        key = jax.random.key(config.seed)
-        self.noise = np.asarray(jax.random.normal(key, batch["latents"].shape))
+        noise, steps = jax.random.split(stream(config.seed, "previews"))
+        self.noise = np.asarray(jax.random.normal(noise, batch["latents"].shape))
         own = config[config.method]
         self.options = dict(steps=own.get("sample_steps", 1), sampler=own.get("sampler", "euler"))
-        self.options["keys"] = jax.random.split(jax.random.fold_in(key, 1), len(examples))
+        self.options["keys"] = jax.random.split(steps, len(examples))
         self.truth = np.asarray(self.decode(batch["latents"]))
         self.folder, self.writer = workdir / "samples", writer
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sfv_jax.errors import UserError
-from sfv_jax.runtime.files import is_alive, replacing, sha256
+from sfv_jax.runtime.files import replacing, sha256
+from sfv_jax.runtime.platforms import is_alive
 
 MAX_JSON = 2**24  # bytes; the header of SVD's own file has 0.4 MB
 MAX_ITEMS = 2**20  # commas and brackets of a JSON text, which bound the memory of its values

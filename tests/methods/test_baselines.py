@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from sfv_jax import config as configs
 from sfv_jax.methods import METHODS, adversarial, animatelcm, ladd, sfv, ufogen
-from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime import sharding
 from tests.conftest import noise
 from tests.methods.test_methods import C, D, Plain, assert_trees_close, moved, unscaled, wide
@@ -229,20 +228,6 @@ def test_ladd_on_videos_of_the_base_model():
     np.testing.assert_array_equal(untouched.batch["latents"], trace.batch["latents"])
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(probabilities=(0.5, 0.4, 0.0, 0.0)), "one probability for each level"),
-        (dict(warmup_probabilities=(0.5, 0.5)), "ladd.warmup_probabilities"),
-        (dict(generator_levels=3), "fewer than the 4 probabilities"),
-        (dict(gan_loss="relativistic", shared_noise=False), "set ladd.shared_noise=True"),
-    ],
-)
-def test_ladd_settings_that_contradict_each_other(changes, message):
-    with pytest.raises(ValueError, match=message):
-        ladd.make_networks(UNetConfig.tiny(), make_config("ladd", **changes))
-
-
 # ---- AnimateLCM ----
 
 
@@ -335,7 +320,7 @@ MUTATIONS = {  # module, original text, replacement
     "UFOGen's levels off by one": (ufogen, "sigmas[jnp.maximum(t - jump, 0)]", "sigmas[jnp.maximum(t - jump, 1)]"),
     "UFOGen at level 0": (ufogen, "1, method.levels)", "0, method.levels - 1)"),
     "fake at another level": (ufogen, "(lower, fake)", "(sigmas[t], fake)"),
-    "the generator's noise again": (ufogen, "(k_real, k_real if", "(k_real, k_noise if True else k_real if"),
+    "the generator's noise again": (ufogen, "fake = real if", "fake = noise if True else real if"),
     "re-noised by the posterior": (
         adversarial,
         "features = encode(x, sigma_f, noise_f)",
@@ -345,7 +330,7 @@ MUTATIONS = {  # module, original text, replacement
     "generator fed pure noise": (adversarial, "x_t = edm.add_noise(x0,", "x_t = edm.add_noise(0 * x0,"),
     "LADD's levels off by one": (ladd, "[-len(method.probabilities) :]", "[-len(method.probabilities) - 1 : -1]"),
     "LADD without its warm-up": (ladd, "jnp.where(warm, ", "jnp.where(~warm | True, "),
-    "LADD's real and fake at different noise": (sfv, "k_real if method.shared_noise else", "k_real if False else"),
+    "LADD's real and fake at different noise": (sfv, "real if method.shared_noise else", "real if False else"),
 }
 CHECKS = {animatelcm: check_animatelcm, ufogen: check_ufogen, ladd: check_ladd}
 

@@ -4,6 +4,7 @@ Most tests run the methods on plain functions in place of the networks (`Plain`)
 """
 
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Plain:
 
         return heads
 
-    def init_heads(self, seed):
+    def init_heads(self, key):
         return jax.tree.map(jnp.asarray, self.params["heads"])
 
     def backbone_params(self, unet_params):
@@ -361,9 +362,18 @@ def test_trained_parts_of_svd():
     assert sizes == {"all": 1_524_623_082, "temporal": 656_076_838, "spatial": 1_524_623_082 - 656_076_838}
     assert set(optim.trainable(unet, "up_blocks|conv_out")) == {"up_blocks", "conv_out"}
     with pytest.raises(ValueError, match="finds no parameter"):
-        optim.trainable(unet, "temporel")
-    with pytest.raises(ValueError, match="not a regular expression"):
-        optim.trainable(unet, "up_blocks[")
+        optim.check_trainable(unet, "temporel")
+
+
+def test_a_search_that_never_ends_is_ended(monkeypatch):
+    """Python's search of `(.+)+!` takes time exponential in the length of a path."""
+    monkeypatch.setattr(optim, "PATIENCE", 1.0)
+    unet = tree.abstract(UNet, UNetConfig.tiny())[1]
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="more than 1 s to search: write it without nested repetitions"):
+        optim.check_trainable(unet, "(.+)+!")
+    assert time.monotonic() - began < 20
+    optim.check_trainable(unet, r"(up_blocks\.\d+\.)+resnets")
 
 
 MUTATIONS = {  # module, original text, replacement
@@ -387,8 +397,8 @@ MUTATIONS = {  # module, original text, replacement
     ),
     "one sigma' for the batch": (
         "sfv",
-        "(edm.draw_levels(k[0], d_sigmas, d_probabilities, b)",
-        "(jax.numpy.repeat(edm.draw_levels(k[0], d_sigmas, d_probabilities, (1,)), b[0])",
+        "edm.draw_levels(level, d_sigmas, d_probabilities, shape[:1])",
+        "jax.numpy.repeat(edm.draw_levels(level, d_sigmas, d_probabilities, (1,)), shape[0])",
     ),
     "EMA of the old generator": (
         "common",

@@ -114,12 +114,9 @@ def test_learning_rate_schedule():
     np.testing.assert_allclose(decayed, 2.0 * np.array([*warmup, *cosine]), rtol=1e-4, atol=1e-6)
 
 
-def test_linear_schedule_and_contradictions():
+def test_linear_schedule():
     linear = steps_of(configs.adamw(2.0, schedule="linear", decay_steps=4), np.ones(6))
     np.testing.assert_allclose(linear, 2.0 * np.array([1, 0.75, 0.5, 0.25, 0, 0]), rtol=1e-4, atol=1e-6)
-    for changes in (dict(schedule="cosine"), dict(decay_steps=5), dict(schedule="step")):
-        with pytest.raises(ValueError, match="schedule"):
-            optim.make_optimizer(configs.adamw(1.0, **changes))
 
 
 def test_clipping_bounds_the_gradient():
@@ -152,11 +149,6 @@ def test_moving_average():
     ema, params = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -2.0])}
     np.testing.assert_allclose(optim.ema_update(ema, params, 0.75)["w"], [1.5, 1.0])
     assert optim.ema_update({"w": jnp.zeros(2, jnp.bfloat16)}, params, 0.5)["w"].dtype == jnp.bfloat16
-
-
-def test_unknown_optimiser():
-    with pytest.raises(ValueError, match="'sm3' or 'adamw'"):
-        optim.make_optimizer(ConfigDict(dict(name="lion", lr=1.0)))
 
 
 def test_where_optax_differs():

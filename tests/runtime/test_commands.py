@@ -1,17 +1,20 @@
 """Common behavior of all commands: exit codes, one line for errors the user can correct, and values of enum flags."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from sfv_jax import choices
 from sfv_jax.checkpoints import exporter, importer
-from sfv_jax.data import ucf101, video
+from sfv_jax.data import ucf101, video, worlds
 from sfv_jax.diffusion import solvers
 from sfv_jax.evaluation import request
-from sfv_jax.models import networks
+from sfv_jax.methods import METHODS
+from sfv_jax.models import attention, networks
 from sfv_jax.performance import job, measurement
 from sfv_jax.reproduction import experiments
 
@@ -92,3 +95,9 @@ def test_names_to_choose_from_are_those_there_are():
     assert {*choices.DATASETS} == {*request.COUNTS}
     assert choices.UCF101_SPLITS == (*ucf101.SPLITS, "all")
     assert {*choices.JOBS} == {*job.WHAT}
+    assert {*choices.METHODS} == {*METHODS}
+    with pytest.raises(ValueError, match="choose auto, cudnn, reduce or one of") as unknown:
+        attention.attention(*[jnp.zeros((1, 2, 1, 2))] * 3, kernel="none")
+    named = set(re.findall(r"\w+", str(unknown.value).partition("choose")[2])) - {"or", "one", "of"}
+    assert {*choices.ATTENTION_KERNELS} == named
+    assert choices.SHAPES == worlds.SHAPES and choices.COLOURS == tuple(worlds.PALETTE)

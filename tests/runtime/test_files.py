@@ -1,11 +1,9 @@
 """Files that are whole or absent, and messages on damaged ones."""
 
 import os
-import types
 
 import pytest
 
-from sfv_jax.runtime import files
 from sfv_jax.runtime.files import FileError, read_json, replacing, write_json
 
 
@@ -62,21 +60,3 @@ def test_a_damaged_file_is_one_line_with_the_remedy(tmp_path, content, message):
 def test_a_folder_in_place_of_a_file(tmp_path):
     with pytest.raises(FileError, match="is a directory; move it"):
         read_json(tmp_path, "move it")
-
-
-def test_windows_processes_are_not_signalled(monkeypatch):
-    """On Windows os.kill(process, 0) ends the process."""
-
-    class Kernel(types.SimpleNamespace):
-        OpenProcess = staticmethod(lambda query, inherit, process: {7: 1, 8: 2}.get(process, 0))
-        GetLastError = staticmethod(lambda: 87)
-        CloseHandle = staticmethod(lambda handle: None)
-
-        @staticmethod
-        def GetExitCodeProcess(handle, code):
-            code._obj.value = 259 if handle == 1 else 0
-
-    monkeypatch.setattr(files.sys, "platform", "win32")
-    monkeypatch.setattr(files.ctypes, "windll", types.SimpleNamespace(kernel32=Kernel()), raising=False)
-    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("os.kill was called"))
-    assert [files.is_alive(n) for n in (7, 8, 9)] == [True, False, False]

@@ -22,6 +22,7 @@ from sfv_jax.checkpoints.base import load_generator
 from sfv_jax.checkpoints.run import Checkpoints, WorkdirError
 from sfv_jax.config import ConfigError
 from sfv_jax.errors import UserError
+from sfv_jax.models.networks import Networks
 from sfv_jax.runtime import sharding
 from sfv_jax.training import inputs, loop
 from sfv_jax.training.alarms import TrainingStopped
@@ -323,6 +324,24 @@ def test_unknown_variant():
 def test_configs_that_cannot_run(tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         run(tiny(**changes), tmp_path / "run")
+
+
+def test_networks_larger_than_the_memory_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    def made(*args):
+        raise AssertionError("parameters were made")
+
+    monkeypatch.setattr(Networks, "init_generator", made)
+    monkeypatch.setattr(inputs, "memory_per_device", lambda: 2**30)
+    config = tiny(unet=dict(block_out_channels=(4096,)))
+    with pytest.raises(
+        ConfigError, match=r"the UNet of config.unet has [\d,]+ numbers and takes .* GiB of each device"
+    ):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "check_memory", lambda what, *_: made() if "state" in what else None)
+    with pytest.raises(AssertionError):  # the state is checked too
+        run(tiny(), tmp_path / "run")
 
 
 def test_data_that_does_not_fit(tmp_path):
