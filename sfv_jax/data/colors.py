@@ -167,7 +167,7 @@ def _upright(rgb: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 def _display_matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:
     """Returns a, b, c, d: pixel (x, y) is shown at (a x + c y, b x + d y) but for a shift."""
     try:
-        data = bytes(frame.side_data["DISPLAYMATRIX"])
+        data = bytes(frame.side_data["DISPLAYMATRIX"])  # pyrefly: ignore[bad-typed-dict-key]
     except KeyError:
         return 1, 0, 0, 1
     except ValueError:  # PyAV lists no side data if a kind among them is newer than itself

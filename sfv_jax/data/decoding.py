@@ -326,5 +326,6 @@ def _log() -> Generator[None, None, None]:
         try:
             yield
         finally:
-            av.logging.set_level(level)
+            # To None, PyAV's default, there is no way back: messages of other threads under way compare with the level.
+            av.logging.set_level(av.logging.PANIC if level is None else level)
             av.logging.set_skip_repeated(skip)

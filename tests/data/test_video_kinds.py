@@ -453,7 +453,7 @@ def test_whatever_a_library_raises_is_the_fault_of_the_file(tmp_path, monkeypatc
         read_clip(path)
 
 
-def test_decoders_of_several_threads_do_not_mix_complaints(tmp_path):
+def test_decoders_of_several_threads_do_not_mix_complaints(tmp_path, capfd):
     sound = encode(tmp_path / "sound.mp4", textured(150), 25, preset="ultrafast", **OPEN_GOP)
     content = bytearray(sound.read_bytes())
     at = len(content) // 2
@@ -474,3 +474,4 @@ def test_decoders_of_several_threads_do_not_mix_complaints(tmp_path):
     for thread in threads:
         thread.join()
     assert all(isinstance(results[n], VideoError) if n % 2 else results[n] == at_7_fps(25, 2) for n in range(8))
+    assert not capfd.readouterr().err  # FFmpeg's messages are for the reader alone
