@@ -238,6 +238,7 @@ def test_save_refuses_what_diffusers_cannot_hold(params, tmp_path):
         save_component(tmp_path, "unet", huge, CONFIGS["unet"], variant="fp16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["import", "export"])
 def test_interrupted_conversion_leaves_nothing(pipeline_folder, model_folder, tmp_path, monkeypatch, direction):
     def interrupt(path, data):

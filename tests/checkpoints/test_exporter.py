@@ -119,6 +119,7 @@ def test_one_step_of_diffusers_on_the_exported_folder(reference, model_folder, t
     assert peak <= 1e-3 and rms <= 2e-4, (peak, rms)  # the gates of test_pipeline.py
 
 
+@pytest.mark.slow
 def test_bfloat16_models_leave_as_fp16_and_fp32(half_folder, params, tmp_path):
     expected = jax.tree.map(lambda x: np.asarray(x).astype(jax.numpy.bfloat16), params["unet"])
     for variant in (None, "fp16"):
@@ -176,6 +177,7 @@ def run(model_folder, params, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_leaves_with_its_card(run, model_folder, params, tmp_path):
     exporter.export_model(run, tmp_path / "raw", what="unet", raw=True)
     exporter.export_model(run, tmp_path / "sfv-cats")

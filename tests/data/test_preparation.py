@@ -258,6 +258,7 @@ def command(**options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "sfv_jax.prepare", *flags], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.short
 def test_the_command_encodes_with_the_networks_of_svd(videos, svd, tmp_path):
     done = command(videos=videos, svd=svd, out=tmp_path, batch_size=2)
@@ -271,6 +272,7 @@ def test_the_command_encodes_with_the_networks_of_svd(videos, svd, tmp_path):
     assert np.abs(record["cond_latent"] - record["latents"][0]).max() > 0
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong_without_a_traceback(videos, svd, tmp_path):
     for options, message in (
         ({"width": 50}, "width 50 is not a positive multiple of 8; nearest: 48 and 56"),

@@ -407,6 +407,7 @@ def small_sampler() -> Sampler:
     return Sampler(unet, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), codec)
 
 
+@pytest.mark.slow
 def test_latency_by_stage(small_sampler):
     image, report = np.zeros((16, 16, 3), np.uint8), Report("latency")
     request.add_latency(report, small_sampler, Options(steps=2), Protocol(height=16, width=16, num_frames=2))

@@ -109,6 +109,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_scores_a_folder(folder, tmp_path):
     pytest.importorskip("cv2")
     command = [sys.executable, "-m", "sfv_jax.evaluate", f"--videos={folder}", f"--out={tmp_path / 'out'}"]

@@ -168,6 +168,7 @@ def test_ufogen():
     check_ufogen()
 
 
+@pytest.mark.slow
 def test_ufogen_heads_learn_in_every_second_step():
     networks, config = Plain(), make_config("ufogen")
     state, frozen = ufogen.init_state(networks, config, networks.params["generator"])

@@ -298,6 +298,7 @@ def moved(before: dict, after: dict, name: str) -> bool:
     return any(not np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_step_counts_averages_and_draws_anew():
     first, second, third = plain_step(sfv_config(), 2)
     assert [int(s["step"]) for s in (first, second, third)] == [0, 1, 2]

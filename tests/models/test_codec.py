@@ -68,6 +68,7 @@ def test_frames_are_encoded_in_chunks(svd):
         np.testing.assert_allclose(svd.encode(frames, size), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_decoding_in_chunks_is_the_pipelines(svd, pipe, reference):
     """14 frames in chunks of 4, 4, 4 and 2 equal diffusers' chunks, and differ from the clip decoded whole."""
     torch = pytest.importorskip("torch")

@@ -7,6 +7,7 @@ import numpy as np
 from tests.support import golden
 
 
+@pytest.mark.slow
 def test_stored_files_equal_a_fresh_run(reference):
     fresh = golden.fresh()
     assert sorted(fresh) == sorted(path.stem for path in golden.FOLDER.iterdir())

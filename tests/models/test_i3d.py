@@ -124,6 +124,7 @@ def state_dict(weights, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_state_dict_and_its_conversion_are_the_network(weights, state_dict, tmp_path):
     command = [sys.executable, "-m", "sfv_jax.evaluation.fvd", f"--src={state_dict}", "--batch_norm_eps=1e-3"]
     subprocess.run([*command, f"--dst={tmp_path / 'i3d.safetensors'}"], check=True)

@@ -51,13 +51,15 @@ def tiny(method_: str, **changes):
 
 
 CASES = [
-    ("train", "cpu:2", tiny("sfv", **{"mesh.fsdp": 2})),
-    ("train", "cpu:1", tiny("teacher", accumulation_steps=2, trainable="conv_out")),
-    ("sample", "cpu:4", tiny("teacher", **{"mesh.fsdp": 2, "mesh.data": 1, "mesh.spatial": 2})),
+    pytest.param("train", "cpu:2", tiny("sfv", **{"mesh.fsdp": 2}), id="sfv fsdp", marks=pytest.mark.slow),
+    pytest.param("train", "cpu:1", tiny("teacher", accumulation_steps=2, trainable="conv_out"), id="teacher"),
+    pytest.param(
+        "sample", "cpu:4", tiny("teacher", **{"mesh.fsdp": 2, "mesh.data": 1, "mesh.spatial": 2}), id="sample"
+    ),
 ]
 
 
-@pytest.mark.parametrize(("what", "name", "config"), CASES, ids=["sfv fsdp", "teacher", "sample"])
+@pytest.mark.parametrize(("what", "name", "config"), CASES)
 def test_memory_is_what_xla_allocates_and_the_verdict_follows_it(what, name, config):
     target = targets.parse(name)
     mesh, jobs = planning.build(config, target, targets.devices(target), asked(what))
@@ -234,6 +236,7 @@ def test_the_command_says_in_one_line_what_is_wrong():
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == message
 
 
+@pytest.mark.slow
 def test_planning_prepares_the_full_size_networks_of_a_config_without_a_model():
     config = configs.sfv()
     sizes = programs.sizes_of(config)

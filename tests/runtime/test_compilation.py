@@ -36,6 +36,7 @@ def command(home: Path, *arguments: str, **variables: str) -> list[str]:
     return run.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_second_start_finds_its_programs(tmp_path):
     folder, hit, effort = command(tmp_path)
     assert Path(folder).parent == tmp_path / "sfv_jax" / "compiled" and (hit, effort) == ("False", "0.0")

@@ -192,6 +192,7 @@ def test_which_environments_are_clusters():
     assert not processes.in_cluster({"TPU_WORKER_HOSTNAMES": "localhost"}) and not processes.in_cluster({})
 
 
+@pytest.mark.slow
 def test_many_sharded_arrays_are_fingerprinted_on_fake_devices():
     """Programs with collectives that are all in flight would block each other's threads until XLA gives up."""
     code = (

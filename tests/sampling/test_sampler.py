@@ -93,6 +93,7 @@ def test_known_shapes_are_not_compiled_again(sampler, pair):
     assert compilations
 
 
+@pytest.mark.slow
 def test_any_batch_and_length(sampler):
     """For any length and batch, shape and dtype are right, and a permuted batch gives the permuted result."""
 
@@ -108,6 +109,7 @@ def test_any_batch_and_length(sampler):
     holds()
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(sampler, monkeypatch):
     """Three images on eight devices (a batch padded to four, parameters over two) give the frames of one device."""
     monkeypatch.setattr("sfv_jax.runtime.sharding.SMALL", 0)  # these parameters are too small to be sharded
@@ -194,6 +196,7 @@ def test_levels_of_the_samplers():
         assert len(levels) == steps + 1 and (np.diff(levels) < 0).all()
 
 
+@pytest.mark.slow
 def test_fresh_noise_belongs_to_the_seed(sampler):
     call = dict(noise=noise(3, 2, 3, 4, 4, 12), noise_aug_strength=0.0, steps=2)
     renoised = sampler(IMAGES, seed=[7, 40], sampler="sfv", **call)

@@ -28,8 +28,14 @@ def sampler(model_folder) -> Sampler:
     return Sampler.load(model_folder)
 
 
-@pytest.mark.short
-@pytest.mark.parametrize(("steps", "guidance"), [(1, None), (4, (1.0, 3.0)), (25, (1.5, 3.0))])
+@pytest.mark.parametrize(
+    ("steps", "guidance"),
+    [
+        pytest.param(1, None, marks=pytest.mark.short),
+        pytest.param(4, (1.0, 3.0), marks=pytest.mark.slow),
+        pytest.param(25, (1.5, 3.0), marks=pytest.mark.slow),
+    ],
+)
 def test_frames_are_the_pipelines(sampler, pipe, reference, images, start, steps, guidance):
     """After rounding, no pixel differs by more than one gray level of 255."""
     import torch
@@ -65,6 +71,7 @@ def test_frames_are_the_pipelines(sampler, pipe, reference, images, start, steps
     assert difference.max() <= 1 and difference.mean() < 0.02, (difference.max(), difference.mean())
 
 
+@pytest.mark.slow
 def test_animatelcm(sampler, pipe, reference, images, start):
     """Latents equal those of the published loop in torch (x0 by EDM, then fresh noise) on every tenth of 40 levels."""
     import torch

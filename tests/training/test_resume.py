@@ -10,6 +10,7 @@ from tests.support import small_run
 pytestmark = pytest.mark.usefixtures("compile_little")
 
 
+@pytest.mark.slow
 @pytest.mark.short
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     config = small_run.get_config()

@@ -109,6 +109,7 @@ def test_whole_folder(folder, model):
     assert meta["source"]["sha256"] == {name: sha256(path) for name, path in files.items()}
 
 
+@pytest.mark.slow
 def test_lone_unet(folder, model, tmp_path):
     """AnimateLCM's form: one file with diffusers' names; all else comes from the base."""
     tensors = {k: 2 * v for k, v in load_file(folder / "unet" / f"{STEM}.safetensors").items()}
@@ -161,6 +162,7 @@ def test_other_files_are_named(names, kind, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_values_that_are_no_numbers(folder, tmp_path):
     """NaN and infinity are found while the network is written: the message names the tensor, the disk stays empty."""
     bad = shutil.copytree(folder, tmp_path / "bad")
@@ -239,6 +241,7 @@ convert.commands.run(convert.main, convert.define_flags)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_stopped_while_reading(folder, tmp_path, number):
     command = [sys.executable, "-c", SLOW, str(folder), str(tmp_path / "out")]
@@ -274,6 +277,7 @@ class FakeHub:
         return str(self.folder / file)
 
 
+@pytest.mark.slow
 def test_hub(folder, tmp_path, monkeypatch):
     import huggingface_hub
 

@@ -302,6 +302,7 @@ def test_the_two_encoders(single_file, params, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, vae["encoder"], rest))
 
 
+@pytest.mark.slow
 def test_command(single_file, params, tmp_path):
     """The command converts a single file to a model folder, and the exporter writes the same file again."""
     command = [sys.executable, "-m", "sfv_jax.convert", "--src", str(single_file), "--dst", str(tmp_path / "model")]
