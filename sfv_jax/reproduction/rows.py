@@ -78,7 +78,7 @@ def world_bench(workdir: Path, runs: Runs, budget: Budget) -> Bench:
 def svd_bench(
     runs: Runs,
     real: str,
-    i3d: str,
+    i3d: str | None,
     size: tuple[int, int] = (576, 1024),
     batch: int = 8,
     loading: dict[str, Any] | None = None,
@@ -88,24 +88,27 @@ def svd_bench(
     Args:
       runs: the models.
       real: folder of the real videos, all of which are used.
-      i3d: weights of I3D.
+      i3d: file of I3D weights, as for `fvd.load_i3d`.
       size: (height, width) of the generated videos in pixels.
       batch: videos sampled per call.
       loading: options of `fvd.load_i3d`.
 
     Raises:
       ReproduceError: if too few clips can be read.
-      WeightsError: if `i3d` cannot be used.
+      WeightsError: if no I3D weights can be used.
     """
+    clips = find_clips(real)
+    least = f"FVD needs {MIN_SAMPLES} or more"
+    if len(clips) < MIN_SAMPLES:
+        raise ReproduceError(f"--real={real}: {len(clips)} clips, {least}")
     features, about = fvd.load_i3d(i3d, **(loading or {}))
     frames = read_model(runs.base).configs["unet"].num_frames
     protocol, reading = Protocol(n=0, num_frames=frames, height=size[0], width=size[1]), Reading(frames, Protocol.fps)
     images, truth = [], []
-    for _, clip in reading.frames(find_clips(real)):
+    for _, clip in reading.frames(clips):
         images.append(protocol.cut(clip[0]).copy())
         truth.append(protocol.real(clip))
     if len(truth) < MIN_SAMPLES:
-        least = f"FVD needs {MIN_SAMPLES} or more"
         raise ReproduceError(f"--real={real}: {len(truth)} clips of {frames} frames can be read, {least}")
     truth = np.stack(truth)
     known = compute(features, truth)

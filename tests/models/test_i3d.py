@@ -184,7 +184,8 @@ def test_torchscript_is_run_as_it_is(tmp_path, monkeypatch):
         fvd.load_i3d(tmp_path / "cut.pt", allow_torchscript=True)
 
 
-def test_what_is_no_i3d(tmp_path):
+def test_what_is_no_i3d(tmp_path, monkeypatch):
+    monkeypatch.setattr(fvd.kinetics, "installed", lambda: None)
     torch.save({"Conv3d_1a_7x7.conv3d.weight": torch.zeros(64, 3, 7, 7, 5)}, tmp_path / "other.pt")
     for path, message in (
         (None, "name a file with --i3d.*i3d_torchscript.pt.*i3d_pretrained_400.pt"),

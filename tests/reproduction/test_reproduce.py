@@ -191,6 +191,10 @@ def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatc
     svd = SimpleNamespace(num_frames=14)
     monkeypatch.setattr(stages, "read_model", lambda path: SimpleNamespace(configs={"unet": svd}))
     runs = trainings.svd_runs(tmp_path, "svd", "data", [])
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few/0.mp4").touch()
+    with pytest.raises(trainings.ReproduceError, match="few: 1 clips, FVD needs 20 or more"):
+        stages.svd_bench(runs, str(tmp_path / "few"), "i3d.pt", loading=asked)
     bench = stages.svd_bench(runs, str(tmp_path / "real"), "i3d.pt", loading=asked)
     assert bench.truth.shape == (21, 14, 240, 320, 3) and {x.shape for x in bench.images} == {(48, 64, 3)}
     protocol = Protocol()
@@ -257,6 +261,6 @@ def test_impossible_requests(tmp_path):
         jobs.Request(tmp_path, only=("table1", "table9"))
     with pytest.raises(trainings.ReproduceError, match="--scale svd needs --svd MODEL and --data CACHE"):
         jobs.run(jobs.Request(tmp_path, scale="svd", svd="model"))
-    request = jobs.Request(tmp_path, scale="svd", svd="model", data="cache", real="videos")
-    with pytest.raises(trainings.ReproduceError, match="--scale svd needs --i3d"):
+    request = jobs.Request(tmp_path, scale="svd", svd="model", data="cache")
+    with pytest.raises(trainings.ReproduceError, match="--scale svd needs --real"):
         jobs.bench_for(request, jobs.runs_for(request))
