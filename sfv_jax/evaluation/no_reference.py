@@ -9,16 +9,20 @@ import numpy as np
 
 from sfv_jax.evaluation import appearance, motion
 from sfv_jax.evaluation.clips import Clip, Reading
-from sfv_jax.evaluation.report import Report, number
+from sfv_jax.evaluation.report import DOWN, IDENTICAL, UP, Cell, Report, Spread
 from sfv_jax.runtime.progress import progress
 
 
 @dataclass(frozen=True)
 class Score:
-    """A column of the table: its `title` with the unit, and its `meaning` for the footer."""
+    """A column of the table: its `title` with the unit, its `meaning` for the footer, and the arrow of better values.
+
+    Scores that are no better when they are larger or smaller have no arrow.
+    """
 
     title: str
     meaning: str
+    better: str = ""
 
 
 SCORES = {
@@ -27,18 +31,19 @@ SCORES = {
     "warp_error": Score(
         "warp error", "gray levels left after warping the next frame back by its flow; low also for blur"
     ),
-    "unmatched": Score("unmatched", "share of pixels that optical flow cannot follow to the next frame"),
+    "unmatched": Score("unmatched", "share of pixels that optical flow cannot follow to the next frame", DOWN),
     "frozen": Score(
         "frozen",
         f"share of videos in which less than {motion.FROZEN_SHARE:.0%} of the pixels ever differ from the first frame "
         f"by more than {motion.CHANGE:g} gray levels",
+        DOWN,
     ),
     "detail_first": Score("detail, first", "sharpness of the first frame over that of the condition; 1: no loss"),
     "detail_last": Score("detail, last", "sharpness of the last frame over that of the condition; below 1: loss"),
     "contrast_last": Score("contrast, last", "contrast of the last frame over that of the condition"),
-    "first_psnr": Score("first PSNR, dB", "first frame against the condition image"),
-    "clip_last": Score("CLIP, last", "cosine of the CLIP embeddings of the last frame and the condition"),
-    "clip_mean": Score("CLIP, mean", "the same, mean over the frames"),
+    "first_psnr": Score("first PSNR, dB", "first frame against the condition image", UP),
+    "clip_last": Score("CLIP, last", "cosine of the CLIP embeddings of the last frame and the condition", UP),
+    "clip_mean": Score("CLIP, mean", "the same, mean over the frames", UP),
     "diversity": Score("diversity", "RMSE in gray levels between videos of one condition, mean over pairs of seeds"),
 }
 CURVES = {"detail": "sharpness / condition's", "contrast": "contrast / condition's", "clip": "CLIP cosine"}
@@ -168,14 +173,15 @@ def add_to(report: Report, results: Results, reading: Reading, conditions: str) 
       conditions: description of the condition images, for the footer.
     """
     groups = results.groups()
-    found = [name for name in SCORES if any(len(results.values(group, name)) for group in groups)]
+    found = [name for name in SCORES if any(_mean(results, group, name) is not None for group in groups)]
     rows = []
     for group in groups:
         count = sum(row.group == group for row in results.rows)
-        rows.append([group or "all", count, *(_mean(results.values(group, name), name) for name in found)])
+        rows.append([group or "all", count, *(_mean(results, group, name) for name in found)])
     notes = [f"Mean (standard deviation) over the clips. Condition: {conditions}.", _how(results, reading)]
     notes += [f"{SCORES[name].title}: {SCORES[name].meaning}." for name in found]
-    report.table("No-reference scores", ["", "clips", *(SCORES[name].title for name in found)], rows, notes)
+    titles = [f"{SCORES[name].title} {SCORES[name].better}".rstrip() for name in found]
+    report.table("No-reference scores", ["", "clips", *titles], rows, notes)
     for name, meaning in CURVES.items():
         curves = {group or "all": results.curve(group, name) for group in groups}
         if any(curve is not None for curve in curves.values()):
@@ -183,12 +189,14 @@ def add_to(report: Report, results: Results, reading: Reading, conditions: str) 
     for name in ("detail_last", "contrast_last", "flow", "unmatched", "first_psnr", "clip_last"):
         if name in found:
             values = {group or "all": list(results.values(group, name)) for group in groups}
+            if not any(values.values()):  # all identical
+                continue
             report.dots(f"{SCORES[name].title}, clip by clip", values, SCORES[name].title)
     if results.shown:
         clips = {name: {group or "all": x for group, x in row.items()} for name, row in results.shown.items()}
         report.clips("Side by side", clips, reading.fps)
     single = [name for name in found if name != "diversity"]
-    each = [[row.group, _name(row), *map(row.scores.get, single)] for row in results.rows]
+    each = [[row.group, _name(row), *(_cell(row, name) for name in single)] for row in results.rows]
     report.table("Clip by clip", ["group", "clip", *(SCORES[name].title for name in single)], each)
     if reading.unreadable:
         report.text(f"{len(reading.unreadable)} clips could not be read and are in no score", reading.unreadable)
@@ -211,12 +219,21 @@ def _name(row: Row) -> str:
     return row.name if row.seed is None else f"{row.name}, seed {row.seed}"
 
 
-def _mean(values: np.ndarray, name: str) -> str | float | None:
+def _cell(row: Row, name: str) -> Cell:
+    """Returns a score of one clip; `identical` for an infinite PSNR."""
+    value = row.scores.get(name)
+    return IDENTICAL if name == "first_psnr" and value == np.inf else value
+
+
+def _mean(results: Results, group: str, name: str) -> Cell:
+    """Returns a score of a group: mean and deviation of the finite values; `identical` if all PSNRs are infinite."""
+    values = results.values(group, name)
     if not len(values):
-        return None
+        cells = {_cell(row, name) for row in results.rows if row.group == group}
+        return IDENTICAL if cells == {IDENTICAL} else None
     if name == "frozen" or len(values) == 1:
         return float(values.mean())
-    return f"{number(float(values.mean()))} ({number(float(values.std()))})"
+    return Spread(float(values.mean()), float(values.std()))
 
 
 def _summary(values: np.ndarray) -> dict:

@@ -1,7 +1,7 @@
 """Reports as files: `scores.json`, `scores.md` and `index.html`, one page that opens from disk without a network.
 
 report = Report("SF-V against SVD")
-report.table("Scores", ["method", "FVD"], [["SF-V", 180.9], ["SVD", 153.4]], notes=["N = 2048."])
+report.table("Scores", ["method", "FVD ↓"], [["SF-V", 180.9], ["SVD", 153.4]], notes=["N = 2048."])
 report.lines("Detail over time", {"SF-V": [1.0, 0.9], "SVD": [1.0, 1.0]}, "frame", "share kept")
 report.clips("Side by side", {"dog": {"SF-V": frames, "SVD": frames}}, fps=7)
 report.record = {"seed": 0}
@@ -12,7 +12,7 @@ import base64
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -20,11 +20,23 @@ from pathlib import Path
 import numpy as np
 
 from sfv_jax.data.video import cover_resize_crop, write_video
-from sfv_jax.runtime.files import replacing
+from sfv_jax.runtime.files import one_line, replacing
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 CLIP_HEIGHT = 240, 96  # pixels: taller clips are shrunk, smaller ones enlarged by whole factors
-Cell = str | float | int | None
+UP, DOWN = "↑", "↓"  # at the end of a column's title: larger, or smaller, is better
+IDENTICAL = "identical"  # an infinite PSNR
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A cell with mean and standard deviation."""
+
+    mean: float
+    std: float
+
+
+Cell = str | float | int | Spread | None
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2em auto; padding: 0 1em; max-width: 1500px }
 h1, h2 { line-height: 1.2 } table { border-collapse: collapse; margin: 1em 0 } .wide { overflow-x: auto }
@@ -50,11 +62,13 @@ class Report:
       title: the title.
       record: content of the JSON file: the scores and everything that determined them.
       missing: one line for each file that was to be scored and could not be read.
+      headline: the first table as aligned text.
     """
 
     title: str
     record: dict = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    headline: str = ""
     _html: list[str] = field(default_factory=list)
     _markdown: list[str] = field(default_factory=list)
 
@@ -64,7 +78,11 @@ class Report:
         self._markdown.append(f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines))
 
     def table(self, title: str, columns: list[str], rows: Sequence[Sequence[Cell]], notes: Sequence[str] = ()) -> None:
-        """Adds rows of text and numbers under `columns`, and `notes` below; None leaves a cell empty."""
+        """Adds rows of text and numbers under `columns`, and `notes` below; None leaves a cell empty.
+
+        In columns whose titles end with an arrow, the best cell is marked.
+        """
+        self.headline = self.headline or text_table(columns, rows)
         self._html.append(f"<h2>{escape(title)}</h2>{html_table(columns, rows)}{_notes(notes)}")
         self._markdown.append("\n\n".join([f"## {title}", markdown_table(columns, rows), *notes]))
 
@@ -112,19 +130,52 @@ def number(value: Cell) -> str:
         if not math.isfinite(value):
             return "inf" if value > 0 else ""
         return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
+    if isinstance(value, Spread):
+        return f"{number(value.mean)} ({number(value.std)})"
     return "" if value is None else f"{value}"
+
+
+def _value(cell: Cell) -> float:
+    """Returns the number to compare of a cell; NaN if it has none."""
+    if cell == IDENTICAL:
+        return math.inf
+    cell = cell.mean if isinstance(cell, Spread) else cell
+    return float(cell) if isinstance(cell, int | float | np.number) else math.nan
+
+
+def _texts(columns: list[str], rows: Sequence[Sequence[Cell]], mark: Callable[[str], str]) -> list[list[str]]:
+    """Returns the cells as text, with `mark` applied to the best of each column with an arrow, if they differ."""
+    texts = [[number(cell) for cell in row] for row in rows]
+    for n, title in enumerate(columns):
+        values = [_value(row[n]) for row in rows]
+        known = [value for value in values if not math.isnan(value)]
+        if len(set(known)) > 1 and title.endswith((UP, DOWN)):
+            best = max(known) if title.endswith(UP) else min(known)
+            for row, value in zip(texts, values, strict=True):
+                row[n] = mark(row[n]) if value == best else row[n]
+    return texts
+
+
+def text_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """Returns a table in aligned columns for the terminal; a star marks the best cell of a column."""
+    lines = [columns, *([one_line(cell) for cell in row] for row in _texts(columns, rows, "*{}".format))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    align = lambda n, cell: cell.rjust(widths[n]) if n else cell.ljust(widths[n])  # noqa: E731
+    return "\n".join("  ".join(align(n, cell) for n, cell in enumerate(line)).rstrip() for line in lines)
 
 
 def markdown_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Returns a Markdown table, all columns but the first aligned to the right."""
     lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(map(number, row)) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in _texts(columns, rows, "**{}**".format)])
 
 
 def html_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Returns an HTML table."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(number(x))}</td>" for x in row) + "</tr>" for row in rows)
+    safe = [[escape(x) if isinstance(x, str) else x for x in row] for row in rows]
+    texts = _texts(columns, safe, "<b>{}</b>".format)
+    body = "".join("<tr>" + "".join(f"<td>{x}</td>" for x in row) + "</tr>" for row in texts)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 

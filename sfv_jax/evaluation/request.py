@@ -12,9 +12,9 @@ from sfv_jax.checkpoints.model_folder import load_codec, read_model
 from sfv_jax.config import world_of
 from sfv_jax.data import ucf101
 from sfv_jax.errors import UserError
-from sfv_jax.evaluation import scoring
+from sfv_jax.evaluation import pairs, scoring
 from sfv_jax.evaluation.clips import Clip, Dataset, Reading, find_clips
-from sfv_jax.evaluation.features import Extractor, load_features
+from sfv_jax.evaluation.features import Extractor, check_count, load_features
 from sfv_jax.evaluation.generation import Model, Options
 from sfv_jax.evaluation.motion import opencv
 from sfv_jax.evaluation.protocol import Protocol
@@ -32,13 +32,16 @@ COUNTS = {"ucf101": 2048, "folder": 0, "world": 256}  # default number of clips 
 KINDS = {
     "alone": "a folder is scored by itself without --reference",
     "folders": "a folder is scored against a folder by its distance alone",
+    "paired": "all clips are compared with those of the same names in --reference",
     "dataset": "a checkpoint is scored against the clips of --data",
     "world": "a checkpoint is scored exactly on its own world",
 }
 USED = {  # kinds that use a flag, for flags that are off by default and not used by every kind
-    **dict.fromkeys(("i3d", "features", "statistics", "batch_norm_eps", "allow_torchscript"), ("folders", "dataset")),
+    **dict.fromkeys(("i3d", "features", "batch_norm_eps", "allow_torchscript"), ("folders", "paired", "dataset")),
+    "statistics": ("folders", "dataset"),
     **dict.fromkeys(("images", "svd"), ("alone",)),
-    "reference": ("folders",),
+    "reference": ("folders", "paired"),
+    "paired": ("paired",),
     "dataset": ("dataset", "world"),
     **dict.fromkeys(("data", "latency"), ("dataset",)),
 }
@@ -73,6 +76,7 @@ class Request:
     dataset: str | None = None
     data: Path | None = None
     split: str = "testlist01"
+    paired: bool = False
     i3d: Path | None = None
     batch_norm_eps: float | None = None
     allow_torchscript: bool = False
@@ -98,7 +102,7 @@ def mode(request: Request) -> str:
     if (request.videos is None) == (request.checkpoint is None):
         raise EvaluateError("give either --videos, a folder to score, or --checkpoint, a model to generate with")
     if request.videos:
-        kind = "folders" if request.reference else "alone"
+        kind = ("paired" if request.paired else "folders") if request.reference else "alone"
     elif request.dataset is None:
         raise EvaluateError("--checkpoint needs --dataset: ucf101, folder or world")
     elif request.dataset != "world" and request.data is None:
@@ -106,6 +110,7 @@ def mode(request: Request) -> str:
     else:
         kind = "world" if request.dataset == "world" else "dataset"
     idle = [f"--{name}" for name, kinds in USED.items() if getattr(request, name) and kind not in kinds]
+    idle += ["--n"] if kind == "paired" and request.protocol.n else []
     if idle:
         raise EvaluateError(f"{', '.join(idle)} would do nothing here: {KINDS[kind]}")
     return kind
@@ -123,7 +128,8 @@ def run(request: Request) -> Report:
         check(request.options.sampler, request.options.steps, request.options.guidance)
     if request.flow and kind in ("alone", "dataset"):
         opencv()
-    return {"alone": _alone, "folders": _folders, "dataset": _dataset, "world": _world}[kind](request)
+    kinds = {"alone": _alone, "folders": _folders, "paired": _paired, "dataset": _dataset, "world": _world}
+    return kinds[kind](request)
 
 
 def _alone(request: Request) -> Report:
@@ -146,9 +152,18 @@ def _folders(request: Request) -> Report:
     )
 
 
+def _paired(request: Request) -> Report:
+    videos, reference, protocol = _given(request.videos), _given(request.reference), request.protocol
+    groups = pairs.match(videos, reference)  # before the network is loaded
+    report = pairs.folder_paired(videos, reference, protocol, _extractor(request), groups)
+    scoring.add_clips(report, pairs.shown(groups, request.shown), protocol)
+    return report
+
+
 def _dataset(request: Request) -> Report:
     extractor = _extractor(request)
     dataset = dataset_of(request)
+    check_count(dataset, request.protocol)
     sampler = load_sampler(request)
     model = Model(sampler, origin_of(request, sampler), request.options, request.batch_size)
     embed = sampler.codec.embed if isinstance(sampler.codec, SVDCodec) else None

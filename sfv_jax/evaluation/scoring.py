@@ -1,4 +1,4 @@
-"""The four kinds of score: a folder alone, a folder against a folder, a model on real videos, a model on its world."""
+"""Kinds of score: a folder alone, a folder against a folder, a model on real videos, a model on its world."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -12,11 +12,12 @@ from sfv_jax.data.worlds import World
 from sfv_jax.evaluation import no_reference
 from sfv_jax.evaluation import world as exact
 from sfv_jax.evaluation.clips import FILES, Clip, Dataset, Reading, condition_images, find_clips
-from sfv_jax.evaluation.features import Extractor, Set, compute_kept, features_of, label
-from sfv_jax.evaluation.frechet import measure
+from sfv_jax.evaluation.features import Extractor, Set, check_count, compute_kept, features_of, label
+from sfv_jax.evaluation.frechet import Distance, measure
 from sfv_jax.evaluation.generation import Model, generate, read_strip
+from sfv_jax.evaluation.mmd import MEANING, Estimate, measure_mmd, measure_pairs, pair_distances
 from sfv_jax.evaluation.protocol import Protocol
-from sfv_jax.evaluation.report import Report
+from sfv_jax.evaluation.report import DOWN, Cell, Report
 
 
 @dataclass(frozen=True)
@@ -91,24 +92,33 @@ def folder_against_folder(
     """
     clips = find_clips(videos)
     groups = sorted({clip.group for clip in clips})
-    real = features_of(Dataset(find_clips(reference), str(reference)), protocol, extractor, kept=kept)
+    references = Dataset(find_clips(reference), str(reference))
     members = {group: [clip for clip in clips if clip.group == group] for group in groups}
+    datasets = {group: Dataset(some, str(videos / group)) for group, some in members.items()}
+    for dataset in (references, *datasets.values()):
+        check_count(dataset, protocol)
+    real = features_of(references, protocol, extractor, kept=kept)
     sets = {
         # Generated clips are not cropped: they have the right aspect ratio already.
-        group or "all": features_of(Dataset(some, str(videos / group)), protocol, extractor, prepare=protocol.score)
-        for group, some in members.items()
+        group or "all": features_of(dataset, protocol, extractor, prepare=protocol.score)
+        for group, dataset in datasets.items()
     }
     n = min(len(found.names) for found in [real, *sets.values()])
     report = Report(f"{videos.name} against {reference.name}")
     report.missing = [line for some in sets.values() for line in some.dropped]
     add_distances(report, sets, real, replace(protocol, n=n), extractor)
     wanted = sorted({clip.name for clip in clips})[:shown]
-    pictures: dict[str, dict[str, np.ndarray]] = {name: {} for name in wanted}
-    for clip, frames in Reading(protocol.num_frames, protocol.fps).frames([c for c in clips if c.name in wanted]):
-        pictures[clip.name].setdefault(clip.group or "all", protocol.score(frames))
-    if wanted:
-        report.clips("Some of the clips, as scored", pictures, protocol.fps)
+    add_clips(report, [clip for clip in clips if clip.name in wanted], protocol)
     return report
+
+
+def add_clips(report: Report, clips: list[Clip], protocol: Protocol) -> None:
+    """Adds `clips` to the page at the score size, one row for each name and one column for each group."""
+    pictures: dict[str, dict[str, np.ndarray]] = {clip.name: {} for clip in clips}
+    for clip, frames in Reading(protocol.num_frames, protocol.fps).frames(clips):
+        pictures[clip.name].setdefault(clip.group or "all", protocol.score(frames))
+    if clips:
+        report.clips("Some of the clips, as scored", pictures, protocol.fps)
 
 
 def checkpoint_on_videos(
@@ -146,7 +156,7 @@ def checkpoint_on_videos(
     read = lambda file: read_strip(file, protocol.num_frames)  # noqa: E731
     fake = Set(compute_kept(extractor, files, read, folder / "features.npz"), real.names, [])
     report = Report(f"{model.origin['checkpoint']} on {dataset.name}")
-    add_distances(report, {"generated": fake}, real, protocol, extractor, dataset.source)
+    add_distances(report, {"generated": fake}, real, protocol, extractor, dataset.source, paired=True)
     order = sorted(range(len(files)), key=lambda k: real.names[k])
     place = {real.names[k]: k for k in order}
     shown = [real.names[k] for k in order[: extras.shown]]
@@ -179,6 +189,7 @@ def add_distances(
     protocol: Protocol,
     extractor: Extractor,
     source: dict[str, Any] = FILES,
+    paired: bool = False,
 ) -> None:
     """Measures `sets` against `real` at n = `protocol.n` and adds the distances and their settings to `report`.
 
@@ -189,26 +200,53 @@ def add_distances(
       protocol: the protocol of the features.
       extractor: the extractor of the features.
       source: JSON description of the files of the real clips.
+      paired: the kth clips of all sets have the same condition.
     """
-    n = protocol.n
-    found = {
-        name: measure(real.features[:n], some.features[:n], ddof=protocol.ddof, seed=protocol.seed)
-        for name, some in sets.items()
-    }
-    rows = [[name, x.value, x.extrapolated, "{:.4g} to {:.4g}".format(*x.interval), x.n] for name, x in found.items()]
+    found = {name: compare(real, some, protocol, paired) for name, some in sets.items()}
     kind = "Frechet distance" if extractor.about["kind"] == "function" else "FVD"
-    columns = ["", kind, "N to infinity", "95 % interval", "N"]
-    report.table("Distance to the reference", columns, rows, footer(protocol, extractor.about, sets, real, source))
+    columns = {
+        "distances": [f"{kind} {DOWN}", f"N to infinity {DOWN}", "95 % interval"],
+        "mmd": [f"MMD {DOWN}", "95 % interval"],
+        "pairs": [f"distance of pairs {DOWN}", "95 % interval"],
+    }
+    kinds = [key for key in columns if any(key in some for some in found.values())]
+    head = ["", *(title for key in kinds for title in columns[key]), "N"]
+    rows = [[name, *(cell for key in kinds for cell in _cells(x.get(key))), protocol.n] for name, x in found.items()]
+    report.table("Distance to the reference", head, rows, footer(protocol, extractor.about, sets, real, source))
     dropped = {name: some.dropped for name, some in {"reference": real, **sets}.items() if some.dropped}
     for name, lines in dropped.items():
         report.text(f"{name}: {len(lines)} clips were dropped", lines)
     report.record |= {
         "protocol": asdict(protocol),
         "features": extractor.about,
-        "distances": {name: asdict(x) for name, x in found.items()},
-        "clips_used": {name: some.names[:n] for name, some in {"reference": real, **sets}.items()},
+        **{key: {name: asdict(x[key]) for name, x in found.items() if key in x} for key in kinds},
+        "clips_used": {name: some.names[: protocol.n] for name, some in {"reference": real, **sets}.items()},
         "dropped": dropped,
     }
+
+
+def compare(real: Set, some: Set, protocol: Protocol, paired: bool) -> dict[str, Distance | Estimate]:
+    """Measures the first `protocol.n` clips of `some` against those of `real`.
+
+    Returns:
+      `distances`, the Frechet distance, and `mmd`; also `pairs`, the mean distance of the kth clips of both sets, if
+      they are `paired`.
+    """
+    n, seed = protocol.n, protocol.seed
+    x, y = real.features[:n], some.features[:n]
+    found: dict[str, Distance | Estimate] = {
+        "distances": measure(x, y, ddof=protocol.ddof, seed=seed),
+        "mmd": measure_mmd(x, y, paired=paired, seed=seed),
+    }
+    return found | ({"pairs": measure_pairs(pair_distances(x, y), seed=seed)} if paired else {})
+
+
+def _cells(x: Distance | Estimate | None) -> list[Cell]:
+    """Returns the cells of a distance in a table."""
+    if x is None:
+        return [None, None]
+    interval = "{:.4g} to {:.4g}".format(*x.interval)
+    return [x.value, x.extrapolated, interval] if isinstance(x, Distance) else [x.value, interval]
 
 
 def footer(protocol: Protocol, about: dict, sets: dict[str, Set], real: Set, source: dict) -> list[str]:
@@ -222,6 +260,7 @@ def footer(protocol: Protocol, about: dict, sets: dict[str, Set], real: Set, sou
         f"Features: {made}.",
         f"Usable clips: {counts}; {protocol.n} of each used.",
         "Distances are comparable at equal N and equal features only. The interval is a bootstrap over clips.",
+        MEANING,
     ]
     width = real.features.shape[1]
     if protocol.n < width:

@@ -21,7 +21,7 @@ from sfv_jax.data import ucf101
 from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
 from sfv_jax.errors import UserError
-from sfv_jax.evaluation import features, request, scoring
+from sfv_jax.evaluation import features, kinetics, request, scoring
 from sfv_jax.evaluation.clips import Dataset, find_clips
 from sfv_jax.evaluation.features import Extractor
 from sfv_jax.evaluation.generation import Model, Options, generate, read_strip
@@ -53,6 +53,7 @@ def colors(x: np.ndarray) -> np.ndarray:
 
 
 COLORS = Extractor(colors, ABOUT)
+UNUSED = Extractor(lambda x: pytest.fail("clips were read"), ABOUT)  # for what is refused at once
 
 
 def write_avi(path: Path, frames: np.ndarray) -> None:
@@ -316,6 +317,11 @@ def test_a_checkpoint_is_measured_against_the_clips_it_started_from(dataset, tmp
         found[name] = json.loads((out / "scores.json").read_text())
     distances = {name: record["distances"]["generated"] for name, record in found.items()}
     assert 0 < distances["still"]["value"] < 0.1 * distances["bright"]["value"] and distances["still"]["n"] == 20
+    for kind in ("mmd", "pairs"):
+        low, high = (found[name][kind]["generated"]["interval"] for name in ("still", "bright"))
+        assert low[1] < high[0], kind
+    with pytest.raises(VideoError, match="fake: 24 of 24 clips are usable, fewer than n = 25"):
+        scoring.checkpoint_on_videos(None, dataset, out, Protocol(n=25, **SMALL), UNUSED, extras=extras)
     record = found["still"]
     assert record["dataset"] == "fake" and record["source"] == {"form": "video files"}
     assert record["options"]["steps"] == 1 and record["origin"] == {"checkpoint": "echo"}
@@ -345,19 +351,21 @@ def test_folders_of_different_sizes_are_compared_at_equal_n(tmp_path):
     distances = report.record["distances"]
     assert [distances[name]["n"] for name in ("moving", "frozen")] == [21, 21]
     assert distances["moving"]["value"] < 1e-6 < distances["frozen"]["value"]
+    assert report.record["mmd"].keys() == distances.keys() and "pairs" not in report.record
     repeated = Extractor(lambda x: np.repeat(colors(x), 5, 1), ABOUT)
     lots = scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), repeated)
     assert "21 clips are fewer than 30 features" in lots.page() and "fewer than" not in report.page()
     assert len(report.record["dropped"]["moving"]) == 1 and "0.mp4" in report.record["dropped"]["moving"][0]
     with pytest.raises(VideoError, match="v/frozen: 21 of 21 clips are usable, fewer than n = 25"):
-        scoring.folder_against_folder(*args, Protocol(n=25, **SMALL), COLORS)
+        scoring.folder_against_folder(*args, Protocol(n=25, **SMALL), UNUSED)
     for n in range(2):
         (tmp_path / f"v/frozen/{n}.mp4").unlink()
-    with pytest.raises(VideoError, match="v/frozen: 19 of 19 clips .* the 20 that a distance needs"):
-        scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), COLORS)
+    with pytest.raises(VideoError, match="v/frozen: 19 of 19 clips .* the 20 that a Frechet distance needs"):
+        scoring.folder_against_folder(*args, Protocol(n=0, **SMALL), UNUSED)
 
 
-def test_features_that_are_none():
+def test_features_that_are_none(monkeypatch):
+    monkeypatch.setattr(kinetics, "installed", lambda: None)
     for name, message in (
         ("numpy", "give module:function"),
         ("no_such_module:f", "No module"),
@@ -381,6 +389,12 @@ def test_features_that_are_none():
         ({"checkpoint": "b", "dataset": "folder"}, "needs --data"),
         ({"videos": Path("a"), "i3d": Path("f")}, "--i3d would do nothing here: .* without --reference"),
         (dict.fromkeys(("videos", "reference", "images", "svd"), Path("a")), "--images, --svd would do nothing here"),
+        ({"videos": Path("a"), "paired": True}, "--paired would do nothing here: .* without --reference"),
+        (
+            dict.fromkeys(("videos", "reference", "statistics"), Path("a")) | {"paired": True},
+            "--statistics, --n would do nothing here: all clips are compared",
+        ),
+        ({"videos": Path("a"), "reference": Path("b"), "paired": True, "protocol": Protocol()}, "--n would do nothing"),
         (
             {"checkpoint": "b", "dataset": "world", "latency": True, "data": Path("c")},
             "--data, --latency would do nothing",

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from sfv_jax.data.video import VideoError, write_video
 from sfv_jax.data.worlds import World
 from sfv_jax.evaluation import appearance, clips, motion, no_reference
-from sfv_jax.evaluation.report import Report, line_plot, ticks
+from sfv_jax.evaluation.report import Report, Spread, line_plot, ticks
 
 
 def texture(height: int = 96, width: int = 128, seed: int = 0) -> np.ndarray:
@@ -177,3 +177,40 @@ def test_pages_hold_text_as_text_and_numbers_as_numbers(tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text()) == {"value": 2.0, "nothing": None, "pair": [1, 2]}
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and ticks(-3, 12) == pytest.approx([0, 5, 10])
     assert line_plot("flat", {"one": [3.0, 3.0]}, "x", "y").count("<path") > 2
+
+
+def test_the_best_of_a_column_with_an_arrow_is_marked(tmp_path):
+    report = Report("T")
+    columns = ["", "FVD ↓", "PSNR ↑", "share ↓", "flow"]
+    rows = [
+        ["a", Spread(2, 9), 30.5, 0, 1],
+        ["b\n", 3, "identical", 0, 2],
+        ["c", float("nan"), None, 0, 3],
+    ]
+    report.table("T", columns, rows)
+    report.table("second", ["x ↓"], [[1], [1]])
+    report.write(tmp_path)
+    text, page = (tmp_path / "scores.md").read_text(), (tmp_path / "index.html").read_text()
+    assert "| a | **2 (9)** | 30.5 | 0 | 1 |" in text and "| **identical** | 0 | 2 |" in text
+    assert text.count("**") == 4 and page.count("<b>") == 2 and "<b>2 (9)</b>" in page  # equal columns have no best
+    assert report.headline.splitlines() == [
+        "      FVD ↓      PSNR ↑  share ↓  flow",
+        "a    *2 (9)        30.5        0     1",
+        r"b\n       3  *identical        0     2",
+        "c                              0     3",
+    ]
+
+
+def test_equal_first_frames_are_written_as_identical(folder, tmp_path):
+    found = [clip for clip in clips.find_clips(folder) if clip.name in "ab" and clip.seed != 1]
+    own = {(clip.group, clip.name): frames for clip, frames in clips.Reading().frames(found)}
+    results = no_reference.score_clips(
+        ((clip, own[clip.group, clip.name]) for clip in found),
+        images=lambda name: own["moving", name][0],
+        flow=False,
+    )
+    report = Report("T")
+    no_reference.add_to(report, results, clips.Reading(), "test")
+    head, fading, moving = report.headline.splitlines()
+    assert "first PSNR, dB ↑" in head and "*identical" in moving and "identical" not in fading
+    assert "inf" not in report.page()
