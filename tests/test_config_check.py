@@ -82,6 +82,8 @@ def test_no_field_takes_another_type_or_a_number_that_is_none(name):
 WRONG = [
     ("sfv", "seed", 2**32),
     ("sfv", "seed", -1),
+    ("sfv", "steps", 10**400),
+    ("sfv", "patch_codec__patch", {}),
     ("sfv", "steps", 0),
     ("sfv", "steps", 2**31),
     ("sfv", "steps", "many"),
