@@ -22,7 +22,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       ConfigError: if any is illegal; lists every one with its legal values.
     """
-    fields = flat(config.to_dict()) | _empty(config.to_dict())
+    fields = flat(config.to_dict()) | _misplaced(config.to_dict())
     wrong = {name: line for name, value in fields.items() if (line := _problem(name, value))}
     sound = {name: value for name, value in fields.items() if name not in wrong}
     lines = [
@@ -37,14 +37,14 @@ def check(config: ConfigDict) -> None:
         raise ConfigError(f"the config has {len(lines)} mistakes:" + "".join(f"\n  config.{line}" for line in lines))
 
 
-def _empty(config: dict, prefix: str = "") -> dict[str, Any]:
-    """Returns `{"a.b": {}}` of the empty sections that stand where a single value belongs."""
+def _misplaced(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Returns `{"a.b": section}` of the sections that stand where a single value belongs; they may be empty."""
     found: dict[str, Any] = {}
     for name, value in config.items():
-        if value == {} and prefix + name in RULES:
+        if isinstance(value, dict) and prefix + name in RULES:
             found[prefix + name] = value
         elif isinstance(value, dict):
-            found |= _empty(value, f"{prefix}{name}.")
+            found |= _misplaced(value, f"{prefix}{name}.")
     return found
 
 

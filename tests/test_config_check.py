@@ -84,6 +84,7 @@ WRONG = [
     ("sfv", "seed", -1),
     ("sfv", "steps", 10**400),
     ("sfv", "patch_codec__patch", {}),
+    ("sfv", "data__world__radii", {"": {}}),
     ("sfv", "steps", 0),
     ("sfv", "steps", 2**31),
     ("sfv", "steps", "many"),
