@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from flax import nnx
 
@@ -184,7 +184,7 @@ def make_config(kind: type, values: Mapping[str, Any], where: str):
     return config
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Returns whether `value` is an int or float, and neither NaN nor absurdly large."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
 

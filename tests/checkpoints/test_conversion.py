@@ -263,7 +263,7 @@ def test_existing_destination(pipeline_folder, tmp_path):
         _ = 1 / 0
     assert (tmp_path / "out" / "mine.txt").exists()
     importer.import_model(pipeline_folder, tmp_path / "out", overwrite=True)
-    assert sorted(p.name for p in tmp_path.rglob("*.json")) == ["model.json"]
+    assert sorted(p.name for p in tmp_path.rglob("*.json")) == ["fingerprints.json", "model.json"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
