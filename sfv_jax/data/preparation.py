@@ -206,8 +206,8 @@ def _check_files(out: Path, folder: Path, shards: list[Shard]) -> None:
         changed = [c.source for c in shard.clips if c.source in earlier and earlier[c.source] != found[c.source]]
         if changed and shard.report():
             raise LatentError(
-                f"{folder / changed[0]} changed since {shard.path} was made from it: delete {shard.report_path} to make "
-                f"that shard again, or use another --out; if only times of files differ, delete {path}"
+                f"{folder / changed[0]} changed since {shard.path} was made from it: delete {shard.report_path} to "
+                f"make that shard again, or use another --out; if only times of files differ, delete {path}"
             )
     if found != earlier:
         write_json(path, found)
