@@ -238,7 +238,7 @@ def test_contradictions_of_several_fields():
             check(changed(method, **changes))
 
 
-RECORDED = json.loads((Path(__file__).parent / "golden" / "config_0.1.0.json").read_text())
+RECORDED = json.loads((Path(__file__).parent / "recorded" / "config_0.1.0.json").read_text())
 
 
 def today(name: str) -> dict:
