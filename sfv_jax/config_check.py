@@ -22,7 +22,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       ConfigError: if any is illegal; lists every one with its legal values.
     """
-    fields = flat(config.to_dict())
+    fields = flat(config.to_dict()) | _misplaced(config.to_dict())
     wrong = {name: line for name, value in fields.items() if (line := _problem(name, value))}
     sound = {name: value for name, value in fields.items() if name not in wrong}
     lines = [
@@ -35,6 +35,17 @@ def check(config: ConfigDict) -> None:
         raise ConfigError(f"config.{lines[0]}")
     if lines:
         raise ConfigError(f"the config has {len(lines)} mistakes:" + "".join(f"\n  config.{line}" for line in lines))
+
+
+def _misplaced(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Returns `{"a.b": section}` of the sections that stand where a single value belongs; they may be empty."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and prefix + name in RULES:
+            found[prefix + name] = value
+        elif isinstance(value, dict):
+            found |= _misplaced(value, f"{prefix}{name}.")
+    return found
 
 
 def _problem(name: str, value: object) -> str | None:

@@ -4,7 +4,7 @@ What depends on several fields is in `config_check`. What depends on the model, 
 these are opened: whether `trainable` finds a parameter, latents fit the UNet, or the mesh covers the devices.
 """
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,7 +84,7 @@ class Rule:
             return False
         assert isinstance(value, (int, float))
         return (
-            math.isfinite(value)
+            abs(value) <= sys.float_info.max  # not so NaN and infinity, nor integers that no float can hold
             and (self.above is None or value > self.above)
             and (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)

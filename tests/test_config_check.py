@@ -82,6 +82,9 @@ def test_no_field_takes_another_type_or_a_number_that_is_none(name):
 WRONG = [
     ("sfv", "seed", 2**32),
     ("sfv", "seed", -1),
+    ("sfv", "steps", 10**400),
+    ("sfv", "patch_codec__patch", {}),
+    ("sfv", "data__world__radii", {"": {}}),
     ("sfv", "steps", 0),
     ("sfv", "steps", 2**31),
     ("sfv", "steps", "many"),
@@ -235,7 +238,7 @@ def test_contradictions_of_several_fields():
             check(changed(method, **changes))
 
 
-RECORDED = json.loads((Path(__file__).parent / "golden" / "config_0.1.0.json").read_text())
+RECORDED = json.loads((Path(__file__).parent / "recorded" / "config_0.1.0.json").read_text())
 
 
 def today(name: str) -> dict:

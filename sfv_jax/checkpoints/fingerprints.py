@@ -5,6 +5,7 @@ the array as it is stored and cast to `CASTS`. So arrays are verified as they ar
 """
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -47,7 +48,8 @@ def recording(params: tree.Params, found: Prints) -> tree.Params:
 
         return Lazy(tuple(value.shape), np.dtype(value.dtype), read)
 
-    return tree.unflatten({path: leaf(path, value) for path, value in tree.flatten(params).items()})
+    leaves: dict[str, Any] = {path: leaf(path, value) for path, value in tree.flatten(params).items()}
+    return tree.unflatten(leaves)
 
 
 def recorded(folder: Path) -> dict[str, Prints]:

@@ -201,7 +201,7 @@ def _needs_base(where: str, found: list[str]) -> str:
     return f"{where} {what}: pass --base MODEL_FOLDER, a converted model whose {missing} it is to have"
 
 
-def _with_base(params: Mapping, configs: dict, files: tuple[Path, ...], base: Path | None, where: str) -> _Found:
+def _with_base(params: dict, configs: dict, files: tuple[Path, ...], base: Path | None, where: str) -> _Found:
     """Returns the networks `params` of `files` with the remaining ones of the model folder `base`."""
     if base is None:
         raise WeightsError(_needs_base(where, list(params)))

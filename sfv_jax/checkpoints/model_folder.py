@@ -154,7 +154,7 @@ def _configs(meta: dict, where: str) -> dict[str, Any]:
         known = isinstance(value, dict) and value.keys() <= set(names)
         return known and all(isinstance(x, dict) for x in value.values())
 
-    components, configs, source = meta.get("components"), meta.get("configs"), meta.get("source", {})
+    components, configs, source = (meta.get(name, {}) for name in ("components", "configs", "source"))
     digests = source.get("sha256", {}) if isinstance(source, dict) else None
     if not objects(components, COMPONENTS):
         raise WeightsError(f"{where} is damaged: components is {printable(components)}")

@@ -116,7 +116,9 @@ def explained(workdir: Path) -> Generator[None, None, None]:
     except OSError as error:
         if error.errno not in FULL and not Path(str(error.filename)).is_relative_to(workdir):
             raise
-        raise WorkdirError(_not_written(workdir, str(error.filename or "a file"), error.strerror)) from error
+        raise WorkdirError(
+            _not_written(workdir, str(error.filename or "a file"), error.strerror or str(error))
+        ) from error
 
 
 def _not_written(workdir: Path, what: str, cause: str) -> str:

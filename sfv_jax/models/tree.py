@@ -4,8 +4,8 @@ The trees hold all state; a module is the structure around it.
 """
 
 import re
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -72,7 +72,7 @@ def flatten(params: Params, prefix: str = "") -> dict[str, jax.Array]:
     return flat
 
 
-def unflatten(flat: dict[str, jax.Array]) -> Params:
+def unflatten(flat: Mapping[str, Any]) -> Params:
     """Inverse of `flatten`."""
     params: Params = {}
     for path, value in flat.items():

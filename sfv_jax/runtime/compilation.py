@@ -6,13 +6,14 @@ import functools
 import hashlib
 import os
 import platform
-import stat
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from sfv_jax.runtime.platforms import open_to_others
 
 # XLA's levels and the efforts from -1 to 1 that they replaced (jax 0.11.1 removed the options for these). XLA
 # describes both alike (openxla.org/xla/effort_levels; xla/service/hlo_module_config.h): O0 and -1 compile soonest, O1
@@ -66,11 +67,8 @@ def _open(folder: Path) -> str:
     try:
         for part in (folder.parents[1], folder.parent, folder):
             part.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = part.stat()
-            if hasattr(os, "getuid") and found.st_uid != os.getuid():
-                return f"{part} belongs to another user"
-            if found.st_mode & stat.S_IWOTH:
-                return f"everybody can write {part} (chmod 700 it)"
+            if reason := open_to_others(part):
+                return reason
         return "" if os.access(folder, os.W_OK) else f"cannot write {folder}"
     except OSError:
         return f"cannot write {folder}"

@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 
 def is_alive(process: int) -> bool:
@@ -40,6 +42,16 @@ def end_group(process: subprocess.Popen) -> None:
     import signal
 
     os.killpg(process.pid, signal.SIGKILL)
+
+
+def open_to_others(folder: Path) -> str:
+    """Returns why other users could put files into a folder; "" if they cannot, and on Windows."""
+    if os.name != "posix":
+        return ""
+    found = folder.stat()
+    if found.st_uid != os.getuid():
+        return f"{folder} belongs to another user"
+    return f"everybody can write {folder} (chmod 700 it)" if found.st_mode & stat.S_IWOTH else ""
 
 
 def peak_memory() -> float | None:

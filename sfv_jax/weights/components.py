@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from flax import nnx
 
@@ -152,12 +152,12 @@ def _like(kind: object, value, levels: int):
     return tuple(value) if isinstance(value, list) else (value,) * min(levels, _LEVELS + 1)
 
 
-def make_config(kind: type, values: Mapping[str, Any], where: str):
+def make_config(kind: type, values: Any, where: str):
     """Builds one of our configs from the fields of a file, after checking their types and sizes.
 
     Args:
       kind: class of the config.
-      values: fields by name; lists count as tuples.
+      values: fields by name, if the file is sound; lists count as tuples.
       where: the file's name, for error messages.
     Returns:
       An instance of `kind`, with its defaults in place of absent fields.
@@ -184,7 +184,7 @@ def make_config(kind: type, values: Mapping[str, Any], where: str):
     return config
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Returns whether `value` is an int or float, and neither NaN nor absurdly large."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
 

@@ -162,7 +162,7 @@ def save_pipeline(
       scheduler: `{"sigma_min", "sigma_max"}`. With one step diffusers starts at sigma_max and ends at 0.
       variant: "fp16" for half precision files with that suffix, None for fp32.
       max_shard_size: as for `save_component`.
-      card: text of `README.md`; None writes none.
+      card: text of the `README.md` of a folder for others, which gets checksums too; None writes neither.
       overwrite: replace an existing folder.
     Raises:
       WeightsError: if the folder exists, or a component cannot be expressed (see `save_component`).
@@ -183,5 +183,5 @@ def save_pipeline(
         write_json(partial / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR)
         if card is not None:
             (partial / "README.md").write_text(card)
-        write_sums(sums_of(partial), [file for name in COMPONENTS for file in (partial / name).iterdir()])
+            write_sums(sums_of(partial), [file for name in COMPONENTS for file in (partial / name).iterdir()])
         write_json(partial / "model_index.json", index)

@@ -208,7 +208,7 @@ def _span(path: Path, name: str, entry) -> tuple[int, int]:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise broken(f"is of unknown dtype {dtype!r}")
     if not _whole(shape) or not _whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise broken(f"has shape {shape} and offsets {offsets}")
+        raise broken(f"has shape {shape!r} and offsets {offsets!r}")
     if len(shape) > MAX_AXES:
         raise broken(f"has {len(shape)} axes, more than {MAX_AXES}")
     size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize

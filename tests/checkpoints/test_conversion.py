@@ -83,6 +83,7 @@ def test_round_trip_fp16_and_reload(reference, pipe, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.short
 def test_export_is_what_diffusers_writes(reference, pipeline_folder, model_folder, tmp_path):
     exporter.export_model(model_folder, tmp_path / "out")
@@ -107,6 +108,7 @@ def test_model_folder_knows_its_origin(model_folder):
     assert meta["components"]["unet"]["parameters"] == tree.count(tree.abstract(UNet, configs["unet"])[1])
 
 
+@pytest.mark.slow
 def test_load_model_equals_load_component(model_folder, params):
     loaded, _, _ = store.load_model(model_folder)
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
@@ -263,7 +265,7 @@ def test_existing_destination(pipeline_folder, tmp_path):
         _ = 1 / 0
     assert (tmp_path / "out" / "mine.txt").exists()
     importer.import_model(pipeline_folder, tmp_path / "out", overwrite=True)
-    assert sorted(p.name for p in tmp_path.rglob("*.json")) == ["model.json"]
+    assert sorted(p.name for p in tmp_path.rglob("*.json")) == ["fingerprints.json", "model.json"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

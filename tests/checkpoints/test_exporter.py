@@ -132,6 +132,7 @@ def test_bfloat16_models_leave_as_fp16_and_fp32(half_folder, params, tmp_path):
     assert sorted(p.name for p in (tmp_path / "None").iterdir()) == ["README.md", "SHA256SUMS", "config.json", WEIGHTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["pipeline", "comfyui"])
 def test_one_network_is_held_at_a_time(model_folder, tmp_path, monkeypatch, what):
     held, load_model = [], exporter.load_model

@@ -117,6 +117,7 @@ def test_copied_networks_keep_theirs(model_folder, pipeline_folder, tmp_path):
     assert set(fingerprints.recorded(model_folder)) == {"unet", "vae", "image_encoder"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", exporter.WHAT)
 def test_exports_carry_checksums(what, model_folder, tmp_path):
     out = tmp_path / ("out.safetensors" if what == "comfyui" else "out")
@@ -136,6 +137,7 @@ def test_exports_carry_checksums(what, model_folder, tmp_path):
     importer.import_model(out, tmp_path / "bad", base=base)
 
 
+@pytest.mark.slow
 def test_foreign_checksums_are_ignored_or_compared(pipeline_folder, tmp_path):
     """A list without our files, or one of other content, changes nothing."""
     copy = shutil.copytree(pipeline_folder, tmp_path / "copy")

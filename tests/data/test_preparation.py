@@ -483,7 +483,9 @@ def test_a_video_that_was_replaced_is_noticed(videos, tmp_path):
     first, last = (folder / f"{n % 2}" / f"clip{n}.mp4" for n in (0, 7))  # in the first shard, in the last one
     last.write_bytes((folder / "0" / "clip2.mp4").read_bytes())  # not encoded yet
     first.write_bytes((folder / "0" / "clip4.mp4").read_bytes())
-    with pytest.raises(LatentError, match=f"{first} changed since .* was made from it: delete {done} to make that"):
+    with pytest.raises(
+        LatentError, match=f"{first} changed since .* was made from it: delete {done} to make that shard"
+    ):
         preparation.run(folder, out, encode, SETTINGS)
     done.unlink()
     preparation.run(folder, out, encode, SETTINGS)

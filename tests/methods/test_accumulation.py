@@ -13,6 +13,7 @@ from tests.conftest import noise
 from tests.methods.test_methods import Plain, make_batch, sfv_config
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_mean_of_its_micro_batches():
     networks, config, batch = Plain(), sfv_config(), make_batch(8)
     gradients, params, key = sfv.make_gradients(networks, config), networks.params, jax.random.key(3)

@@ -208,6 +208,7 @@ def test_ladd():
     check_ladd()
 
 
+@pytest.mark.slow
 def test_ladd_on_videos_of_the_base_model():
     """Two Euler steps of the guided base model, 700 -> 0.002 -> 0, replace the batch's latents."""
     trace = Adversarial(ladd, "ladd", teacher_steps=2, teacher_guidance=(1.0, 3.0), batch=make_batch(8))
@@ -365,6 +366,7 @@ class Silent(Plain):
         return jnp.tanh(x @ params["w"] + c[:, None, None, None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["animatelcm", "ufogen", "ladd"])
 def test_two_devices_compute_the_loss_of_one(method):
     changes = {"teacher_steps": 2} if method == "ladd" else {}

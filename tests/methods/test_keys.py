@@ -121,6 +121,7 @@ def test_a_key_used_twice_is_noticed(monkeypatch):
         check_values(recorder)
 
 
+@pytest.mark.slow
 def test_noise_of_the_base_model_and_of_the_discriminator_are_independent():
     trace = Adversarial(ladd, "ladd", teacher_steps=2, batch=make_batch(8))
     start = unscaled(trace.networks.calls["generator"][0])[1][:8] / 700
@@ -130,6 +131,7 @@ def test_noise_of_the_base_model_and_of_the_discriminator_are_independent():
         assert abs(np.corrcoef(start.ravel(), (x / wide(sigma)).ravel())[0, 1]) < 0.2, sigma
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [sfv, ufogen], ids=["sfv", "ufogen"])
 def test_perturbations_are_independent_of_each_other_and_of_the_noise(method):
     name = method.__name__.rpartition(".")[2]

@@ -311,6 +311,7 @@ def test_step_counts_averages_and_draws_anew():
     assert moved(second, plain_step(config)[1], "generator")
 
 
+@pytest.mark.slow
 def test_a_waiting_generator_runs_nothing_backward():
     networks, config, backwards = Plain(), sfv_config(generator_every=2), []
 
@@ -357,6 +358,7 @@ def test_frozen_parameters_stay_bit_for_bit(optimizer):
     np.testing.assert_allclose(plain_step(config)[1]["opt_g"][1].momentum["w"], free, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_trained_parts_of_svd():
     unet = tree.abstract(UNet, UNetConfig.svd())[1]
     sizes = {which: tree.count(optim.trainable(unet, which)) for which in ("all", "temporal", "spatial")}

@@ -50,6 +50,7 @@ def test_decode_is_the_pipelines(svd, pipe, reference):
     assert np.abs(found - expected).max() <= 0.5 + 1e-2
 
 
+@pytest.mark.slow
 def test_a_sample_ignores_its_neighbours(svd):
     images, keys = pixels(4, 2, 32, 48, 3), jax.random.split(jax.random.key(0), 2)
     together, alone = svd.condition(images, keys, jnp.array([0.5, 0.02])), svd.condition(images[1:], keys[1:], 0.02)
@@ -60,6 +61,7 @@ def test_a_sample_ignores_its_neighbours(svd):
         svd.condition(images, jax.random.key(0), 0.02)
 
 
+@pytest.mark.slow
 def test_frames_are_encoded_in_chunks(svd):
     """Three frames encoded one at a time, and two at a time with a padded rest, have the same latents."""
     frames = pixels(7, 2, 3, 32, 48, 3)

@@ -118,6 +118,7 @@ def test_refused_configs():
         DiscriminatorConfig(temporal_kernel=4)
 
 
+@pytest.mark.slow
 def test_logits_are_fp32_whatever_the_compute_dtype():
     graphdef, shapes = tree.abstract(DiscriminatorHeads, CONFIG, dtype=jnp.bfloat16)
     heads = tree.build(graphdef, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))

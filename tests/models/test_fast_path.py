@@ -256,6 +256,7 @@ def test_kernels_are_kept_from_where_they_fail(monkeypatch):
         attention.splash_attention(*qkv(50))
 
 
+@pytest.mark.slow
 def test_the_unet_attends_in_space_by_the_tpu_kernel_and_in_time_without(monkeypatch):
     """The jaxpr of its gradient contains the forward kernel and the two kernels of the backward pass."""
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
@@ -347,6 +348,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 decoded = jax.jit(decode, static_argnums=0, compiler_options=QUICK)
 
 
+@pytest.mark.slow
 def test_decoding_in_pieces_is_decoding():
     """Both levels run in pieces: each has two resnets of three loops, and the last convolution has one loop."""
     with jax.enable_x64(True):
@@ -358,6 +360,7 @@ def test_decoding_in_pieces_is_decoding():
     assert found == [0, 13, 7, 0]  # levels of 576 and 2304 pixels: none, both, the second, none in pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(2, 1, 4), (1, 1, 8)], ids=str)
 def test_decoding_in_pieces_on_several_devices(mesh):
     """Strips run across the axis that devices share: four share rows; eight share columns on the latents' level."""
@@ -366,6 +369,7 @@ def test_decoding_in_pieces_on_several_devices(mesh):
     assert_equal([on_mesh(devices, decoded)(15, *args)], [decoded(0, *args)], 2e-5)
 
 
+@pytest.mark.slow
 def test_pieces_hold_less_memory():
     """XLA's plan for 8 frames of 256 x 256 has little more than the largest activation, 16 MiB, instead of four."""
     params, _ = decoder_inputs(jnp.float32)

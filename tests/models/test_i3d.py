@@ -68,6 +68,7 @@ def reference(weights: dict, frames: np.ndarray, eps: float) -> np.ndarray:
     return x.mean((2, 3, 4)).numpy()
 
 
+@pytest.mark.slow
 def test_i3d(weights):
     """The networks agree in float64; in float32 they differ by the rounding of both."""
     eps = 1e-3

@@ -15,6 +15,8 @@ from sfv_jax.models import attention, layers, unet
 from sfv_jax.models.layers import sinusoidal_embedding
 from tests.conftest import error
 
+pytestmark = pytest.mark.slow
+
 
 def passes(found, expected, *, peak: float, rms: float) -> bool:
     found_peak, found_rms = error(found, expected)

@@ -52,6 +52,7 @@ def test_unet_execution_choices_do_not_change_the_output(build, unet_case, chang
     assert_close(model(*unet_case.inputs), unet_case.expected, peak=1e-5, rms=3e-6)
 
 
+@pytest.mark.slow
 def test_remat_does_not_change_the_output(build, unet_case):
     model = build("unet", dataclasses.replace(CONFIGS["unet"], remat=True))
     tap = jax.jit(lambda *inputs: model.encode(*inputs)[-1])(*unet_case.inputs)

@@ -52,7 +52,13 @@ def tiny(method_: str, **changes):
 
 CASES = [
     pytest.param("train", "cpu:2", tiny("sfv", **{"mesh.fsdp": 2}), id="sfv fsdp", marks=pytest.mark.slow),
-    pytest.param("train", "cpu:1", tiny("teacher", accumulation_steps=2, trainable="conv_out"), id="teacher"),
+    pytest.param(
+        "train",
+        "cpu:1",
+        tiny("teacher", accumulation_steps=2, trainable="conv_out"),
+        id="teacher",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         "sample", "cpu:4", tiny("teacher", **{"mesh.fsdp": 2, "mesh.data": 1, "mesh.spatial": 2}), id="sample"
     ),

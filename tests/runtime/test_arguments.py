@@ -12,12 +12,12 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 RUNNER = """
 import json, os, runpy, sys, tempfile, traceback
-import av, numpy, PIL.Image
-from absl import app, flags
 from ml_collections import config_flags
 
 for name in ("jax", "flax", "orbax"):
     sys.modules[name] = None  # importing them fails
+
+import sfv_jax.data.settings, sfv_jax.evaluation.protocol, sfv_jax.sampling.files, sfv_jax.weights.writer  # once
 
 def code_of(argv):
     sys.argv = argv

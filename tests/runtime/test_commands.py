@@ -10,10 +10,11 @@ import pytest
 
 from sfv_jax import choices
 from sfv_jax.checkpoints import exporter, importer
+from sfv_jax.config_rules import RULES
 from sfv_jax.data import ucf101, video, worlds
 from sfv_jax.diffusion import solvers
 from sfv_jax.evaluation import request
-from sfv_jax.methods import METHODS
+from sfv_jax.methods import METHODS, adversarial
 from sfv_jax.models import attention, networks
 from sfv_jax.performance import job, measurement
 from sfv_jax.reproduction import experiments
@@ -100,4 +101,5 @@ def test_names_to_choose_from_are_those_there_are():
         attention.attention(*[jnp.zeros((1, 2, 1, 2))] * 3, kernel="none")
     named = set(re.findall(r"\w+", str(unknown.value).partition("choose")[2])) - {"or", "one", "of"}
     assert {*choices.ATTENTION_KERNELS} == named
+    assert {*RULES["sfv.gan_loss"].among} == {*adversarial.GAN_LOSSES}
     assert choices.SHAPES == worlds.SHAPES and choices.COLOURS == tuple(worlds.PALETTE)

@@ -45,6 +45,7 @@ def test_a_second_start_finds_its_programs(tmp_path):
     assert command(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false") == ["None", "False", "0.0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:100], lambda content: b"garbage"])
 def test_an_entry_that_cannot_be_read_is_replaced(tmp_path, damage):
     folder = Path(command(tmp_path)[0])

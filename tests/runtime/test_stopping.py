@@ -34,6 +34,7 @@ def busy() -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_acknowledged_while_compiling_and_the_next_change_nothing(number):
     with busy() as process:

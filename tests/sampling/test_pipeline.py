@@ -31,7 +31,7 @@ def condition(sampler, images) -> dict:
     return sampler.condition(images, SIZE, None, IDS, noise=golden.pipeline_noise()[1])
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["one_step", pytest.param("guided_steps", marks=pytest.mark.slow)])
 def test_latents(sampler, condition, start, name):
     steps, guidance = RUNS[name]
     expected = golden.load("pipeline")[name]
@@ -42,6 +42,7 @@ def test_latents(sampler, condition, start, name):
     assert error(sampler.latents(wrong, start, steps=steps, guidance=guidance), expected)[0] > 5e-2
 
 
+@pytest.mark.slow
 def test_frames(sampler, pipe, reference):
     """Our decoding of the pipeline's one-step latents equals its own."""
     import torch
@@ -54,6 +55,7 @@ def test_frames(sampler, pipe, reference):
     assert difference.max() <= 1.5 and difference.mean() <= 0.3  # rounding alone makes 0.25
 
 
+@pytest.mark.slow
 def test_call_is_its_parts(sampler, images, start):
     """`Sampler(...)` equals condition, denoising and decoding with fps - 1; sizes of other images have no effect."""
     call = dict(noise=start, height=SIZE[0], width=SIZE[1], fps=7, motion_bucket_id=90, noise_aug_strength=0.0)

@@ -64,6 +64,7 @@ def assert_same_frames(found, expected):
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_video_depends_on_its_own_seed_only(sampler, pair):
     assert pair.shape == (2, 3, 8, 8, 3)
     for n, seed in enumerate([7, 40]):

@@ -11,6 +11,7 @@ seen, and an error in a network is of the order of 1).
 import sys
 from collections.abc import Collection, Iterator
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ NETWORKS = {  # {name in the golden file: (component, call, its inputs)}
     "decoder": ("vae", lambda vae, z: vae.decode(z), golden.decoder_inputs),
     "clip": ("image_encoder", lambda tower, x: tower(x), golden.clip_inputs),
 }
-GRADIENT = golden.FOLDER / "gradient.npz"
+GRADIENT = Path(__file__).parents[1] / "recorded" / "gradient.npz"
 
 
 def compare(in_bf16: Collection[str] | None = None) -> Iterator[tuple[str, dict]]:
@@ -47,8 +48,9 @@ def compare(in_bf16: Collection[str] | None = None) -> Iterator[tuple[str, dict]
                 if dtype == "float32" or in_bf16 is None or name in in_bf16:
                     found = jax.jit(partial(call, network(component, dtype)))(*inputs())
                     yield f"{name} {dtype}", figures(found, stored[name], dtype)
-    for name, found in gradients().items():
-        yield f"{name} float32", figures(found, golden.load("gradient")[name], "float32")
+    with np.load(GRADIENT) as file:
+        for name, found in gradients().items():
+            yield f"{name} float32", figures(found, file[name], "float32")
 
 
 def network(component: str, dtype: str):

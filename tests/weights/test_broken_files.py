@@ -57,6 +57,7 @@ BROKEN = {
     "negative offset": (pack({"a": entry(-4, 0)}, bytes(4)), r"'a' has shape \[2\] and offsets \[-4, 0\]"),
     "offsets reversed": (pack({"a": entry(4, 0)}, bytes(4)), "and offsets"),
     "negative shape": (pack({"a": entry(0, 4, (-1, -2))}, bytes(4)), r"has shape \[-1, -2\]"),
+    "shape of lines": (pack({"a": entry(0, 4) | {"shape": "1\n2"}}, bytes(4)), r"has shape '1\\n2' and offsets"),
     "shape of booleans": (pack({"a": entry(0, 4, (2, True))}, bytes(4)), "has shape"),
     "shape beyond all memory": (pack({"a": entry(0, 4, (2**62, 2**62))}, bytes(4)), "takes .* bytes"),
     "shape against offsets": (pack({"a": entry(0, 6)}, bytes(6)), r"shape \[2\] of F16 takes 4 bytes"),

@@ -10,6 +10,7 @@ import pytest
 from sfv_jax.checkpoints.base import read_run
 from sfv_jax.checkpoints.importer import import_model
 from sfv_jax.checkpoints.model_folder import read_model
+from sfv_jax.runtime.files import FileError
 from sfv_jax.weights.components import COMPONENTS, from_json, make_config, to_json
 from sfv_jax.weights.diffusers import manifest
 from sfv_jax.weights.folders import WeightsError
@@ -133,7 +134,7 @@ def test_model_folders(sources, values, message, tmp_path):
 )
 def test_networks_of_runs(content, tmp_path):
     (tmp_path / "network.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(WeightsError, match="network.json"):
+    with pytest.raises(FileError, match="network.json"):
         read_run(tmp_path)
 
 
