@@ -126,6 +126,6 @@ def _ours(name: str) -> str:
     return ".".join(_NAMES.get(part, part) for part in name.split("."))
 
 
-def _without_axes(x: np.ndarray) -> np.ndarray:
+def _without_axes(x: Any) -> Any:
     """Returns `[c]` for `x [1, 1, 1, 1, c]`, the form of the statistics; other arrays unchanged."""
     return x[0, 0, 0, 0] if x.shape[:-1] == (1, 1, 1, 1) else x
