@@ -69,6 +69,7 @@ def test_arrays_are_verified_in_every_dtype(stored, tmp_path):
     store.load_model(tmp_path / "model", (NAME,))  # as folders of earlier versions
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_passes(tmp_path):
     """Each damaged folder is refused with one line, or holds what was saved."""
     params = save(tmp_path / "model")
@@ -117,7 +118,7 @@ def test_copied_networks_keep_theirs(model_folder, pipeline_folder, tmp_path):
     assert set(fingerprints.recorded(model_folder)) == {"unet", "vae", "image_encoder"}
 
 
-@pytest.mark.parametrize("what", exporter.WHAT)
+@pytest.mark.parametrize("what", ["unet", *(pytest.param(x, marks=pytest.mark.slow) for x in ("pipeline", "comfyui"))])
 def test_exports_carry_checksums(what, model_folder, tmp_path):
     out = tmp_path / ("out.safetensors" if what == "comfyui" else "out")
     exporter.export_model(model_folder, out, what=what)

@@ -81,6 +81,7 @@ def test_levels_that_comfyui_visits():
     assert all(f" {level}" in FEW_STEPS for level in ("700,", "70.54", "2.269", "15.59", "0.002"))
 
 
+@pytest.mark.slow
 def test_an_export_brings_its_workflow(model_folder, params, tmp_path):
     """Size, rate and conditions are those of the run's latent cache; a model folder has SVD's."""
     exporter.export_model(model_folder, tmp_path / "base.safetensors", what="comfyui")
