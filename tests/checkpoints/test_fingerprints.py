@@ -69,6 +69,7 @@ def test_arrays_are_verified_in_every_dtype(stored, tmp_path):
     store.load_model(tmp_path / "model", (NAME,))  # as folders of earlier versions
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_passes(tmp_path):
     """Each damaged folder is refused with one line, or holds what was saved."""
     params = save(tmp_path / "model")
