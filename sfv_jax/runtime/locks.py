@@ -12,6 +12,7 @@ seconds is taken over. Only changes of that time are looked for, so the clocks m
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import secrets
@@ -53,8 +54,8 @@ class Lock:
           OSError: if the folder cannot be written.
         """
         while not self._create():
-            if (found := _read(self.path)) and self._is_abandoned(*found):
-                self._remove(found[0])
+            if (found := _read(self.path)) and self._is_abandoned(*found) and self._take_over(found[0]):
+                break
         self._clear_remains()
         self.thread = threading.Thread(target=self._give_signs, name=f"lock of {self.what}", daemon=True)
         self.thread.start()
@@ -82,29 +83,52 @@ class Lock:
 
     def _create(self) -> bool:
         """Creates the file, with its whole content; returns False if it exists."""
-        owner = _this_process() | {"token": self.token}
-        temporary = self.path.with_name(f".{self.path.name}.{self.token}.tmp")
+        temporary = self._temporary()
         try:
-            temporary.write_text(json.dumps(owner))
             try:
                 os.link(temporary, self.path)
             except FileExistsError:
                 # NFS: the link was made, but the answer got lost and the request was repeated.
                 return temporary.stat().st_nlink > 1
-            except FileNotFoundError:  # removed as a remain by the process that has the lock now
-                return False
+            except FileNotFoundError:
+                raise
             except OSError:  # no hard links here
                 with self.path.open("x") as file:
-                    json.dump(owner, file)
-        except FileExistsError:
+                    file.write(temporary.read_text())
+        except (FileExistsError, FileNotFoundError):  # not found: removed by the owner, which clears what is left
             return False
         finally:
             temporary.unlink(missing_ok=True)
         return True
 
+    def _temporary(self) -> Path:
+        """Writes a file beside the lock that names this process as owner; returns its path."""
+        temporary = self.path.with_name(f".{self.path.name}.{self.token}.tmp")
+        temporary.write_text(json.dumps(_this_process() | {"token": self.token}))
+        return temporary
+
+    def _take_over(self, owner: dict) -> bool:
+        """Replaces the lock of `owner`, which is gone; returns False if another process did.
+
+        Several processes may have seen that the owner is gone, some of them long ago. The one that has the lock of
+        this takeover looks again and replaces the file in one step; no moment is without a lock.
+
+        Raises:
+          LockError: if another process is taking it over.
+        """
+        digest = hashlib.sha256(json.dumps(owner, sort_keys=True).encode()).hexdigest()[:16]
+        with Lock(self.path.with_name(f".{self.path.name}.{digest}.claim"), self.what):
+            if (found := _read(self.path)) is None or found[0] != owner:
+                return False
+            try:
+                self._temporary().replace(self.path)
+            except FileNotFoundError:  # removed by another owner
+                return False
+            return True
+
     def _clear_remains(self) -> None:
         """Removes what killed processes left while they took or removed this lock."""
-        for suffix in ("tmp", "old"):
+        for suffix in ("tmp", "claim"):
             for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.{suffix}"):
                 left.unlink(missing_ok=True)
 
@@ -128,16 +152,6 @@ class Lock:
             if found[1] != sign:
                 raise LockError(f"{self.what} is in use by {_name(owner)}: stop it or wait for its end")
         return True
-
-    def _remove(self, owner: dict) -> None:
-        """Removes the lock of `owner`, unless it changed hands."""
-        aside = self.path.with_name(f".{self.path.name}.{self.token}.old")
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            self.path.rename(aside)
-            if (found := _read(aside)) and found[0] != owner:
-                with contextlib.suppress(OSError):
-                    os.link(aside, self.path)
-            aside.unlink(missing_ok=True)
 
     def _give_signs(self) -> None:
         while not self.ended.wait(SIGN):

@@ -111,7 +111,42 @@ def test_without_hard_links(path, monkeypatch):
     assert not list(path.parent.iterdir())
 
 
-def test_one_of_many_wins(path):
+def test_who_saw_an_abandoned_lock_long_ago_does_not_take_that_of_its_heir(path, monkeypatch):
+    """Of two processes that look at the same moment, one waits while the other takes over."""
+    path.write_text(json.dumps(elsewhere(process=2**22 + 5, place=locks._place())))
+    heir, is_abandoned = Lock(path, "runs/a"), Lock._is_abandoned
+
+    def wait(self, owner, sign):
+        found = is_abandoned(self, owner, sign)
+        monkeypatch.setattr(Lock, "_is_abandoned", is_abandoned)
+        heir.__enter__()
+        return found
+
+    monkeypatch.setattr(Lock, "_is_abandoned", wait)
+    with pytest.raises(LockError, match=f"runs/a is in use by process {os.getpid()}"), Lock(path, "runs/a"):
+        pass
+    heir.check()
+    assert json.loads(path.read_text())["token"] == heir.token
+    heir.__exit__()
+    assert not list(path.parent.iterdir())
+
+
+def test_a_takeover_that_was_killed_is_taken_over(path):
+    gone = elsewhere(process=2**22 + 5, place=locks._place())
+    path.write_text(json.dumps(gone))
+    code = (
+        f"import os\nfrom pathlib import Path\nfrom sfv_jax.runtime.locks import Lock\n"
+        f"Path.replace = lambda *_: os._exit(7)\nLock(Path({str(path)!r}), 'a').__enter__()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 7 and len(list(path.parent.glob(".*.claim"))) == 1
+    with Lock(path, "runs/a"):
+        assert json.loads(path.read_text())["process"] == os.getpid()
+        assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("_", range(20))
+def test_one_of_many_wins(path, _):
     """Many threads and an abandoned lock: never two owners at once."""
     inside, won, most = [], [], []
 

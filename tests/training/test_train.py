@@ -27,6 +27,7 @@ from sfv_jax.runtime import sharding
 from sfv_jax.training import inputs, loop
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.pipeline import NOISE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CHANGES = dict(
@@ -353,7 +354,8 @@ def test_data_that_does_not_fit(tmp_path):
 
 def test_a_cache_of_other_encoders(tmp_path):
     digests = {"vae/model.safetensors": "1" * 64, "vae/config.json": "3" * 64, "unet/model.safetensors": "4" * 64}
-    model = {"format": "sfv_jax", "version": 1, "configs": {}, "source": {"sha256": digests}}
+    model = {"format": "sfv_jax", "version": 1, "codec": "svd", "components": {}, "configs": {}}
+    model |= {"scheduler": dict(NOISE), "source": {"sha256": digests}}
     (tmp_path / "model.json").write_text(json.dumps(model))
     base = SimpleNamespace(model=store.read_model(tmp_path))
     config = get_config("sfv")
