@@ -39,6 +39,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     }
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling costs more than running
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)  # meshes of several devices on any machine
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -157,15 +159,7 @@ def assert_equal(found: tuple, expected: tuple, tolerance: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def compile_little():
-    """Programs that compile soon and run slowly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def small_things_in_parts(compile_little):
+def small_things_in_parts():
     """Arrays of 64 elements are sharded, else nothing in small networks is."""
     small, sharding.SMALL = sharding.SMALL, 64
     yield

@@ -19,8 +19,6 @@ from sfv_jax.runtime import sharding
 from tests.conftest import noise
 from tests.methods.test_methods import C, D, Plain, assert_trees_close, moved, unscaled, wide
 
-pytestmark = pytest.mark.usefixtures("compile_little")
-
 torch = pytest.importorskip("torch")
 SIZE, FRAMES = 48, 3
 

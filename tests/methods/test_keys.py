@@ -13,8 +13,6 @@ from sfv_jax.runtime import seeds
 from tests.methods.test_baselines import Adversarial, Silent, make_batch
 from tests.methods.test_methods import Plain, unscaled, wide
 
-pytestmark = pytest.mark.usefixtures("compile_little")
-
 PENALTIES = dict(r1_form="perturbation", r1_weight=1.0, r2_weight=1.0)
 OPTIONS = [
     ("teacher", {}),

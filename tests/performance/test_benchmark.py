@@ -127,7 +127,6 @@ def test_sizes_that_cannot_be(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_little")
 def test_diffusers_computes_the_same_gradient(reference, capsys):
     """The calls timed in turns return equal results; those of sampling are in the test of the accelerator check."""
     from sfv_jax.performance import against_diffusers
@@ -144,7 +143,6 @@ def test_diffusers_computes_the_same_gradient(reference, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_little")
 def test_sampling_from_end_to_end():
     """The stages are those of the sampler, and the whole passes the result of each stage on to the next."""
     sizes = measurement.NETWORKS["tiny"]

@@ -28,16 +28,12 @@ ROOT = Path(__file__).parents[2]
 BOUNDS = {"generator": 2e-5, "ema": 2e-5, "opt_g": 1e-3, "step": 0}
 
 
-pytestmark = pytest.mark.usefixtures("compile_little")
-
-
 def begin(workdir: Path, *flags: str) -> subprocess.Popen:
     """Starts to train in two processes of four devices each."""
     environment = os.environ | dict(
         PYTHON=sys.executable,
         PYTHONPATH=str(ROOT),
         LOGS=str(workdir.parent),
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
         JAX_DEFAULT_MATMUL_PRECISION="highest",
     )
     arguments = ["--config", str(ROOT / "tests/support/small_run.py"), "--workdir", str(workdir), *flags]

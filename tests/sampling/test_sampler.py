@@ -40,9 +40,6 @@ CODEC = PatchCodec(patch=2, embed_cell=4)
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
 
 
-pytestmark = pytest.mark.usefixtures("compile_little")
-
-
 def random_weights(shapes):
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), shapes)

@@ -125,7 +125,7 @@ def test_nan_in_a_network_is_named(sampler, images, start, monkeypatch, message)
 
 
 @pytest.mark.slow
-def test_a_mesh_makes_the_same_frames(sampler, model_folder, images, monkeypatch, compile_little):
+def test_a_mesh_makes_the_same_frames(sampler, model_folder, images, monkeypatch):
     """Two devices share the batch and two the parameters, also those of VAE and CLIP."""
     monkeypatch.setattr("sfv_jax.runtime.sharding.SMALL", 0)
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])

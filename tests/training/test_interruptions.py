@@ -28,8 +28,6 @@ from sfv_jax.training.loop import train
 from sfv_jax.training.metrics import MetricWriter
 from tests.support import small_run
 
-pytestmark = pytest.mark.usefixtures("compile_little")
-
 
 def config_of(**changes):
     config = small_run.get_config()

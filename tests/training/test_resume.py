@@ -7,8 +7,6 @@ import pytest
 from sfv_jax.training.loop import train
 from tests.support import small_run
 
-pytestmark = pytest.mark.usefixtures("compile_little")
-
 
 @pytest.mark.slow
 @pytest.mark.short

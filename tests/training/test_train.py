@@ -66,9 +66,6 @@ def tiny(**changes):
     return config
 
 
-pytestmark = pytest.mark.usefixtures("compile_little")
-
-
 def run(config, workdir: Path, devices: int = 1, *, fail_at: int = 0, stop_at: int = 0, poison_at: int = 0) -> dict:
     """Runs `loop.train` on the first `devices`.
 
