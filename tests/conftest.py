@@ -3,8 +3,11 @@
 Without torch all tests run but those that compare with torch live; the golden files stand for it in the others.
 """
 
+import functools
+import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 
 from sfv_jax.models import tree
 from sfv_jax.runtime import compilation, sharding
+from sfv_jax.training import loop, previews, step
 from tests.support import golden
 from tests.support.golden import CONFIGS, error, noise
 
@@ -156,6 +160,31 @@ def assert_equal(found: tuple, expected: tuple, tolerance: float) -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
         assert np.max(np.abs(np.asarray(a, np.float64) - b)) <= tolerance * np.max(np.abs(b))
+
+
+# Config fields that the program of a train step does not depend on.
+OF_THE_LOOP = ("init", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "sample_every")
+OF_THE_LOOP += ("sample_count", "data", "alarms", "wandb_project", "profile_start", "profile_steps")
+STEPS: dict[tuple, Callable] = {}  # compiled train steps
+
+
+def shared_step(method, networks, config, mesh, shardings) -> Callable:
+    """Returns `jit_train_step` of the same arguments, one for all runs whose steps are the same program."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in OF_THE_LOOP}
+    key = (method.__name__, networks.unet, mesh, json.dumps(fields, sort_keys=True))
+    if key not in STEPS:
+        STEPS[key] = step.jit_train_step(method, networks, config, mesh, shardings)
+    return STEPS[key]
+
+
+@pytest.fixture(scope="module")
+def runs_share_programs():
+    """Train steps, and programs of the pictures made during training, are compiled once for all runs of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "jit_train_step", shared_step)
+        patch.setattr(previews, "Generator", functools.cache(previews.Generator))
+        yield
+    STEPS.clear()
 
 
 @pytest.fixture(scope="module")

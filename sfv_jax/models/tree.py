@@ -3,6 +3,7 @@
 The trees hold all state; a module is the structure around it.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -39,7 +40,13 @@ def abstract(module: Callable[..., Module], config, **kw) -> tuple[nnx.GraphDef[
       graphdef: the structure from which `build(graphdef, params)` makes the module.
       params: nested dict of `jax.ShapeDtypeStruct`.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, **kw, rngs=_Keys(0))))
+    graphdef, params = _abstract(module, config, tuple(sorted(kw.items())))
+    return graphdef, jax.tree.map(lambda shape: shape, params)  # a copy: callers may change theirs
+
+
+@functools.lru_cache(maxsize=32)  # a command makes the same networks several times; the full UNet takes seconds
+def _abstract(module, config, kw: tuple) -> tuple:
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, **dict(kw), rngs=_Keys(0))))
     return graphdef, _plain(nnx.to_pure_dict(state))
 
 

@@ -131,7 +131,7 @@ def test_diffusers_computes_the_same_gradient(reference, capsys):
     """The calls timed in turns return equal results; those of sampling are in the test of the accelerator check."""
     from sfv_jax.performance import against_diffusers
 
-    unet = measurement.UNetConfig.tiny(block_out_channels=(32, 32), num_attention_heads=(2, 2), num_frames=2)
+    unet = measurement.UNetConfig.tiny(block_out_channels=(32,), num_attention_heads=(2,), num_frames=2)
     vae = measurement.VAEConfig.tiny(block_out_channels=(32, 32), layers_per_block=1)
     sizes = Sizes(unet, vae, measurement.CLIPConfig.tiny(projection_dim=32))
     found = against_diffusers.against_diffusers(sizes, (16, 24), 2, "float32", 1, True)

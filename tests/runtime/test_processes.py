@@ -115,7 +115,7 @@ def members(workdir: Path) -> dict[int, int]:
     return found
 
 
-def until(condition, seconds: float = 200) -> None:
+def until(condition, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -126,7 +126,8 @@ def until(condition, seconds: float = 200) -> None:
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc")
 def test_two_processes_are_told_to_stop_and_one_is_killed(tmp_path):
     workdir = tmp_path / "run"
-    start = partial(begin, workdir, "--config.steps=100000", "--config.checkpoint_every=1000")
+    quick = ("--config.trainable=conv_out", "--config.sample_every=0")  # compiles in a third of the time
+    start = partial(begin, workdir, "--config.steps=100000", "--config.checkpoint_every=1000", *quick)
     with start() as launched:
         until(lambda: (workdir / "metrics.jsonl").exists() and losses(workdir))
         os.kill(members(workdir)[1], signal.SIGHUP)  # one alone

@@ -28,6 +28,8 @@ from sfv_jax.training.loop import train
 from sfv_jax.training.metrics import MetricWriter
 from tests.support import small_run
 
+pytestmark = pytest.mark.usefixtures("runs_share_programs")
+
 
 def config_of(**changes):
     config = small_run.get_config()
@@ -316,3 +318,12 @@ def test_metrics_on_a_full_disk_are_one_line_with_what_is_safe(copied, monkeypat
     with pytest.raises(WorkdirError, match=expected) as caught:
         train(config_of(steps=4), copied)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.short
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    whole = train(config_of(steps=3), tmp_path / "whole")
+    train(config_of(steps=2), tmp_path / "resumed")
+    resumed = train(config_of(steps=3), tmp_path / "resumed")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))

@@ -29,6 +29,8 @@ from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.weights.folders import WeightsError
 from sfv_jax.weights.pipeline import NOISE
 
+pytestmark = pytest.mark.usefixtures("runs_share_programs")
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 CHANGES = dict(
     steps=4,
