@@ -14,21 +14,22 @@ from sfv_jax.runtime.stopping import StopRequest
 ROOT = Path(__file__).parents[2]
 # A computation without Python instructions, as a compilation is, and one second after it.
 BUSY = """
-import hashlib, time
+import hashlib, sys, time
 from sfv_jax.runtime.stopping import StopRequest
 with StopRequest(lambda: "the checkpoint of step 8 is intact") as stop:
     print("begun", flush=True)
-    hashlib.pbkdf2_hmac("sha512", b"", b"", 1_000_000)
+    hashlib.pbkdf2_hmac("sha512", b"", b"", int(sys.argv[1]))
     print("compiled", stop.asked(1), flush=True)
     time.sleep(1)
 print("left", flush=True)
 """
 
 
-def busy() -> subprocess.Popen:
+def busy(rounds: int = 1_000_000) -> subprocess.Popen:
+    """Starts `BUSY`; a million rounds take about a second."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", BUSY], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", BUSY, str(rounds)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "begun\n"
     return process
@@ -49,7 +50,7 @@ def test_the_first_signal_is_acknowledged_while_compiling_and_the_next_change_no
 
 
 def test_a_second_ctrl_c_ends_at_once_and_names_what_is_saved():
-    with busy() as process:
+    with busy(100_000_000) as process:
         process.send_signal(signal.SIGINT)
         assert "Ctrl-C again ends at once" in process.stderr.readline()
         process.send_signal(signal.SIGINT)  # one that a launcher passed on

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from sfv_jax.checkpoints.run import BadStateError, Checkpoints, WorkdirError, cl
 from sfv_jax.errors import UserError
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.runtime import sharding
 from sfv_jax.runtime.files import FileError
 from sfv_jax.runtime.locks import Lock, LockError
 from sfv_jax.training import loop
@@ -28,7 +30,15 @@ from sfv_jax.training.loop import train
 from sfv_jax.training.metrics import MetricWriter
 from tests.support import small_run
 
-pytestmark = pytest.mark.usefixtures("runs_share_programs")
+pytestmark = pytest.mark.usefixtures("runs_share_programs", "one_device")
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs use one device: replicated arrays take orbax long to write."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        yield
 
 
 def config_of(**changes):
