@@ -155,7 +155,8 @@ class _Attempt:
             # Containers round timestamps to their own clock: 1/7 s is 0.143 s in a file that counts milliseconds.
             wanted = start + min(float(tick) / 2, 1e-3) + offsets
             picked = self._on_screen(timed, begin, wanted, clock)
-            return picked, stream.sample_aspect_ratio or Fraction(1)
+            ratio = stream.sample_aspect_ratio  # from PyAV 19.0.1 on of its own type
+            return picked, Fraction(ratio.numerator, ratio.denominator) if ratio else Fraction(1)
 
     def _on_screen(
         self, timed: Iterator[tuple[float, av.VideoFrame]], begin: float | None, wanted: np.ndarray, clock: Clock
