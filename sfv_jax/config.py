@@ -21,8 +21,11 @@ if TYPE_CHECKING:  # commands read configs before they need JAX
 
 
 def sm3(lr: float, **changes) -> ConfigDict:
-    """Returns SM3 with the paper's momentum 0.5 and beta 0.999; the paper mentions no warm-up."""
-    return ConfigDict(dict(name="sm3", momentum=0.5, beta=0.999) | schedule(lr) | changes)
+    """Returns SM3 with the paper's momentum 0.5 and beta 0.999; the paper mentions no warm-up.
+
+    `max_decay` below 1 lets the running maximum of the squared gradients fall (`optim.scale_by_sm3`).
+    """
+    return ConfigDict(dict(name="sm3", momentum=0.5, beta=0.999, max_decay=1.0) | schedule(lr) | changes)
 
 
 def adamw(lr: float, **changes) -> ConfigDict:
@@ -34,6 +37,7 @@ def schedule(lr: float) -> dict:
     """Returns the fields of both optimizers. All but `lr` are choices: the paper gives only a learning rate."""
     return dict(
         lr=lr,
+        delay_steps=0,  # steps before the warm-up in which nothing moves, but the optimizer sees the gradients
         warmup_steps=0,  # linear, from lr / warmup_steps; SM3's first step is 16 times lr, so try about 100
         schedule="constant",  # after the warm-up: "constant", "cosine" or "linear" (to zero)
         decay_steps=0,  # length of "cosine" and "linear"
@@ -87,6 +91,9 @@ def default() -> ConfigDict:
                 min_live=0.02,  # saturated discriminator: active fraction of the losses' gradient (`live/*`) below this
                 max_gap=20.0,  # also saturated: fake minus real logits (`gap/*`) above this; hinge losses need 2
                 min_motion=0.05,  # still frames: energy of frame differences, fake / real, in one step, below this
+                # Ratio of the adversarial and the second loss's gradients at the generator's output outside this band.
+                min_adv_to_rec=0.2,
+                max_adv_to_rec=50.0,
                 max_data_wait=0.2,  # share of time waiting for data while the accelerator is idle; only warns
             ),
             wandb_project="",  # also write to this Weights & Biases project; needs `pip install wandb`
@@ -112,6 +119,13 @@ def gan(**changes) -> dict:
         shared_noise=True,  # the paper writes one s' and one eps' for the pair of real and fake
         generator_every=1,  # choice: updates the generator every n-th step; other steps skip its backward pass
         heads_every=1,  # choice: updates the heads every n-th step
+        # Ratio at which the gradients of the two losses at the generator's output are held, by a factor on the second
+        # loss between 1 / limit and limit, from a moving average of the ratio; 0: off, as in the paper.
+        balance=0.0,
+        balance_decay=0.99,
+        balance_limit=1000.0,
+        heads_reduction="mean",  # choice: losses and penalties are means over the heads; or "sum"
+        r1_every=1,  # penalties in every n-th step only, n-fold (StyleGAN2, arXiv 1912.04958)
     )
     return fields | changes
 
@@ -122,6 +136,7 @@ def adversarial(method: str, **fields) -> ConfigDict:
     config.update(
         dict(
             method=method,
+            backbone_init="",  # model folder or workdir with the discriminator's backbone; "": the same as `init`
             accumulation_steps=4,  # paper: batch 32 by 4-step accumulation on 8 GPUs
             generator_optimizer=sm3(1e-5),  # paper
             heads_optimizer=sm3(1e-4),  # paper
@@ -139,9 +154,11 @@ def sfv() -> ConfigDict:
     return adversarial(
         "sfv",
         generator_levels=4,  # paper: Tg
+        probabilities=(),  # of the generator's levels but the lowest, from the lowest up; (): equal, as in the paper
         discriminator_levels=1000,  # paper: Td
         p_mean=-1.0,  # paper, Eq. 7
         p_std=1.0,  # paper prints -1; only the magnitude matters
+        noise_shift=False,  # take p_mean as that of the paper's video size and shift it for others (sfv.noise_shift)
         recon_c=None,  # choice: 0.00054 sqrt(d), improved consistency training
         recon_reduction="video",  # paper, Eq. 9 as printed
         **gan(),
@@ -161,6 +178,7 @@ def ladd() -> ConfigDict:
         discriminator_levels=1000,  # paper: Td
         p_mean=1.0,  # LADD: logit-normal(1, 1), which in sigma is this lognormal
         p_std=1.0,
+        noise_shift=False,  # as in SF-V
         # 0: real videos. n: in each step the frozen base model samples new training videos, in n guided Euler steps
         # under the batch's conditions, as LADD trains; that costs 2n forward passes.
         teacher_steps=0,
@@ -297,6 +315,20 @@ YOUNGER: dict[str, Any] = {
     "sfv.perturbation_std": 0.1,
     "sfv.r2_weight": 0.0,
     "sfv.heads_every": 1,
+    "backbone_init": "",
+    "alarms.min_adv_to_rec": 0.0,
+    "alarms.max_adv_to_rec": 0.0,
+    "sfv.probabilities": (),
+    **{f"{method}.noise_shift": False for method in ("sfv", "ladd")},
+    **{f"{optimizer}.max_decay": 1.0 for optimizer in ("generator_optimizer", "heads_optimizer")},
+    **{f"{optimizer}.delay_steps": 0 for optimizer in ("generator_optimizer", "heads_optimizer")},
+    **{
+        f"{method}.{field}": value
+        for method in ("sfv", "ladd", "ufogen")
+        for field, value in dict(
+            balance=0.0, balance_decay=0.99, balance_limit=1000.0, heads_reduction="mean", r1_every=1
+        ).items()
+    },
 }
 GONE: dict[str, Any] = {}  # removed fields that may be in recorded runs, with the value that did nothing
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from sfv_jax import config as configs
 from sfv_jax.config import ConfigDict, ConfigError
-from sfv_jax.config_rules import DISCRIMINATOR, GENERAL, METHODS, OPTIMIZER, OWN_FIELDS, RULES, prefixed
+from sfv_jax.config_rules import ADVERSARIAL, DISCRIMINATOR, GENERAL, METHODS, OPTIMIZER, OWN_FIELDS, RULES, prefixed
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.plain_config import flat
 
-ADVERSARIAL = ("sfv", "ladd", "ufogen")  # methods with heads
+WITH_HEADS = ("sfv", "ladd", "ufogen")
 OPTIMIZERS = ("generator_optimizer", "heads_optimizer")
 LONGEST_PATTERN = 1000  # characters
 
@@ -70,12 +70,12 @@ def _missing(fields: dict[str, Any], method: str | None) -> Iterator[str]:
     wanted = set(GENERAL)
     if method is not None:
         wanted |= prefixed(method, METHODS[method]).keys()
-        for section in OPTIMIZERS[: 1 + (method in ADVERSARIAL)]:
+        for section in OPTIMIZERS[: 1 + (method in WITH_HEADS)]:
             name = fields.get(f"{section}.name")
             others = {field for other, own in OWN_FIELDS.items() if other != name for field in own}
             wanted |= {f"{section}.{field}" for field in OPTIMIZER if field not in others}
-    if method in ADVERSARIAL:
-        wanted |= prefixed("discriminator", DISCRIMINATOR).keys()
+    if method in WITH_HEADS:
+        wanted |= prefixed("discriminator", DISCRIMINATOR).keys() | ADVERSARIAL.keys()
     absent = sorted(wanted - fields.keys())
     absent = [name for name in absent if not any(name.startswith(f"{parent}.") for parent in fields)]
     if absent:
@@ -117,6 +117,21 @@ def _losses(adversarial: float, second: float) -> None:
         raise UserError("and recon_weight=0: the generator has no loss; give one of them a weight")
 
 
+def _balance(target: float, adversarial: float, second: float) -> None:
+    if target and not (adversarial and second):
+        raise UserError("needs both losses: give adv_weight and recon_weight above 0, or set balance=0")
+
+
+def _lazy(penalties: int, heads: int) -> None:
+    if penalties % heads:
+        raise UserError(f"give a multiple of heads_every={heads}: in other steps the heads are not updated")
+
+
+def _band(low: float, high: float) -> None:
+    if low and high and low >= high:
+        raise UserError(f"leaves no room below max_adv_to_rec={high}")
+
+
 def _law(mean: float, std: float, levels: int) -> None:
     from sfv_jax.diffusion import edm
 
@@ -133,6 +148,11 @@ def _probabilities(given: tuple, levels: int) -> None:
     _one_together(given, given)
     if len(given) > levels:
         raise UserError(f"generator_levels={levels} are fewer than the {len(given)} probabilities")
+
+
+def _probability_of_each(given: tuple, levels: int) -> None:
+    if given:
+        _one_together(given, (0,) * (levels - 1))
 
 
 def _one_together(given: tuple, like: tuple) -> None:
@@ -157,9 +177,13 @@ RELATIONS: list[tuple[tuple[str, ...], Callable]] = [
     *(((f"{section}.schedule", f"{section}.decay_steps"), _schedule) for section in OPTIMIZERS),
     *(
         ((f"{name}.gan_loss", f"{name}.shared_noise"), lambda loss, shared, name=name: _pairs(loss, shared, name))
-        for name in ADVERSARIAL
+        for name in WITH_HEADS
     ),
-    *(((f"{name}.adv_weight", f"{name}.recon_weight"), _losses) for name in ADVERSARIAL),
+    *(((f"{name}.adv_weight", f"{name}.recon_weight"), _losses) for name in WITH_HEADS),
+    *(((f"{name}.balance", f"{name}.adv_weight", f"{name}.recon_weight"), _balance) for name in WITH_HEADS),
+    *(((f"{name}.r1_every", f"{name}.heads_every"), _lazy) for name in WITH_HEADS),
+    (("alarms.min_adv_to_rec", "alarms.max_adv_to_rec"), _band),
+    (("sfv.probabilities", "sfv.generator_levels"), _probability_of_each),
     *(((f"{name}.p_mean", f"{name}.p_std", f"{name}.discriminator_levels"), _law) for name in ("sfv", "ladd")),
     *(((f"{name}.p_std",), _spread) for name in ("sfv", "ladd")),
     (("ladd.probabilities", "ladd.generator_levels"), _probabilities),

@@ -167,6 +167,8 @@ GENERAL = {
     "alarms.min_live": share("alarm below this active share of the discriminator's loss gradient; 0: off"),
     "alarms.max_gap": real("alarm above this gap between fake and real logits; 0: off"),
     "alarms.min_motion": real("alarm below this motion of fakes, as a share of real videos'; 0: off"),
+    "alarms.min_adv_to_rec": real("alarm below this ratio of adversarial to second gradient; 0: off"),
+    "alarms.max_adv_to_rec": real("alarm above this ratio; 0: off"),
     "alarms.max_data_wait": share("warning above this share of time spent waiting for data; 0: off"),
     "wandb_project": text("Weights & Biases project to write to as well; empty: none"),
     "profile_start": count("the profiler traces the steps after this one", 0),
@@ -175,17 +177,19 @@ GENERAL = {
 OPTIMIZER = {
     "name": choice("optimizer", "sm3", "adamw"),
     "lr": positive("learning rate", 1),
+    "delay_steps": count("steps before the warm-up in which nothing moves", 0),
     "warmup_steps": count("linear warm-up; 0: none", 0),
     "schedule": choice("learning rate after the warm-up", "constant", "cosine", "linear"),
     "decay_steps": count('length of "cosine" and "linear", to zero', 0),
     "clip_norm": real("gradients are scaled down to at most this norm; 0: never"),
     "momentum": decay("SM3: momentum"),
     "beta": decay("SM3: decay of the second moment; 0: sums, as in SM3-II"),
+    "max_decay": real("SM3: decay of the running maximum; 1: it never falls", 0, 1),
     "b1": decay("AdamW: decay of the first moment"),
     "b2": decay("AdamW: decay of the second moment"),
     "weight_decay": share("AdamW: weight decay"),
 }
-OWN_FIELDS = {"sm3": ("momentum", "beta"), "adamw": ("b1", "b2", "weight_decay")}
+OWN_FIELDS = {"sm3": ("momentum", "beta", "max_decay"), "adamw": ("b1", "b2", "weight_decay")}
 DISCRIMINATOR = {
     "spatial": switch("heads that see each frame by itself"),
     "temporal": switch("heads that see each position along time"),
@@ -205,19 +209,27 @@ GAN = {
     "shared_noise": switch("real and fake videos get the same level and noise before the discriminator"),
     "generator_every": count("the generator is updated in every n-th step"),
     "heads_every": count("the heads are updated in every n-th step"),
+    "balance": real("ratio at which adversarial and second gradient are held; 0: off", 0, 1e6),
+    "balance_decay": decay("decay of the average of that ratio"),
+    "balance_limit": real("the factor of the second loss lies between 1 / this and this", 1, 1e9),
+    "heads_reduction": choice("losses and penalties over the heads", "mean", "sum"),
+    "r1_every": count("penalties in every n-th step, n-fold"),
 }
 LEVELS = {
     "generator_levels": count("noise levels of Eq. 5 for the generator, the lowest included", 2, 10**6),
     "discriminator_levels": count("noise levels of Eq. 5 for the discriminator", 3, 10**6),
     "p_mean": real("mean of the logarithm of the discriminator's noise level", -10, 10),
     "p_std": real("standard deviation of that logarithm; its sign does not matter", -10, 10),
+    "noise_shift": switch("`p_mean` is that of the paper's video size, shifted for others"),
 }
+ADVERSARIAL = {"backbone_init": text("model folder or workdir with the discriminator's backbone; empty: as `init`")}
 WEIGHTS = dict(low=0, length=(1, 64))
 METHODS = {
     "sfv": LEVELS
     | {
         "recon_c": Rule("c of the pseudo-Huber loss; None: 0.00054 sqrt(d)", float, above=0, other=None),
-        "recon_reduction": choice("norm of that loss: whole video, or each element", "video", "element"),
+        "recon_reduction": choice("norm of that loss", "video", "rms", "element"),
+        "probabilities": share("probabilities of the generator's levels; (): equal", length=(0, 1000)),
     }
     | GAN,
     "ladd": LEVELS
@@ -302,4 +314,8 @@ SECTIONS = {  # of the fields that not every config has
     "data.world": WORLD,
     "patch_codec": PATCH_CODEC,
 }
-RULES = GENERAL | {name: rule for section, rules in SECTIONS.items() for name, rule in prefixed(section, rules).items()}
+RULES = (
+    GENERAL
+    | ADVERSARIAL
+    | {name: rule for section, rules in SECTIONS.items() for name, rule in prefixed(section, rules).items()}
+)

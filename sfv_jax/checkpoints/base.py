@@ -78,6 +78,11 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "network.json").is_file()
 
 
+def read_unet(path: str | Path) -> UNetConfig:
+    """Returns the config of the UNet of a model folder or run; raises as `load_generator` does."""
+    return read_run(Path(path))[0] if is_run(path) else read_model(Path(path)).configs["unet"]
+
+
 def load_generator(
     path: str | Path,
     *,

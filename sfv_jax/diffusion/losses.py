@@ -80,21 +80,26 @@ def pseudo_huber(x: Array, target: Array, c: float | None = None, reduction: str
     """Eq. 9: sqrt(||x - target||^2 + c^2) - c of `[b, t, h, w, c]`, mean over the batch.
 
     Args:
-      c: default 0.00054 sqrt(d), d the number of elements under the norm (improved consistency training).
-      reduction: "video" takes the norm over the whole latent of a video, as printed; "element" takes it per element and
-        averages, which makes gradients smaller by about sqrt(d).
+      c: default 0.00054 sqrt(d), d the number of elements under the norm (improved consistency training); for "rms"
+        0.00054, because that norm is divided by sqrt(d).
+      reduction: "video" takes the norm over the whole latent of a video, as printed; its gradient with respect to the
+        video has a norm of about 1 at any size. "rms" divides that norm by sqrt(d), d the number of elements of a
+        video, so that its gradient scales with size as that of a loss that is a mean over positions. "element" takes
+        the norm per element and averages, which is as small, and in which small and large errors weigh alike.
 
     Raises:
-      UserError: if `reduction` is neither.
+      UserError: if `reduction` is none of them.
     """
     x, target = x.astype(jnp.float32), target.astype(jnp.float32)
     if reduction == "video":
         square = jnp.sum(jnp.square(x - target), axis=tuple(range(1, x.ndim)))
         d = math.prod(x.shape[1:])
+    elif reduction == "rms":
+        square, d = jnp.mean(jnp.square(x - target), axis=tuple(range(1, x.ndim))), 1
     elif reduction == "element":
         square, d = jnp.square(x - target), 1
     else:
-        raise UserError(f"reduction {reduction!r}: choose 'video' or 'element'")
+        raise UserError(f"reduction {reduction!r}: choose 'video', 'rms' or 'element'")
     c = 0.00054 * math.sqrt(d) if c is None else c
     return jnp.mean(jnp.sqrt(square + c**2) - c)
 

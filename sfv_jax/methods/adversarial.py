@@ -2,11 +2,13 @@
 
 A method supplies the noise levels of its networks (`Draws`) and a second loss.
 
-State: `step`, `generator`, `ema`, `opt_g`, `heads`, `opt_d`. Frozen: `backbone`. The config section that has the
-method's name contains the fields of `config.gan` besides its own.
+State: `step`, `generator`, `ema`, `opt_g`, `heads`, `opt_d`, and `balance` where the config asks for it. Frozen:
+`backbone`. The config section that has the method's name contains the fields of `config.gan` besides its own.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -55,6 +57,42 @@ class Keys(NamedTuple):
         return cls(*jax.random.split(key, len(cls._fields)))
 
 
+class Balance(NamedTuple):
+    """Moving average of the ratio of the two gradients that meet in the generator's output, part of the state, fp32.
+
+    Attributes:
+      log_ratio: average of the logarithm of the ratio, adversarial over second, before its correction.
+      weight: sum of the weights of that average; 0 before the first update.
+    """
+
+    log_ratio: Array
+    weight: Array
+
+    @classmethod
+    def start(cls) -> "Balance":
+        """Returns the average of nothing."""
+        return cls(jnp.zeros(()), jnp.zeros(()))
+
+    def factor(self, log_ratio: Array, method) -> Array:
+        """Returns the factor of the second loss that brings the ratio to `method.balance`.
+
+        Args:
+          log_ratio: logarithm of this micro-batch's ratio, which stands for the average before the first update.
+          method: config section with `balance` and `balance_limit`; the factor lies between 1 / limit and limit.
+        """
+        average = jnp.where(self.weight > 0, self.log_ratio / jnp.maximum(self.weight, 1e-30), log_ratio)
+        limit = math.log(method.balance_limit)
+        return jnp.exp(jnp.clip(average - math.log(method.balance), -limit, limit))
+
+    def update(self, log_ratio: Array, decay: float) -> "Balance":
+        """Returns the average with the ratio of one more step; without change if that is NaN, not measured."""
+        measured = jnp.isfinite(log_ratio)
+        new = Balance(
+            decay * self.log_ratio + (1 - decay) * jnp.where(measured, log_ratio, 0), decay * self.weight + 1 - decay
+        )
+        return jax.tree.map(lambda new, old: jnp.where(measured, new, old), new, self)
+
+
 class Draws(NamedTuple):
     """Random numbers of a micro-batch: pairs of noise levels `[b]` and standard normal noise `[b, t, h, w, c]`.
 
@@ -86,6 +124,8 @@ def init_state(networks: Networks, config, generator: Params) -> tuple[Params, P
     heads = networks.init_heads(stream(config.seed, "heads"))
     state = generator_state(config, generator)
     state |= {"heads": heads, "opt_d": optim.make_optimizer(config.heads_optimizer).init(heads)}
+    if config[config.method].balance:
+        state |= {"balance": Balance.start()}
     return state, {"backbone": networks.backbone_params(state["generator"])}
 
 
@@ -99,6 +139,9 @@ def make_gradients(
     in every n-th step; in the others its gradients are zero, there is no backward pass for them, and the metrics of
     that pass are NaN.
 
+    With `balance` the second loss is multiplied by a factor that holds the ratio of the two gradients' norms at the
+    generator's output at that target (`Balance.factor`). The ratio is that of one micro-batch, all samples together.
+
     Args:
       networks: `Networks` with a discriminator.
       config: the whole config.
@@ -107,13 +150,15 @@ def make_gradients(
       videos: `(frozen, batch, key) -> latents [b, t, h, w, c]` in place of those of the batch; None: the batch's.
 
     Returns:
-      `(generator, heads, frozen, batch, key, step) -> (generator gradients, head gradients, metrics)`.
+      `(generator, heads, frozen, batch, key, step, balance) -> (generator gradients, head gradients, metrics)`;
+      `balance` is the state's, None without.
     """
     method, discriminator = config[config.method], networks.discriminator
     assert discriminator is not None  # make_networks builds it
     loss_d, loss_g = GAN_LOSSES[method.gan_loss]
+    over_heads = len(head_names(discriminator)) if method.heads_reduction == "sum" else 1  # the losses are means
 
-    def gradients(generator, heads, frozen, batch, key, step=0):
+    def gradients(generator, heads, frozen, batch, key, step=0, balance=None):
         keys = Keys.split(key)
         x0 = batch["latents"] if videos is None else videos(frozen, batch, keys.videos)
         (sigma, noise), (sigma_r, noise_r), (sigma_f, noise_f), one_step = draw(keys, x0.shape, step)
@@ -133,7 +178,7 @@ def make_gradients(
         def adversarial(x):  # Eq. 8
             features = encode(x, sigma_f, noise_f)
             real = logits(heads, real_features, sigma_r)
-            return loss_g(real, logits(heads, features, sigma_f)), features
+            return over_heads * loss_g(real, logits(heads, features, sigma_f)), features
 
         def reconstruction(x):
             return second_loss(x, x0, sigma)
@@ -147,14 +192,23 @@ def make_gradients(
         def backward():  # Eq. 10
             adv_grad = method.adv_weight * to_fake(jnp.ones_like(adv))[0]
             rec_grad = method.recon_weight * jax.grad(reconstruction)(fake)
-            ratio = optim.global_norm(adv_grad) / (optim.global_norm(rec_grad) + 1e-12)
-            return to_generator(adv_grad + rec_grad)[0], ratio if method.recon_weight else jnp.full((), jnp.nan)
+            if not method.recon_weight:
+                return to_generator(adv_grad)[0], unmeasured
+            log_ratio = jnp.log(optim.global_norm(adv_grad) + 1e-12) - jnp.log(optim.global_norm(rec_grad) + 1e-12)
+            factor = jnp.ones(()) if balance is None else balance.factor(log_ratio, method)
+            ratios = {"ratio/adv_to_rec_gradient": jnp.exp(log_ratio) / factor}
+            if balance is not None:
+                ratios |= {"balance/log_ratio": log_ratio, "balance/factor": factor}
+            return to_generator(adv_grad + factor * rec_grad)[0], ratios
 
         def nothing():
-            return jax.tree.map(jnp.zeros_like, part), jnp.full((), jnp.nan)
+            return jax.tree.map(jnp.zeros_like, part), unmeasured
 
+        names = ["ratio/adv_to_rec_gradient"]
+        names += ["balance/log_ratio", "balance/factor"] if balance is not None else []
+        unmeasured = dict.fromkeys(names, jnp.full((), jnp.nan))
         turn = turn_of(step, method.generator_every)
-        g_grads, ratio = backward() if turn is None else jax.lax.cond(turn, backward, nothing)
+        g_grads, ratios = backward() if turn is None else jax.lax.cond(turn, backward, nothing)
 
         def penalty(heads, x, features, sigma, noise, key):
             score = lambda features: logits(heads, features, sigma)  # noqa: E731
@@ -163,21 +217,30 @@ def make_gradients(
             step = method.perturbation_std * jax.random.normal(key, x.shape)
             return losses.perturbation_penalty(score(features), score(encode(x + step, sigma, noise)))
 
+        def in_its_turn(penalty):
+            """Returns the penalty, in every n-th step only and then n-fold, as StyleGAN2 does (arXiv 1912.04958)."""
+            turn = turn_of(step, method.r1_every)
+            if turn is None:
+                return penalty()
+            return jax.lax.cond(turn, lambda: method.r1_every * penalty(), lambda: jnp.zeros(()))
+
         def discriminator_loss(heads):  # Eq. 11
             real, fake_ = logits(heads, real_features, sigma_r), logits(heads, fake_features, sigma_f)
             parts = {f"loss/{method.gan_loss}": loss_d(real, fake_), "loss/r1": jnp.zeros(())}
             total = parts[f"loss/{method.gan_loss}"]
             if method.r1_weight:
-                parts["loss/r1"] = penalty(heads, x0, real_features, sigma_r, noise_r, keys.real_shift)
+                real_penalty = partial(penalty, heads, x0, real_features, sigma_r, noise_r, keys.real_shift)
+                parts["loss/r1"] = in_its_turn(real_penalty)
                 total += method.r1_weight * parts["loss/r1"]
             if method.r2_weight:
                 clean = jax.lax.stop_gradient(fake)
-                parts["loss/r2"] = penalty(heads, clean, fake_features, sigma_f, noise_f, keys.fake_shift)
+                fake_penalty = partial(penalty, heads, clean, fake_features, sigma_f, noise_f, keys.fake_shift)
+                parts["loss/r2"] = in_its_turn(fake_penalty)
                 total += method.r2_weight * parts["loss/r2"]
-            return total, (parts, real, fake_)
+            return over_heads * total, (parts, real, fake_)
 
         d_grads, (parts, real, fake_logits) = jax.grad(discriminator_loss, has_aux=True)(heads)
-        metrics = {"loss/adversarial": adv, "loss/reconstruction": rec, **parts, "ratio/adv_to_rec_gradient": ratio}
+        metrics = {"loss/adversarial": adv, "loss/reconstruction": rec, **parts, **ratios}
         metrics |= motion(fake, x0, one_step)
         metrics |= head_metrics(head_names(discriminator), real, fake_logits, method.gan_loss)
         return g_grads, d_grads, metrics
@@ -237,10 +300,10 @@ def make_train_step(config, gradients: Callable):
         return {"heads": heads, "opt_d": opt_d}, {"norm/heads_update": moved}
 
     def train_step(state, frozen, batch):
-        step, generator, heads = state["step"], state["generator"], state["heads"]
+        step, generator, heads, balance = state["step"], state["generator"], state["heads"], state.get("balance")
         key = step_key(config, step)
         g_grads, d_grads, metrics = accumulate(
-            lambda params, micro, k: gradients(*params, micro, k, step),
+            lambda params, micro, k: gradients(*params, micro, k, step, balance),
             (generator, heads, frozen),
             batch,
             key,
@@ -258,7 +321,10 @@ def make_train_step(config, gradients: Callable):
             generator=new_g["generator"],
             heads=new_d["heads"],
         )
-        return {"step": step + 1, **new_d, **new_g}, metrics
+        new = {"step": step + 1, **new_d, **new_g}
+        if balance is not None:
+            new["balance"] = balance.update(metrics.pop("balance/log_ratio"), method.balance_decay)
+        return new, metrics
 
     return train_step
 

@@ -33,13 +33,19 @@ class SM3State(NamedTuple):
     momentum: optax.Params
 
 
-def scale_by_sm3(momentum: float = 0.5, beta: float = 0.999, eps: float = 1e-30) -> optax.GradientTransformation:
+def scale_by_sm3(
+    momentum: float = 0.5, beta: float = 0.999, max_decay: float = 1.0, eps: float = 1e-30
+) -> optax.GradientTransformation:
     """Returns SM3-II (arXiv 1901.11150) with the momentum and decay arguments of the torch-SM3 package.
 
     nu = beta min_r mu_r + (1 - beta) g^2 (without the factors if beta = 0), mu_r = max(mu_r, max of nu over the other
     axes), m = momentum m + (1 - momentum) g / sqrt(nu + eps), update = m. Tensors of rank 0 and 1 have one full
     accumulator. There is no bias correction: the first update is (1 - momentum) / sqrt(1 - beta), about 16 times the
     learning rate at the defaults, so consider a warm-up. The state is fp32 whatever the dtype of the parameters.
+
+    mu never falls: one early spike of the gradient shortens the steps of a layer for ever. With `max_decay` rho below 1
+    (not in torch-SM3), mu_r = max(rho mu_r, max of nu over the other axes), which forgets a spike in about
+    1 / (1 - rho) steps.
 
     `optax.sm3` has no beta; `optax.scale_by_sm3` has no running maximum, rejects 0-d parameters, keeps its state in the
     parameter dtype, and has an eps that shortens steps of small gradients.
@@ -60,7 +66,7 @@ def scale_by_sm3(momentum: float = 0.5, beta: float = 0.999, eps: float = 1e-30)
 
     def cover_update(mus, nu):
         others = {r: tuple(axis for axis in range(nu.ndim) if axis != int(r)) for r in mus}
-        return {r: jnp.maximum(mu, jnp.max(nu, axis=others[r])) for r, mu in mus.items()}
+        return {r: jnp.maximum(max_decay * mu, jnp.max(nu, axis=others[r])) for r, mu in mus.items()}
 
     def update(updates, state, params=None):
         del params
@@ -81,11 +87,12 @@ def make_optimizer(config) -> optax.GradientTransformation:
     """Returns the optimizer of a config section.
 
     Args:
-      config: `name` ("sm3" or "adamw"), that optimizer's own fields, `lr`, `warmup_steps` (linear), `schedule` (after
-        the warm-up: "constant", or "cosine" or "linear" to zero in `decay_steps`) and `clip_norm`.
+      config: `name` ("sm3" or "adamw"), that optimizer's own fields, `lr`, `delay_steps` (nothing moves, but the
+        optimizer sees the gradients), `warmup_steps` (then, linear), `schedule` (after the warm-up: "constant", or
+        "cosine" or "linear" to zero in `decay_steps`) and `clip_norm`.
     """
     if config.name == "sm3":
-        scale = scale_by_sm3(config.momentum, config.beta)
+        scale = scale_by_sm3(config.momentum, config.beta, config.max_decay)
     else:
         scale = optax.chain(optax.scale_by_adam(config.b1, config.b2), optax.add_decayed_weights(config.weight_decay))
     schedules = {
@@ -97,6 +104,9 @@ def make_optimizer(config) -> optax.GradientTransformation:
     if config.warmup_steps:
         warmup = optax.schedules.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps)
         schedule = optax.schedules.join_schedules([warmup, schedule], [config.warmup_steps])
+    if config.delay_steps:
+        still = optax.schedules.constant_schedule(0.0)
+        schedule = optax.schedules.join_schedules([still, schedule], [config.delay_steps])
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, scale, optax.scale_by_learning_rate(schedule))
 

@@ -39,7 +39,7 @@ def split(shape: Sequence[int], n: int) -> int | None:
 RULES: tuple[tuple[str, Callable], ...] = (
     (r"(^|\.)(bias|scale|mix_factor|class_embedding)$", replicated),  # vectors and scalars
     (r"(^|\.)(kernel|embedding)$", split),  # linear maps, convolutions, position tables
-    (r"(^|\.)(step|count)$", replicated),
+    (r"(^|\.)(step|count|balance\.\w+)$", replicated),
 )
 ACCUMULATOR = re.compile(r"((?:^|.*\.)accumulators\..*)\.(\d+)$")  # path of a parameter, number of its axis
 

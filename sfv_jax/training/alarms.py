@@ -1,5 +1,5 @@
 """Early detection of failed training: numbers that are not finite, a discriminator that has won, frames that stand
-still, an accelerator that waits for data.
+still, one loss that outweighs the other, an accelerator that waits for data.
 
 The functions need only the metrics of a run, so they apply to any sequence of these.
 """
@@ -18,7 +18,7 @@ BACKWARD = ("conv_out", "conv_norm_out", "up_blocks", "mid_block", "down_blocks"
 
 
 class Alarm(NamedTuple):
-    """Failure of one `kind` ("discriminator", "motion" or "data"), with a line of numbers and advice."""
+    """Failure of one `kind` ("discriminator", "motion", "balance" or "data"), with a line of numbers and advice."""
 
     kind: str
     message: str
@@ -39,13 +39,14 @@ class Alarms:
     """
 
     def __init__(self, config: ConfigDict):
-        self.config, self.count = config, dict.fromkeys(("discriminator", "motion", "data"), 0)
+        self.config, self.count = config, dict.fromkeys(("discriminator", "motion", "balance", "data"), 0)
 
     def check(self, values: Mapping[str, float]) -> list[Alarm]:
         """Returns the alarms raised by `values`, the metrics of the next interval."""
         found = {
             "discriminator": self._discriminator(values),
             "motion": self._motion(values),
+            "balance": self._balance(values),
             "data": self._data(values),
         }
         alarms = []
@@ -71,6 +72,17 @@ class Alarms:
         return (
             f"frames stand still (are the temporal heads on? lower the reconstruction weight): motion of the fakes is "
             f"{ratio:.2g} of the real videos'"
+        )
+
+    def _balance(self, values) -> str | None:
+        ratio = values.get("ratio/adv_to_rec_gradient")
+        low, high = self.config.min_adv_to_rec, self.config.max_adv_to_rec
+        if ratio is None or not (ratio < low or high and ratio > high):
+            return None
+        leads, change = ("second", "lower") if ratio < low else ("adversarial", "raise")
+        return (
+            f"the {leads} loss leads ({change} the method's recon_weight, or set its balance): the adversarial gradient "
+            f"is {ratio:.2g} times the other at the generator's output"
         )
 
     def _data(self, values) -> str | None:

@@ -2,16 +2,18 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
-from sfv_jax.checkpoints.base import Base, load_generator
+from sfv_jax.checkpoints.base import Base, load_generator, read_unet
 from sfv_jax.checkpoints.model_folder import encoders_identity
 from sfv_jax.config import ConfigError
 from sfv_jax.data.loader import LatentSource, WorldSource, encoders_of, latent_source, world_source
-from sfv_jax.models.networks import Networks
+from sfv_jax.models.networks import DTYPES, Networks, Params
+from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime.device import memory_per_device
 from sfv_jax.runtime.sharding import param_shardings
 
@@ -38,6 +40,30 @@ def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
     raw = config.init_weights == "generator"
     base = load_generator(config.init, raw=raw, place=lambda abstract: param_shardings(mesh, abstract))
     return replace(base, unet=configs.same_unet(base.unet, config))
+
+
+def check_backbone(config: ConfigDict, unet: UNetConfig) -> None:
+    """Checks that `config.backbone_init`, if it is given, has the parameters of the generator's UNet.
+
+    Raises:
+      ConfigError: if it has others.
+      WeightsError: if it is neither a model folder nor a run.
+    """
+    if not config.get("backbone_init"):
+        return
+    theirs = read_unet(config.backbone_init)
+    kept = {name: getattr(unet, name) for name in configs.SAME_PARAMETERS}
+    if replace(theirs, **kept) != unet:
+        raise ConfigError(
+            f"config.backbone_init={config.backbone_init} has another UNet than config.init={config.init!r}"
+        )
+
+
+def load_backbone(config: ConfigDict, networks: Networks, shardings, mesh: jax.sharding.Mesh) -> Params:
+    """Loads the discriminator's backbone from `config.backbone_init`, in the compute dtype, placed by `shardings`."""
+    place = partial(param_shardings, mesh)
+    base = load_generator(config.backbone_init, place=place, dtype=DTYPES[config.dtype])
+    return jax.jit(networks.backbone_params, out_shardings=shardings)(base.params)
 
 
 def check_memory(what: str, abstract, shardings) -> None:

@@ -23,7 +23,7 @@ from sfv_jax.runtime.progress import ProgressReport
 from sfv_jax.runtime.sharding import local_rows, make_mesh, on_mesh, param_shardings, put_batch, with_shardings
 from sfv_jax.runtime.stopping import StopRequest
 from sfv_jax.training.clock import Clock, Trace
-from sfv_jax.training.inputs import check_memory, load_base, open_source
+from sfv_jax.training.inputs import check_backbone, check_memory, load_backbone, load_base, open_source
 from sfv_jax.training.journal import Journal
 from sfv_jax.training.metrics import MetricWriter
 from sfv_jax.training.previews import Previews
@@ -57,6 +57,7 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
     except UserError as error:
         raise ConfigError(f"config: {error}") from error
     base = load_base(config, mesh)
+    check_backbone(config, base.unet)
     source = open_source(config, base, config.data.split)
     try:
         networks = method.make_networks(base.unet, config)
@@ -104,6 +105,8 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
             if chief:
                 print(f"continuing {workdir} at step {latest}" if latest < config.steps else f"{workdir} is finished")
         del params
+        if config.get("backbone_init"):
+            frozen["backbone"] = load_backbone(config, networks, shardings[1]["backbone"], mesh)
 
         step_fn = jit_train_step(method, networks, config, mesh, shardings)
         previews = None

@@ -162,8 +162,17 @@ def test_the_whole_video_norm_has_the_larger_gradient():
     np.testing.assert_allclose(video / element, np.sqrt(2 * 4 * 4 * 4), rtol=1e-5)
 
 
+def test_rms_is_the_whole_video_norm_over_the_root_of_its_size():
+    x, target = noise(0, 3, 2, 4, 4, 4), noise(1, 3, 2, 4, 4, 4)
+    root = np.sqrt(2 * 4 * 4 * 4)
+    found, expected = losses.pseudo_huber(x, target, reduction="rms"), losses.pseudo_huber(x, target) / root
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    given = losses.pseudo_huber(x, target, c=0.5, reduction="rms")
+    np.testing.assert_allclose(given, losses.pseudo_huber(x, target, c=0.5 * root) / root, rtol=1e-5)
+
+
 def test_unknown_reduction():
-    with pytest.raises(ValueError, match="'video' or 'element'"):
+    with pytest.raises(ValueError, match="'video', 'rms' or 'element'"):
         losses.pseudo_huber(full(0.0), full(0.0), reduction="frame")
 
 

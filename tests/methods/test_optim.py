@@ -64,6 +64,22 @@ def test_accumulators_never_shrink():
     jax.tree.map(np.testing.assert_array_equal, state.accumulators, later.accumulators)
 
 
+def test_a_maximum_that_decays_forgets_a_spike():
+    """After a spike of 100 and n gradients of 1 the step is as if only the decayed spike had been there."""
+    steps = {}
+    for max_decay in (1.0, 0.9):
+        optimizer = optim.scale_by_sm3(0.0, 0.999, max_decay)
+        state, params = optimizer.init([jnp.zeros((2, 3))]), [jnp.zeros((2, 3))]
+        for g in [100.0, *[1.0] * 40]:
+            update, state = optimizer.update([jnp.full((2, 3), g)], state, params)
+        steps[max_decay] = float(update[0][0, 0])
+    mu = 10.0  # 0.001 * 100^2
+    for _ in range(39):
+        mu = max(0.9 * mu, 0.999 * mu + 0.001)  # the second moment itself falls more slowly than 0.9
+    assert steps[0.9] == pytest.approx(1 / np.sqrt(0.999 * mu + 0.001), rel=1e-4)
+    assert steps[1.0] == pytest.approx(1 / np.sqrt(0.999 * 10 + 0.001), rel=1e-4)
+
+
 @pytest.mark.parametrize("size", [1e-9, 1e3])
 def test_first_step_is_sixteen_learning_rates(size):
     optimizer = optim.make_optimizer(configs.sm3(1e-3))
@@ -112,6 +128,17 @@ def test_learning_rate_schedule():
     np.testing.assert_allclose(warmed, 2.0 * np.array([*warmup, 1, 1]), rtol=1e-4)
     cosine = (1 + np.cos(np.pi * np.arange(9) / 8)) / 2
     np.testing.assert_allclose(decayed, 2.0 * np.array([*warmup, *cosine]), rtol=1e-4, atol=1e-6)
+
+
+def test_a_delayed_optimizer_moves_nothing_but_sees_the_gradients():
+    delayed = steps_of(configs.adamw(2.0, delay_steps=3, warmup_steps=2), np.ones(6))
+    np.testing.assert_allclose(delayed, 2.0 * np.array([0, 0, 0, 0.5, 0.75, 1]), rtol=1e-4)
+    sm3 = steps_of(configs.sm3(1.0, delay_steps=40), np.ones(41))
+    seen = 0.0
+    for _ in range(41):
+        seen = max(seen, 0.999 * seen + 0.001)
+    np.testing.assert_array_equal(sm3[:40], 0)
+    np.testing.assert_allclose(sm3[40], 1 / np.sqrt(seen), rtol=0.02)  # not 16, as an optimizer's first step is
 
 
 def test_linear_schedule():
