@@ -81,8 +81,8 @@ class Alarms:
             return None
         leads, change = ("second", "lower") if ratio < low else ("adversarial", "raise")
         return (
-            f"the {leads} loss leads ({change} the method's recon_weight, or set its balance): the adversarial gradient "
-            f"is {ratio:.2g} times the other at the generator's output"
+            f"the {leads} loss leads ({change} the method's recon_weight, or set its balance): the adversarial "
+            f"gradient is {ratio:.2g} times the other at the generator's output"
         )
 
     def _data(self, values) -> str | None:
