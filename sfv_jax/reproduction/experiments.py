@@ -25,6 +25,17 @@ RUNS = {
     "no reconstruction": ("sfv", {"sfv.recon_weight": 0.0}),
     "no R1": ("sfv", {"sfv.r1_weight": 0.0}),
 }
+# Longer runs, in which a discriminator has time to win.
+LONG = {"steps": 3200}
+BALANCED = {"sfv.recon_reduction": "rms", "sfv.recon_weight": 1.0, "sfv.balance": 1.5}
+RUNS |= {
+    "long": ("sfv", LONG),
+    "balanced": ("sfv", LONG | BALANCED),
+    "more reconstruction": ("sfv", LONG | {"sfv.recon_weight": 2.0}),
+    "two levels": ("sfv", LONG | {"sfv.generator_levels": 2}),
+    "mostly one step": ("sfv", LONG | {"sfv.probabilities": (0.15, 0.15, 0.7)}),
+    **{f"long, P_mean {n}": ("sfv", LONG | {"sfv.p_mean": float(n)}) for n in (-6, -5, -4, -3)},
+}
 BASE = "teacher"  # the base model: SVD, or a teacher trained on the world
 RAMP = (1.0, 3.0)  # SVD's guidance in the first and the last frame
 
@@ -113,6 +124,20 @@ TABLES = {
             _sfv("without reconstruction", "no reconstruction", None),
             _sfv("without R1", "no R1", None),
         ],
+    ),
+    "balance": (
+        "Balance of the losses and levels of the generator, 3200 steps (not in the paper)",
+        [
+            _sfv("as printed", "long", None),
+            _sfv("gradients held at 1.5", "balanced", None),
+            _sfv("reconstruction x 20", "more reconstruction", None),
+            _sfv("highest level alone", "two levels", None),
+            _sfv("highest level 70 %", "mostly one step", None),
+        ],
+    ),
+    "noise": (
+        "Noise of the discriminator over a wider range, 3200 steps (not in the paper)",
+        [_sfv(f"P_mean {n}", f"long, P_mean {n}", None) for n in (-6, -5, -4, -3)] + [_sfv("P_mean -1", "long", None)],
     ),
 }
 
@@ -215,6 +240,7 @@ def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigD
         config.heads_optimizer.update(lr=6e-3, warmup_steps=20)
     if method == "ladd":
         config.ladd.warmup_steps = steps // 10
+    steps = changes.get("steps", steps)
     config.update_from_flattened_dict(changes)
     config.update(dict(steps=steps, log_every=max(steps // 50, 1), checkpoint_every=max(steps // 4, 1), sample_every=0))
     return config.lock()
