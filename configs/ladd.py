@@ -45,7 +45,12 @@ def get_config(arg: str = ""):
         r1_form="gradient",  # SF-V
         perturbation_std=0.1,  # SF-V
         r2_weight=0.0,  # SF-V
-        # Turns.
+        # Balance and turns.
+        balance=0.0,  # off, as in the paper
+        balance_decay=0.99,  # choice
+        balance_limit=1000.0,  # choice
+        heads_reduction="mean",  # choice
+        r1_every=1,  # choice
         generator_every=1,  # SF-V
         heads_every=1,  # SF-V
     )

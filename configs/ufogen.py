@@ -38,5 +38,10 @@ def get_config(arg: str = ""):
         # Turns.
         generator_every=1,  # SF-V
         heads_every=2,  # SF-V's retraining of UFOGen: every second iteration
+        balance=0.0,  # off, as in the paper
+        balance_decay=0.99,  # choice
+        balance_limit=1000.0,  # choice
+        heads_reduction="mean",  # choice
+        r1_every=1,  # choice
     )
     return defaults.finish(config, arg)

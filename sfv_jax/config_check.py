@@ -123,7 +123,7 @@ def _balance(target: float, adversarial: float, second: float) -> None:
 
 
 def _lazy(penalties: int, heads: int) -> None:
-    if penalties % heads:
+    if penalties > 1 and penalties % heads:
         raise UserError(f"give a multiple of heads_every={heads}: in other steps the heads are not updated")
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from sfv_jax import config as defaults
 from sfv_jax.checkpoints.run import WorkdirError, claim_workdir
 from sfv_jax.config import ConfigError
-from sfv_jax.config_check import ADVERSARIAL, check
+from sfv_jax.config_check import WITH_HEADS, check
 from sfv_jax.config_rules import METHODS, RULES, SECTIONS
 from sfv_jax.data.worlds import World
 from sfv_jax.models.codec import PatchCodec
@@ -62,15 +62,16 @@ def test_every_field_has_a_row_and_every_row_a_field():
     found |= {f"heads_optimizer.{field}" for field in defaults.adamw(1.0)}  # any optimizer may train the heads
     assert found == RULES.keys()
     assert SECTIONS["discriminator"].keys() <= {field.name for field in dataclasses.fields(DiscriminatorConfig)}
-    assert {name for name in METHODS if "gan_loss" in METHODS[name]} == set(ADVERSARIAL)
+    assert {name for name in METHODS if "gan_loss" in METHODS[name]} == set(WITH_HEADS)
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_no_field_takes_another_type_or_a_number_that_is_none(name):
     rule = RULES[name]
     one = rule.length is None
-    for value in (NAN, math.inf, -math.inf, {}, object(), b"x", [], (), [None], [[NAN]], 1j):
+    for value in (NAN, math.inf, -math.inf, {}, object(), b"x", [None], [[NAN]], 1j):
         assert not rule.allows(value), value
+    assert rule.allows(()) == rule.allows([]) == (rule.length is not None and rule.length[0] == 0)
     assert rule.allows(None) == (rule.other is None)
     assert rule.allows(True) == (rule.kind is bool and one)
     assert rule.allows("constant") == (rule.kind is str and one and (not rule.among or "constant" in rule.among))
@@ -179,6 +180,18 @@ WRONG = [
     ("sfv", "sfv__perturbation_std", 0.0),
     ("sfv", "sfv__shared_noise", 0),
     ("sfv", "sfv__generator_every", 0),
+    ("sfv", "sfv__balance", -1.0),
+    ("sfv", "sfv__balance_decay", 1.0),
+    ("sfv", "sfv__balance_limit", 0.5),
+    ("sfv", "sfv__heads_reduction", "max"),
+    ("sfv", "sfv__r1_every", 0),
+    ("sfv", "sfv__probabilities", (0.5, 0.5)),
+    ("sfv", "sfv__probabilities", (0.5, 0.5, 0.5)),
+    ("sfv", "sfv__noise_shift", 1.0),
+    ("sfv", "backbone_init", None),
+    ("sfv", "alarms__min_adv_to_rec", NAN),
+    ("sfv", "generator_optimizer__delay_steps", -1),
+    ("sfv", "generator_optimizer__max_decay", 1.5),
     ("ladd", "ladd__probabilities", (0.5, 0.4, 0.0, 0.0)),
     ("ladd", "ladd__probabilities", (1.5, -0.5, 0.0, 0.0)),
     ("ladd", "ladd__warmup_probabilities", (0.5, 0.5)),
@@ -224,6 +237,9 @@ def test_contradictions_of_several_fields():
     for method, changes, message in (
         ("sfv", dict(discriminator__spatial=False, discriminator__temporal=False), "config.discriminator: .* or both"),
         ("sfv", dict(sfv__adv_weight=0.0, sfv__recon_weight=0.0), "the generator has no loss"),
+        ("sfv", dict(sfv__balance=1.0, sfv__recon_weight=0.0), "balance=1.0: needs both losses"),
+        ("sfv", dict(sfv__r1_every=3, sfv__heads_every=2), "r1_every=3: give a multiple of heads_every=2"),
+        ("sfv", dict(alarms__min_adv_to_rec=9.0, alarms__max_adv_to_rec=2.0), "no room below max_adv_to_rec=2"),
         ("sfv", dict(sfv__p_mean=10.0, sfv__p_std=0.01), "no mass under a lognormal law"),
         ("ladd", dict(ladd__generator_levels=3), "levels=3 are fewer than the 4 probabilities"),
         (
@@ -231,7 +247,7 @@ def test_contradictions_of_several_fields():
             dict(data__world__size=18),
             "multiple of patch_codec.embed_cell=4; nearest: 16 and 20",
         ),
-        ("teacher", dict(method="sfv"), "config.method='sfv': fields are missing: discriminator.projection_dim"),
+        ("teacher", dict(method="sfv"), "config.method='sfv': fields are missing: backbone_init, discriminator"),
         ("sfv", dict(generator_optimizer__name="adamw"), "missing: generator_optimizer.b1, generator_optimizer.b2"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -243,7 +259,7 @@ RECORDED = json.loads((Path(__file__).parent / "recorded" / "config_0.1.0.json")
 
 def today(name: str) -> dict:
     method, _, tiny = name.partition(":")
-    config = getattr(defaults, method)()
+    config = defaults.printed() if method == "sfv" else getattr(defaults, method)()
     return (defaults.tiny(config) if tiny else config).to_dict()
 
 

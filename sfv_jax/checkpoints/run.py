@@ -42,6 +42,8 @@ MAY_CHANGE = (
     "mesh.spatial",
     "alarms.on_alarm",
     "alarms.patience",
+    "alarms.min_adv_to_rec",
+    "alarms.max_adv_to_rec",
     "alarms.min_live",
     "alarms.max_gap",
     "alarms.min_motion",

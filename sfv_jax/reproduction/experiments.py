@@ -11,31 +11,32 @@ from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
 
-# {run: (method, changes by dotted field)}. Every run starts from the base model, which is not in this list.
+# {run: (recipe of `sfv_jax.config`, changes by dotted field)}. Every run starts from the base model, which is not in
+# this list. SF-V's rows are those of the paper, `printed`.
 RUNS = {
     "animatelcm": ("animatelcm", {}),
     "ufogen": ("ufogen", {}),
     "ladd": ("ladd", {}),
-    "sfv": ("sfv", {}),
-    "spatial heads": ("sfv", {"discriminator.temporal": False}),
-    "temporal heads": ("sfv", {"discriminator.spatial": False}),
-    "P_mean -2": ("sfv", {"sfv.p_mean": -2.0}),
-    "P_mean 0": ("sfv", {"sfv.p_mean": 0.0}),
-    "P_mean 1": ("sfv", {"sfv.p_mean": 1.0}),
-    "no reconstruction": ("sfv", {"sfv.recon_weight": 0.0}),
-    "no R1": ("sfv", {"sfv.r1_weight": 0.0}),
+    "sfv": ("printed", {}),
+    "spatial heads": ("printed", {"discriminator.temporal": False}),
+    "temporal heads": ("printed", {"discriminator.spatial": False}),
+    "P_mean -2": ("printed", {"sfv.p_mean": -2.0}),
+    "P_mean 0": ("printed", {"sfv.p_mean": 0.0}),
+    "P_mean 1": ("printed", {"sfv.p_mean": 1.0}),
+    "no reconstruction": ("printed", {"sfv.recon_weight": 0.0}),
+    "no R1": ("printed", {"sfv.r1_weight": 0.0}),
 }
-# Longer runs, in which a discriminator has time to win.
-LONG = {"steps": 3200}
-BALANCED = {"sfv.recon_reduction": "rms", "sfv.recon_weight": 1.0, "sfv.balance": 1.5}
-RUNS |= {
-    "long": ("sfv", LONG),
-    "balanced": ("sfv", LONG | BALANCED),
-    "more reconstruction": ("sfv", LONG | {"sfv.recon_weight": 2.0}),
-    "two levels": ("sfv", LONG | {"sfv.generator_levels": 2}),
-    "mostly one step": ("sfv", LONG | {"sfv.probabilities": (0.15, 0.15, 0.7)}),
-    **{f"long, P_mean {n}": ("sfv", LONG | {"sfv.p_mean": float(n)}) for n in (-6, -5, -4, -3)},
+# Runs of the world that are longer, so that a discriminator has time to win.
+LONG = {
+    "long": ("printed", {}),
+    "balanced": ("sfv", {}),
+    "more reconstruction": ("printed", {"sfv.recon_weight": 2.0}),
+    "two levels": ("printed", {"sfv.generator_levels": 2}),
+    "mostly one step": ("printed", {"sfv.probabilities": (0.15, 0.15, 0.7)}),
+    **{f"long, P_mean {n}": ("printed", {"sfv.p_mean": float(n)}) for n in (-6, -5, -4, -3)},
 }
+LONG_STEPS = 3200
+RUNS |= LONG
 BASE = "teacher"  # the base model: SVD, or a teacher trained on the world
 RAMP = (1.0, 3.0)  # SVD's guidance in the first and the last frame
 
@@ -157,8 +158,8 @@ def svd_config(run: str, seed: int, model: str, cache: str) -> ConfigDict:
       model: folder of the converted SVD.
       cache: folder of the latent cache.
     """
-    method, changes = RUNS[run]
-    config = getattr(configs, method)()
+    recipe, changes = RUNS[run]
+    config = getattr(configs, recipe)()
     config.update_from_flattened_dict(changes)
     config.update(dict(init=model, seed=seed))
     config.data.path = cache
@@ -215,8 +216,8 @@ def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigD
       seed: of training.
       base: workdir of the base model; "" for the base model itself.
     """
-    method, changes = RUNS.get(run, (run, {}))
-    config = configs.tiny(getattr(configs, method)())
+    recipe, changes = RUNS.get(run, (run, {}))
+    config = configs.tiny(getattr(configs, recipe)())
     config.data.world = ConfigDict(WORLD)
     config.patch_codec.update(CODEC)
     cells = (WORLD["size"] // CODEC["embed_cell"]) ** 2
@@ -224,7 +225,7 @@ def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigD
         in_channels=6, out_channels=3, block_out_channels=WIDTH, num_frames=4, cross_attention_dim=3 * cells
     )
     config.update(dict(seed=seed, init=base, batch_size=budget.batch, ema_decay=0.98, keep_checkpoints=1))
-    steps = budget.steps
+    steps = LONG_STEPS if run in LONG else budget.steps
     if run == BASE:
         steps = budget.base_steps
         config.update(dict(batch_size=2 * budget.batch, ema_decay=0.995))
@@ -233,14 +234,13 @@ def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigD
         config.generator_optimizer.update(
             lr=3e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=steps - 100
         )
-    elif method == "animatelcm":
+    elif config.method == "animatelcm":
         config.generator_optimizer.update(lr=1e-4, warmup_steps=20)  # 3e-3 * 1e-6 / 3e-5
     else:
-        config.generator_optimizer.update(lr=4e-4, warmup_steps=20)
+        config.generator_optimizer.update(lr=4e-4, warmup_steps=20, delay_steps=20 if recipe == "sfv" else 0)
         config.heads_optimizer.update(lr=6e-3, warmup_steps=20)
-    if method == "ladd":
+    if config.method == "ladd":
         config.ladd.warmup_steps = steps // 10
-    steps = changes.get("steps", steps)
     config.update_from_flattened_dict(changes)
     config.update(dict(steps=steps, log_every=max(steps // 50, 1), checkpoint_every=max(steps // 4, 1), sample_every=0))
     return config.lock()

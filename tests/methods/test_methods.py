@@ -72,7 +72,7 @@ def make_batch(size: int, seed: int = 10) -> dict:
 
 
 def sfv_config(**changes):
-    config = configs.sfv()
+    config = configs.printed()
     config.accumulation_steps = 1
     config.sfv.update(changes)
     return config

@@ -35,7 +35,10 @@ RELATIONS = """
 | `trainable` | finds a parameter, within seconds |
 | `*_optimizer.decay_steps` | 0 for the schedule "constant", otherwise a length |
 | `gan_loss` "relativistic" | needs `shared_noise=True` |
-| `adv_weight`, `recon_weight` | not both 0 |
+| `adv_weight`, `recon_weight` | not both 0; with `balance`, neither |
+| `r1_every` | a multiple of `heads_every` |
+| `alarms.min_adv_to_rec` | below `max_adv_to_rec`, unless one of them is 0 |
+| `sfv.probabilities` | empty, or one for each level of the generator but the lowest, 1 together |
 | `p_mean`, `p_std` | the law has mass at the discriminator's levels; `p_std` is not 0 |
 | `ladd.probabilities` | at most `generator_levels`; as many `warmup_probabilities`; both 1 together |
 | `ladd.teacher_guidance` | one end above 1, or both 1 |
@@ -98,6 +101,7 @@ def page() -> str:
     lines = [START, "## All methods", *table(common), "", "Defaults that depend on the method:", *differing()]
     lines += ["", "## Optimizers", "", "Fields of `generator_optimizer` and `heads_optimizer`.", *optimizers()]
     lines += ["", "## Discriminator", *table(defaults.sfv().discriminator.to_dict(), "discriminator")]
+    lines += [f"| `{name}` | `''` | {rule.legal} | {rule.meaning} |" for name, rule in rules.ADVERSARIAL.items()]
     for name in METHODS:
         lines += ["", f"## {name}", *table(getattr(defaults, name)()[name].to_dict(), name)]
     changeable = ", ".join(f"`{name}`" for name in defaults.SAME_PARAMETERS)

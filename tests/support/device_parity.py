@@ -70,7 +70,7 @@ def gradients() -> dict[str, np.ndarray]:
         num_frames=2,
         norm_groups=4,
     )
-    config = configs.sfv()
+    config = configs.printed()
     config.update(dict(dtype="float32", batch_size=2))
     config.discriminator.update(temporal_kernel=3, projection_dim=4, sinusoid_dim=8)
     networks = sfv.make_networks(unet, config)
