@@ -137,9 +137,9 @@ def test_several_seeds_give_a_mean_and_a_range():
 @pytest.mark.parametrize("run", experiments.RUNS)
 def test_every_run_is_a_config_that_its_method_accepts(run):
     """This holds at both scales, and in the world all methods have the same budget."""
-    method, changes = experiments.RUNS[run]
+    recipe, changes = experiments.RUNS[run]
     config = experiments.svd_config(run, 3, "model", "cache")
-    default = getattr(configs, method)()
+    default = getattr(configs, recipe)()
     assert (config.init, config.data.path, config.seed, config.steps) == ("model", "cache", 3, 50_000)
     for field, value in changes.items():
         section, name = field.split(".")
@@ -152,7 +152,7 @@ def test_every_run_is_a_config_that_its_method_accepts(run):
         assert world[section][name] == value
     codec, unet = patch_codec_of(world), unet_of(world)
     assert unet.out_channels == codec.latent_channels and world_of(world).size % codec.embed_cell == 0
-    METHODS[method].make_networks(unet, world)
+    METHODS[world.method].make_networks(unet, world)
 
 
 def test_tables_name_runs_that_exist():
