@@ -27,7 +27,7 @@ fi
 run "$python" -m sfv_jax.convert --src "$svd" --dst "$out/model"
 run "$python" -m sfv_jax.prepare --videos "$videos" --svd "$out/model" --out "$out/cache" $size --batch_size=4
 
-train=("$python" -m sfv_jax.train --config "$here/configs/sfv.py" --workdir "$out/run" --config.init="$out/model"
+train=("$python" -m sfv_jax.train --config "$here/configs/sfv.py:printed" --workdir "$out/run" --config.init="$out/model"
   --config.data.path="$out/cache" --config.steps=60 --config.batch_size=2 --config.accumulation_steps=2
   --config.dtype=float32 --config.unet.temporal_conv=matmul --config.log_every=10 --config.checkpoint_every=10 --config.sample_every=30)
 printf '\n$ %s   (killed by SIGKILL after step 20 is saved)\n' "${train[*]}"

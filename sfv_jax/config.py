@@ -291,6 +291,8 @@ def tiny(config: ConfigDict) -> ConfigDict:
     )
     if "discriminator" in config:
         config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
+        config.generator_optimizer.update(delay_steps=0, warmup_steps=0)  # 200 steps, and nothing pretrained to spoil
+        config.heads_optimizer.warmup_steps = 0
     return config
 
 

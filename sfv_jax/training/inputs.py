@@ -54,9 +54,7 @@ def check_backbone(config: ConfigDict, unet: UNetConfig) -> None:
     theirs = read_unet(config.backbone_init)
     kept = {name: getattr(unet, name) for name in configs.SAME_PARAMETERS}
     if replace(theirs, **kept) != unet:
-        raise ConfigError(
-            f"config.backbone_init={config.backbone_init} has another UNet than config.init={config.init!r}"
-        )
+        raise ConfigError(f"config.backbone_init={config.backbone_init} has another UNet than the generator")
 
 
 def load_backbone(config: ConfigDict, networks: Networks, shardings, mesh: jax.sharding.Mesh) -> Params:

@@ -87,8 +87,8 @@ def assert_same(found: Steps, expected: Steps, rtol: float, atol: float, first: 
     """Compares the metrics of all steps, or of the `first`, and the parameters after the last of these."""
     for a, b in zip(found.metrics[:first], expected.metrics[:first], strict=True):
         for name in b:
-            if name.startswith(("loss/", "norm/")):
-                np.testing.assert_allclose(a[name], b[name], rtol=rtol, err_msg=name)
+            if name.startswith(("loss/", "norm/", "ratio/", "balance/")):
+                np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=1e-6, err_msg=name)
     for name in ("generator", "ema", "heads"):
         pairs = zip(*(jax.tree.leaves(s.states[:first][-1][name]) for s in (found, expected)), strict=True)
         worst = max(float(np.max(np.abs(a - b))) for a, b in pairs)

@@ -22,6 +22,7 @@ from sfv_jax.checkpoints.base import load_generator
 from sfv_jax.checkpoints.run import Checkpoints, WorkdirError
 from sfv_jax.config import ConfigError
 from sfv_jax.errors import UserError
+from sfv_jax.models import tree
 from sfv_jax.models.networks import Networks
 from sfv_jax.runtime import sharding
 from sfv_jax.training import inputs, loop
@@ -113,7 +114,9 @@ def test_what_a_run_leaves(whole):
     workdir, state = whole
     assert int(state["step"]) == 4
     assert [line["step"] for line in metrics(workdir)] == [1, 2, 3, 4]
-    assert {"loss/adversarial", "loss/reconstruction", "loss/hinge", "loss/r1"} <= metrics(workdir)[0].keys()
+    names = {"loss/adversarial", "loss/reconstruction", "loss/hinge", "loss/r1", "balance/factor"}
+    assert names <= metrics(workdir)[0].keys()
+    assert float(state["balance"].weight) == pytest.approx(1 - 0.99**4, rel=1e-4)
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "4"]
     for name in ("samples/0000004.png", "samples/0000004.gif", "config.json", "network.json"):
         assert (workdir / name).stat().st_size > 0, name
@@ -382,3 +385,34 @@ def test_a_training_start_reads_model_json_once(model_folder, monkeypatch):
     with pytest.raises(ConfigError, match="was made with other encoders"):
         inputs.check_encoders(config, base)
     assert reads == [model_folder / "model.json"]
+
+
+@pytest.mark.slow
+def test_the_backbone_of_another_run(whole, tmp_path, monkeypatch):
+    """`backbone_init` names another generator's encoder; a resumed run has it, too."""
+    backbones, make_step = [], loop.jit_train_step
+
+    def watched(*arguments):
+        step = make_step(*arguments)
+        return lambda state, frozen, batch: backbones.append(jax.device_get(frozen)) or step(state, frozen, batch)
+
+    monkeypatch.setattr(loop, "jit_train_step", watched)
+    theirs = jax.device_get(load_generator(whole[0]).params)
+    run(tiny(steps=1, sample_every=0, backbone_init=str(whole[0])), tmp_path / "run")
+    run(tiny(steps=2, sample_every=0, backbone_init=str(whole[0])), tmp_path / "run")
+    assert len(backbones) == 2
+    for found in backbones:
+        expected = tree.subtree(theirs, found["backbone"])
+        jax.tree.map(np.testing.assert_array_equal, found["backbone"], expected)
+    assert not np.array_equal(theirs["conv_in"]["kernel"], whole[1]["generator"]["conv_in"]["kernel"])
+
+
+@pytest.mark.slow
+def test_a_backbone_of_another_shape_is_refused(whole, tmp_path):
+    config = tiny(backbone_init=str(whole[0]))
+    config.unet.layers_per_block = 2
+    with pytest.raises(ConfigError, match="backbone_init=.* has another UNet than the generator"):
+        run(config, tmp_path / "run")
+    with pytest.raises(WeightsError, match="nowhere"):
+        run(tiny(backbone_init="nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run/config.json").exists()
