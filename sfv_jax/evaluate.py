@@ -121,7 +121,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "images", None, "folder with the conditions of --videos: images or videos with the names of the clips"
     )
-    flags.DEFINE_string("svd", None, "model folder whose CLIP tower compares frames of --videos with the conditions")
+    flags.DEFINE_string(
+        "svd", None, "model folder whose CLIP tower scores frames: CMMD and similarity to the conditions"
+    )
     flags.DEFINE_bool("flow", True, "compute optical flow, which needs OpenCV")
     flags.DEFINE_integer("shown", 9, "number of names whose clips the page plays", lower_bound=0)
     commands.define_compiler_flags()

@@ -1,4 +1,4 @@
-"""Scores of appearance: detail, contrast, first frame and diversity from pixels, and similarity by CLIP.
+"""Scores of appearance from pixels: detail, contrast, first frame, diversity.
 
 Frames are uint8 `[t, h, w, 3]` RGB. None of these scores measures quality as such: each compares a video with its own
 condition image or with videos of other seeds.
@@ -75,16 +75,3 @@ def diversity(clips: np.ndarray) -> float:
         raise UserError(f"diversity needs two videos of two frames, got {clips.shape[:2]}")
     later = clips[:, 1:].astype(np.float32)
     return float(np.mean([np.sqrt(np.mean(np.square(a - b))) for a, b in combinations(later, 2)]))
-
-
-def clip_similarity(frames: np.ndarray, image: np.ndarray, embed: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Returns the cosine of the CLIP embedding of each frame with that of the condition, fp32 `[t]`.
-
-    Args:
-      frames: uint8 `[t, h, w, 3]`.
-      image: the condition, uint8 `[h', w', 3]`.
-      embed: function from uint8 `[b, h, w, 3]` to embeddings `[b, d]`, such as `SVDCodec.embed` (SVD's CLIP tower).
-    """
-    unit = [np.asarray(embed(x), np.float32) for x in (frames, resize(image, frames.shape[1:3])[None])]
-    first, second = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in unit)
-    return first @ second[0]

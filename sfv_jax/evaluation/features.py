@@ -35,10 +35,12 @@ class Extractor:
     Attributes:
       features: function from clips uint8 `[b, t, h, w, 3]` to `[b, d]`.
       about: its JSON description, for records.
+      batch_size: clips in a call.
     """
 
     features: Features
     about: dict[str, Any]
+    batch_size: int = 8
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def compute_kept(extractor: Extractor, files: list[Path], read: Callable[[Path],
         advance(len(files) - len(todo))
         for first in range(0, len(todo), 64):
             part = todo[first : first + 64]
-            values = compute(extractor.features, (read(file) for _, file in part))
+            values = compute(extractor.features, (read(file) for _, file in part), extractor.batch_size)
             known |= {digest: row for (digest, _), row in zip(part, values, strict=True)}
             manifest = {"features": extractor.about, "clips": list(known)}
             with replacing(kept) as temporary, temporary.open("wb") as file:
@@ -173,7 +175,6 @@ def features_of(
     *,
     prepare: Callable[[np.ndarray], np.ndarray] | None = None,
     kept: Path | None = None,
-    batch_size: int = 8,
 ) -> Set:
     """Computes the features of `protocol.n` clips (0: of all usable ones), drawn in the protocol's order.
 
@@ -185,7 +186,6 @@ def features_of(
       extractor: the feature extractor.
       prepare: function from the frames of a clip to the frames to score; default `protocol.real`.
       kept: file (.npz) to store the result in, or to read it from if it exists.
-      batch_size: clips in a batch.
     Raises:
       VideoError: if there are fewer usable clips than `protocol.n`, or than a distance needs.
       StatisticsError: if `kept` contains features of other clips or settings.
@@ -216,7 +216,7 @@ def features_of(
                 if len(used) == wanted:
                     return
 
-    values = compute(extractor.features, frames(), batch_size)
+    values = compute(extractor.features, frames(), extractor.batch_size)
     _enough(dataset, len(used), protocol, "".join(f"\n  {line}" for line in reading.unreadable[:5]))
     found = Set(values, used, reading.unreadable)
     if kept:

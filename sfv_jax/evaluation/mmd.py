@@ -6,6 +6,7 @@ counts each vector against itself, which adds a bias of order 1/n; here such ter
 below 0 in half of the cases. All arithmetic is float64 on the host.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,13 +76,23 @@ def measure_mmd(
     Raises:
       UserError: if the sets differ in size, are fewer than 5, or not finite.
     """
-    n = _count(real, fake)
-    rng, size = np.random.default_rng(seed), n // 2
-    value, draws = squared_mmd(real, fake, paired), []
+    n = common_size(real, fake)
+    between = lambda rows, others: squared_mmd(real[rows], fake[others], paired)  # noqa: E731
+    return from_halves(n, between, paired=paired, resamples=resamples, seed=seed)
+
+
+def from_halves(n: int, between: Callable, *, paired: bool, resamples: int, seed: int) -> Estimate:
+    """Estimates an unbiased distance of two sets, with an interval from random halves; arguments as in `measure_mmd`.
+
+    Args:
+      n: number of samples of each set.
+      between: function from the row indices of both sets to their distance.
+    """
+    rng, size, everything = np.random.default_rng(seed), n // 2, np.arange(n)
+    value, draws = between(everything, everything), []
     for _ in range(resamples):
         rows = rng.permutation(n)[:size]
-        others = rows if paired else rng.permutation(n)[:size]
-        draws.append(squared_mmd(real[rows], fake[others], paired))
+        draws.append(between(rows, rows if paired else rng.permutation(n)[:size]))
     spread = (np.array(draws) - np.mean(draws)) * np.sqrt(size / (n - size))  # n may be odd
     low, high = np.percentile(spread, [2.5, 97.5]) + value
     return Estimate(value, (float(low), float(high)), n)
@@ -97,7 +108,7 @@ def measure_pairs(distances: np.ndarray, *, resamples: int = 2000, seed: int = 0
       UserError: if there are fewer than 5 distances, or one is not finite.
     """
     distances = np.asarray(distances, np.float64)
-    n = _count(distances, distances)
+    n = common_size(distances, distances)
     draws = distances[np.random.default_rng(seed).integers(n, size=(resamples, n - 1))].mean(axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
     return Estimate(float(distances.mean()), (float(low), float(high)), n)
@@ -108,8 +119,12 @@ def pair_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64), axis=1)
 
 
-def _count(x: np.ndarray, y: np.ndarray) -> int:
-    """Returns the common number of samples of both sets."""
+def common_size(x: np.ndarray, y: np.ndarray) -> int:
+    """Returns the common number of samples of both sets.
+
+    Raises:
+      UserError: if the sets differ in size, are fewer than 5, or not finite.
+    """
     if len(x) != len(y) or len(x) < MIN_PAIRS:
         raise UserError(f"both sets need the same number of samples, at least {MIN_PAIRS}; got {len(x)} and {len(y)}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -100,14 +101,19 @@ class Results:
 
 
 def score_clip(
-    frames: np.ndarray, image: np.ndarray | None = None, *, embed: Callable | None = None, flow: bool = True
+    frames: np.ndarray,
+    image: np.ndarray | None = None,
+    *,
+    similarity: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+    flow: bool = True,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Computes the scores of one video.
 
     Args:
       frames: uint8 `[t, h, w, 3]`.
       image: the condition, uint8 `[h', w', 3]`; None: the first frame takes its place, and there is no PSNR.
-      embed: `SVDCodec.embed`; None omits CLIP.
+      similarity: function from the frames and the condition to a similarity `[t]`, such as `frames.Tower.similarity`;
+        None omits CLIP.
       flow: compute optical flow, which needs OpenCV.
     Returns:
       scores: `{score: number}` with names of `SCORES`.
@@ -121,8 +127,8 @@ def score_clip(
     scores |= {"detail_last": float(detail[-1]), "contrast_last": float(curves["contrast"][-1])}
     if image is not None:
         scores |= {"detail_first": float(detail[0]), "first_psnr": appearance.first_frame_psnr(frames, image)}
-    if embed is not None:
-        curves["clip"] = appearance.clip_similarity(frames, condition, embed)
+    if similarity is not None:
+        curves["clip"] = similarity(frames, condition)
         scores |= {"clip_last": float(curves["clip"][-1]), "clip_mean": float(curves["clip"].mean())}
     return scores, {name: [float(value) for value in curve] for name, curve in curves.items()}
 
@@ -131,7 +137,7 @@ def score_clips(
     clips: Iterable[tuple[Clip, np.ndarray]],
     *,
     images: Callable[[str], np.ndarray] | None = None,
-    embed: Callable | None = None,
+    similarity: Callable[[Clip, np.ndarray, np.ndarray], np.ndarray] | None = None,
     flow: bool = True,
     shown: Collection[str] = (),
     total: int = 0,
@@ -141,7 +147,8 @@ def score_clips(
     Args:
       clips: clips and their frames, uint8 `[t, h, w, 3]`, as `clips.Reading.frames` yields them.
       images: function from the name of a clip to its condition; None: first frames take their place.
-      embed, flow: as for `score_clip`.
+      similarity: as for `score_clip`, with the clip as first argument.
+      flow: as for `score_clip`.
       shown: names of which one clip per group is kept for the page.
       total: number of clips, for the progress bar.
     """
@@ -151,7 +158,8 @@ def score_clips(
             seeds = []
             for clip, frames in some:
                 image = images(name) if images else None
-                scores, curves = score_clip(frames, image, embed=embed, flow=flow)
+                own = partial(similarity, clip) if similarity else None
+                scores, curves = score_clip(frames, image, similarity=own, flow=flow)
                 results.rows.append(Row(group, name, clip.seed, frames.shape[1:3], scores, curves))
                 if name in shown and group not in results.shown[name]:
                     results.shown[name][group] = frames

@@ -10,6 +10,16 @@ import numpy as np
 from sfv_jax.data.video import VideoError
 from sfv_jax.evaluation.clips import Clip, Reading, find_clips
 from sfv_jax.evaluation.features import Extractor, compute
+from sfv_jax.evaluation.frames import (
+    SIMILARITY,
+    Similarity,
+    Tower,
+    add_curves,
+    measure_cmmd,
+    notes,
+    per_frame,
+    similarity,
+)
 from sfv_jax.evaluation.mmd import MEANING, MIN_PAIRS, Estimate, measure_mmd, measure_pairs, pair_distances
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import DOWN, Report
@@ -19,7 +29,7 @@ from sfv_jax.runtime.progress import progress
 Pair = tuple[Clip, Clip]  # a clip and its reference
 NOTES = [
     MEANING,
-    "Several videos of one condition count as their mean in the distance of pairs; MMD counts the first of them.",
+    "Several videos of one condition count as their mean in the distance of pairs; the rest counts the first of them.",
     "Numbers are comparable for equal conditions, references and features only.",
 ]
 
@@ -64,7 +74,12 @@ def _enough(folder: Path, pairs: list[Pair], what: str) -> None:
 
 
 def folder_paired(
-    videos: Path, reference: Path, protocol: Protocol, extractor: Extractor, groups: dict[str, list[Pair]]
+    videos: Path,
+    reference: Path,
+    protocol: Protocol,
+    extractor: Extractor,
+    groups: dict[str, list[Pair]],
+    tower: Tower | None = None,
 ) -> Report:
     """Measures the distance of each group to the references of the same conditions.
 
@@ -73,25 +88,40 @@ def folder_paired(
       protocol: length, rate and sizes of the clips; nothing is cropped.
       extractor: the feature extractor.
       groups: the pairs, from `match`.
+      tower: SVD's CLIP tower, for CMMD and similarity; None omits them.
     Raises:
       VideoError: if too few clips can be read.
     """
     reading = Reading(protocol.num_frames, protocol.fps)
     clips = list(dict.fromkeys(clip for pairs in groups.values() for pair in pairs for clip in pair))
     features = _features(clips, reading, protocol, extractor)
+    again = replace(reading, unreadable=[])
+    frames = _features([*features], again, protocol, tower.extractor) if tower else {}
     report = Report(f"{videos.name} against {reference.name}, pair by pair", missing=reading.unreadable)
-    rows, record = [], {}
+    rows, record, similarities = [], {}, {}
     for group, found in groups.items():
         pairs = [pair for pair in found if all(clip in features for clip in pair)]
         _enough(videos / group, pairs, "can be read")
         means, mean, mmd = _compare(pairs, features, protocol.seed)
         intervals = ["{:.4g} to {:.4g}".format(*x.interval) for x in (mean, mmd)]
-        rows.append([group or "all", mean.value, intervals[0], mmd.value, intervals[1], mean.n, len(pairs)])
+        cells = [mean.value, intervals[0], mmd.value, intervals[1]]
         record[group or "all"] = {"distance": asdict(mean), "mmd": asdict(mmd), "conditions": means}
-    columns = ["", f"distance of pairs {DOWN}", "95 % interval", f"MMD {DOWN}", "95 % interval", "conditions", "pairs"]
+        if tower:
+            cmmd, kept = _compare_frames(pairs, frames, protocol)
+            cells += [cmmd.value, "{:.4g} to {:.4g}".format(*cmmd.interval), *kept.cells]
+            record[group or "all"] |= {"cmmd": asdict(cmmd), "similarity": asdict(kept)}
+            similarities[group or "all"] = kept
+        rows.append([group or "all", *cells, mean.n, len(pairs)])
+    columns = [f"distance of pairs {DOWN}", "95 % interval", f"MMD {DOWN}", "95 % interval"]
+    columns += [f"CMMD {DOWN}", "95 % interval", *SIMILARITY] if tower else []
     made, read = (", ".join(f"{k} {v}" for k, v in x.items()) for x in (extractor.about, protocol.reading()))
-    report.table("Distance to the references", columns, rows, [f"Features: {made}.", f"Protocol: {read}.", *NOTES])
+    lines = [f"Features: {made}.", f"Protocol: {read}.", *NOTES]
+    lines += notes(tower.about, "the first frame of the reference") if tower else []
+    report.table("Distance to the references", ["", *columns, "conditions", "pairs"], rows, lines)
     report.record |= {"protocol": asdict(protocol), "features": extractor.about, "paired": record}
+    if tower:
+        add_curves(report, similarities)
+        report.record["frames"] = tower.about
     return report
 
 
@@ -108,6 +138,18 @@ def _compare(
     return means, mean, measure_mmd(references, ours, paired=True, seed=seed)
 
 
+def _compare_frames(
+    pairs: list[Pair], frames: dict[Clip, np.ndarray], protocol: Protocol
+) -> tuple[Estimate, Similarity]:
+    """Returns CMMD, and the similarity to the first frames of the references, of the first video of each condition."""
+    firsts = {clip.name: (frames[clip], frames[other]) for clip, other in reversed(pairs)}
+    ours, references = (per_frame(np.stack(x), protocol.num_frames) for x in zip(*firsts.values(), strict=True))
+    return (
+        measure_cmmd(references, ours, paired=True, seed=protocol.seed),
+        Similarity.of(similarity(ours, references[:, 0])),
+    )
+
+
 def _features(clips: list[Clip], reading: Reading, protocol: Protocol, extractor: Extractor) -> dict[Clip, np.ndarray]:
     """Returns the features of all readable clips."""
     used: list[Clip] = []
@@ -119,7 +161,7 @@ def _features(clips: list[Clip], reading: Reading, protocol: Protocol, extractor
                 advance(1)
                 yield protocol.score(x)
 
-    return dict(zip(used, compute(extractor.features, frames()), strict=True))
+    return dict(zip(used, compute(extractor.features, frames(), extractor.batch_size), strict=True))
 
 
 def shown(groups: dict[str, list[Pair]], count: int) -> list[Clip]:

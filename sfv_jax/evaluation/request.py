@@ -8,13 +8,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sfv_jax.checkpoints.base import is_run
-from sfv_jax.checkpoints.model_folder import load_codec, read_model
+from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.config import world_of
 from sfv_jax.data import ucf101
 from sfv_jax.errors import UserError
 from sfv_jax.evaluation import pairs, scoring
 from sfv_jax.evaluation.clips import Clip, Dataset, Reading, find_clips
 from sfv_jax.evaluation.features import Extractor, check_count, load_features
+from sfv_jax.evaluation.frames import Tower
 from sfv_jax.evaluation.generation import Model, Options
 from sfv_jax.evaluation.motion import opencv
 from sfv_jax.evaluation.protocol import Protocol
@@ -39,7 +40,8 @@ KINDS = {
 USED = {  # kinds that use a flag, for flags that are off by default and not used by every kind
     **dict.fromkeys(("i3d", "features", "batch_norm_eps", "allow_torchscript"), ("folders", "paired", "dataset")),
     "statistics": ("folders", "dataset"),
-    **dict.fromkeys(("images", "svd"), ("alone",)),
+    "images": ("alone",),
+    "svd": ("alone", "folders", "paired"),
     "reference": ("folders", "paired"),
     "paired": ("paired",),
     "dataset": ("dataset", "world"),
@@ -133,9 +135,8 @@ def run(request: Request) -> Report:
 
 
 def _alone(request: Request) -> Report:
-    embed = load_codec(request.svd).embed if request.svd else None
     reading = Reading(request.protocol.num_frames, request.protocol.fps)
-    extras = scoring.Extras(embed, request.flow, request.shown)
+    extras = scoring.Extras(_tower(request), request.flow, request.shown)
     return scoring.folder_alone(_given(request.videos), reading, request.images, extras)
 
 
@@ -144,18 +145,27 @@ def _extractor(request: Request) -> Extractor:
     return load_features(request.i3d, request.features, **options)
 
 
+def _tower(request: Request) -> Tower | None:
+    return Tower.load(request.svd) if request.svd else None
+
+
 def _folders(request: Request) -> Report:
     extractor = _extractor(request)
     folders = _given(request.videos), _given(request.reference)
     return scoring.folder_against_folder(
-        *folders, request.protocol, extractor, kept=request.statistics, shown=request.shown
+        *folders,
+        request.protocol,
+        extractor,
+        kept=request.statistics,
+        tower=_tower(request),
+        shown=request.shown,
     )
 
 
 def _paired(request: Request) -> Report:
     videos, reference, protocol = _given(request.videos), _given(request.reference), request.protocol
     groups = pairs.match(videos, reference)  # before the network is loaded
-    report = pairs.folder_paired(videos, reference, protocol, _extractor(request), groups)
+    report = pairs.folder_paired(videos, reference, protocol, _extractor(request), groups, _tower(request))
     scoring.add_clips(report, pairs.shown(groups, request.shown), protocol)
     return report
 
@@ -166,7 +176,8 @@ def _dataset(request: Request) -> Report:
     check_count(dataset, request.protocol)
     sampler = load_sampler(request)
     model = Model(sampler, origin_of(request, sampler), request.options, request.batch_size)
-    embed = sampler.codec.embed if isinstance(sampler.codec, SVDCodec) else None
+    codec = sampler.codec
+    tower = Tower.of(codec.clip_config, codec.params["image_encoder"]) if isinstance(codec, SVDCodec) else None
     report = scoring.checkpoint_on_videos(
         model,
         dataset,
@@ -174,7 +185,7 @@ def _dataset(request: Request) -> Report:
         request.protocol,
         extractor,
         kept=request.statistics,
-        extras=scoring.Extras(embed, request.flow, request.shown),
+        extras=scoring.Extras(tower, request.flow, request.shown),
     )
     if request.latency:
         add_latency(report, sampler, request.options, request.protocol)

@@ -1,6 +1,6 @@
 """Kinds of score: a folder alone, a folder against a folder, a model on real videos, a model on its world."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from sfv_jax.evaluation import no_reference
 from sfv_jax.evaluation import world as exact
 from sfv_jax.evaluation.clips import FILES, Clip, Dataset, Reading, condition_images, find_clips
 from sfv_jax.evaluation.features import Extractor, Set, check_count, compute_kept, features_of, label
+from sfv_jax.evaluation.frames import SIMILARITY, Similarity, Tower, add_curves, measure_cmmd, per_frame, similarity
+from sfv_jax.evaluation.frames import notes as frame_notes
 from sfv_jax.evaluation.frechet import Distance, measure
 from sfv_jax.evaluation.generation import Model, generate, read_strip
 from sfv_jax.evaluation.mmd import MEANING, Estimate, measure_mmd, measure_pairs, pair_distances
@@ -25,12 +27,12 @@ class Extras:
     """Optional parts of a report.
 
     Attributes:
-      embed: function from images uint8 `[b, h, w, 3]` to embeddings `[b, d]`, for CLIP similarity; None omits it.
+      tower: SVD's CLIP tower, for CMMD and similarity; None omits them.
       flow: compute optical flow.
       shown: number of names whose clips the page plays.
     """
 
-    embed: Callable | None = None
+    tower: Tower | None = None
     flow: bool = True
     shown: int = 9
 
@@ -52,7 +54,7 @@ def folder_alone(videos: Path, reading: Reading, images: Path | None, extras: Ex
     results = no_reference.score_clips(
         reading.frames(clips),
         images=None if found is None else found.__getitem__,
-        embed=extras.embed,
+        similarity=(lambda clip, *pictures: extras.tower.similarity(*pictures)) if extras.tower else None,
         flow=extras.flow,
         shown=names[: extras.shown],
         total=len(clips),
@@ -74,6 +76,7 @@ def folder_against_folder(
     extractor: Extractor,
     *,
     kept: Path | None = None,
+    tower: Tower | None = None,
     shown: int = 9,
 ) -> Report:
     """Measures the Frechet distance of each group under `videos` to all clips under `reference`.
@@ -86,6 +89,7 @@ def folder_against_folder(
       protocol: selection, length, rate and sizes of the clips.
       extractor: the feature extractor.
       kept: file that stores the features of the real clips; see `features_of`.
+      tower: SVD's CLIP tower, for CMMD and similarity; None omits them.
       shown: number of names whose clips the page plays.
     Raises:
       VideoError: if a set has fewer usable clips than `protocol.n`, or than 20.
@@ -97,16 +101,22 @@ def folder_against_folder(
     datasets = {group: Dataset(some, str(videos / group)) for group, some in members.items()}
     for dataset in (references, *datasets.values()):
         check_count(dataset, protocol)
-    real = features_of(references, protocol, extractor, kept=kept)
-    sets = {
-        # Generated clips are not cropped: they have the right aspect ratio already.
-        group or "all": features_of(dataset, protocol, extractor, prepare=protocol.score)
-        for group, dataset in datasets.items()
-    }
-    n = min(len(found.names) for found in [real, *sets.values()])
+
+    def found(extractor: Extractor, kept: Path | None) -> Features:
+        real = features_of(references, protocol, extractor, kept=kept)
+        sets = {
+            # Generated clips are not cropped: they have the right aspect ratio already.
+            group or "all": features_of(dataset, protocol, extractor, prepare=protocol.score)
+            for group, dataset in datasets.items()
+        }
+        return Features(real, sets, extractor.about)
+
+    features = found(extractor, kept)
+    frames = found(tower.extractor, _beside(kept)) if tower else None
+    n = min(len(some.names) for some in features.all().values())
     report = Report(f"{videos.name} against {reference.name}")
-    report.missing = [line for some in sets.values() for line in some.dropped]
-    add_distances(report, sets, real, replace(protocol, n=n), extractor)
+    report.missing = [line for some in features.sets.values() for line in some.dropped]
+    add_distances(report, features, replace(protocol, n=n), frames=frames)
     wanted = sorted({clip.name for clip in clips})[:shown]
     add_clips(report, [clip for clip in clips if clip.name in wanted], protocol)
     return report
@@ -154,9 +164,18 @@ def checkpoint_on_videos(
     folder = out / "generated"
     files = generate(model.on(dataset=dataset.name, source=dataset.source), real.names, first, folder, protocol)
     read = lambda file: read_strip(file, protocol.num_frames)  # noqa: E731
-    fake = Set(compute_kept(extractor, files, read, folder / "features.npz"), real.names, [])
+
+    def against(real: Set, extractor: Extractor, file: str) -> Features:
+        fake = Set(compute_kept(extractor, files, read, folder / file), real.names, [])
+        return Features(real, {"generated": fake}, extractor.about)
+
+    features, frames = against(real, extractor, "features.npz"), None
+    if extras.tower:
+        embedded = features_of(dataset, protocol, extras.tower.extractor, kept=_beside(kept))
+        frames = against(embedded, extras.tower.extractor, "frames.npz")
     report = Report(f"{model.origin['checkpoint']} on {dataset.name}")
-    add_distances(report, {"generated": fake}, real, protocol, extractor, dataset.source, paired=True)
+    add_distances(report, features, protocol, dataset.source, paired=True, frames=frames)
+    curves = _to_first_frames(frames, protocol) if frames else {}
     order = sorted(range(len(files)), key=lambda k: real.names[k])
     place = {real.names[k]: k for k in order}
     shown = [real.names[k] for k in order[: extras.shown]]
@@ -168,7 +187,7 @@ def checkpoint_on_videos(
     results = no_reference.score_clips(
         generated(),
         images=lambda name: protocol.real(first(place[name])[None])[0],
-        embed=extras.embed,
+        similarity=(lambda clip, *_: curves[clip.name]) if curves else None,
         flow=extras.flow,
         shown=shown,
         total=len(files),
@@ -182,50 +201,88 @@ def checkpoint_on_videos(
     return report
 
 
+@dataclass(frozen=True)
+class Features:
+    """Features of the real clips and of sets of clips by name, and the description of their extractor."""
+
+    real: Set
+    sets: dict[str, Set]
+    about: dict[str, Any]
+
+    def all(self) -> dict[str, Set]:
+        """Returns all sets; the real clips are "reference"."""
+        return {"reference": self.real, **self.sets}
+
+
+def _beside(kept: Path | None) -> Path | None:
+    """Returns the file for the real clips' CLIP embeddings: `real.clip.npz` for `real.npz`."""
+    return kept and kept.with_suffix(f".clip{kept.suffix}")
+
+
+def _to_first_frames(frames: Features, protocol: Protocol) -> dict[str, np.ndarray]:
+    """Returns the similarities `[t]` of generated clips to the first frames of the real ones, their conditions."""
+    real, fake = (per_frame(x.features, protocol.num_frames) for x in (frames.real, frames.sets["generated"]))
+    return dict(zip(frames.real.names, similarity(fake, real[:, 0]), strict=True))
+
+
 def add_distances(
     report: Report,
-    sets: dict[str, Set],
-    real: Set,
+    features: Features,
     protocol: Protocol,
-    extractor: Extractor,
     source: dict[str, Any] = FILES,
+    *,
     paired: bool = False,
+    frames: Features | None = None,
 ) -> None:
-    """Measures `sets` against `real` at n = `protocol.n` and adds the distances and their settings to `report`.
+    """Measures sets against the real clips at n = `protocol.n` and adds the distances and their settings to `report`.
 
     Args:
       report: the report to extend.
-      sets: features of clips by the name of the set.
-      real: features of the real clips.
+      features: features of the clips.
       protocol: the protocol of the features.
-      extractor: the extractor of the features.
       source: JSON description of the files of the real clips.
       paired: the kth clips of all sets have the same condition.
+      frames: CLIP embeddings of the same clips; None omits CMMD and similarity.
     """
-    found = {name: compare(real, some, protocol, paired) for name, some in sets.items()}
-    kind = "Frechet distance" if extractor.about["kind"] == "function" else "FVD"
+    sets = features.all()
+    found = {name: compare(features.real, some, protocol, paired) for name, some in features.sets.items()}
+    if frames:
+        for name, some in frames.sets.items():
+            found[name] |= compare_frames(frames.real, some, protocol, paired)
+    kind = "Frechet distance" if features.about["kind"] == "function" else "FVD"
     columns = {
         "distances": [f"{kind} {DOWN}", f"N to infinity {DOWN}", "95 % interval"],
         "mmd": [f"MMD {DOWN}", "95 % interval"],
         "pairs": [f"distance of pairs {DOWN}", "95 % interval"],
+        "cmmd": [f"CMMD {DOWN}", "95 % interval"],
+        "similarity": SIMILARITY,
     }
     kinds = [key for key in columns if any(key in some for some in found.values())]
     head = ["", *(title for key in kinds for title in columns[key]), "N"]
     rows = [[name, *(cell for key in kinds for cell in _cells(x.get(key))), protocol.n] for name, x in found.items()]
-    report.table("Distance to the reference", head, rows, footer(protocol, extractor.about, sets, real, source))
-    dropped = {name: some.dropped for name, some in {"reference": real, **sets}.items() if some.dropped}
+    notes = footer(protocol, features, source)
+    if frames:
+        notes += frame_notes(
+            frames.about, "first frame of the real clip" if paired else "first frame of the clip itself"
+        )
+    report.table("Distance to the reference", head, rows, notes)
+    curves = {name: part for name, x in found.items() for part in x.values() if isinstance(part, Similarity)}
+    if curves:
+        add_curves(report, curves)
+    dropped = {name: some.dropped for name, some in sets.items() if some.dropped}
     for name, lines in dropped.items():
         report.text(f"{name}: {len(lines)} clips were dropped", lines)
     report.record |= {
         "protocol": asdict(protocol),
-        "features": extractor.about,
+        "features": features.about,
+        **({"frames": frames.about} if frames else {}),
         **{key: {name: asdict(x[key]) for name, x in found.items() if key in x} for key in kinds},
-        "clips_used": {name: some.names[: protocol.n] for name, some in {"reference": real, **sets}.items()},
+        "clips_used": {name: some.names[: protocol.n] for name, some in sets.items()},
         "dropped": dropped,
     }
 
 
-def compare(real: Set, some: Set, protocol: Protocol, paired: bool) -> dict[str, Distance | Estimate]:
+def compare(real: Set, some: Set, protocol: Protocol, paired: bool) -> dict[str, Distance | Estimate | Similarity]:
     """Measures the first `protocol.n` clips of `some` against those of `real`.
 
     Returns:
@@ -234,35 +291,48 @@ def compare(real: Set, some: Set, protocol: Protocol, paired: bool) -> dict[str,
     """
     n, seed = protocol.n, protocol.seed
     x, y = real.features[:n], some.features[:n]
-    found: dict[str, Distance | Estimate] = {
+    found: dict[str, Distance | Estimate | Similarity] = {
         "distances": measure(x, y, ddof=protocol.ddof, seed=seed),
         "mmd": measure_mmd(x, y, paired=paired, seed=seed),
     }
     return found | ({"pairs": measure_pairs(pair_distances(x, y), seed=seed)} if paired else {})
 
 
-def _cells(x: Distance | Estimate | None) -> list[Cell]:
+def compare_frames(real: Set, some: Set, protocol: Protocol, paired: bool) -> dict[str, Estimate | Similarity]:
+    """Measures `cmmd` of the first `protocol.n` clips; also `similarity` to their own first frames if not `paired`.
+
+    (Paired clips have conditions, and are scored against them clip by clip.)
+    """
+    x, y = (per_frame(each.features[: protocol.n], protocol.num_frames) for each in (real, some))
+    found: dict[str, Estimate | Similarity] = {"cmmd": measure_cmmd(x, y, paired=paired, seed=protocol.seed)}
+    return found if paired else found | {"similarity": Similarity.of(similarity(y, y[:, 0]))}
+
+
+def _cells(x: Distance | Estimate | Similarity | None) -> list[Cell]:
     """Returns the cells of a distance in a table."""
     if x is None:
         return [None, None]
+    if isinstance(x, Similarity):
+        return [*x.cells]
     interval = "{:.4g} to {:.4g}".format(*x.interval)
     return [x.value, x.extrapolated, interval] if isinstance(x, Distance) else [x.value, interval]
 
 
-def footer(protocol: Protocol, about: dict, sets: dict[str, Set], real: Set, source: dict) -> list[str]:
+def footer(protocol: Protocol, features: Features, source: dict) -> list[str]:
     """Describes the settings of a distance in sentences: protocol, real clips, features, usable and dropped clips."""
-    fields, made, read = (", ".join(f"{k} {v}" for k, v in x.items()) for x in (asdict(protocol), about, source))
-    all_sets = {"reference": real, **sets}
-    counts = ", ".join(f"{name} {len(x.names)} (and {len(x.dropped)} dropped)" for name, x in all_sets.items())
+    fields, made, read = (
+        ", ".join(f"{k} {v}" for k, v in x.items()) for x in (asdict(protocol), features.about, source)
+    )
+    counts = (f"{name} {len(x.names)} (and {len(x.dropped)} dropped)" for name, x in features.all().items())
     notes = [
         f"Protocol: {fields}.",
         f"Real clips: {read}.",
         f"Features: {made}.",
-        f"Usable clips: {counts}; {protocol.n} of each used.",
+        f"Usable clips: {', '.join(counts)}; {protocol.n} of each used.",
         "Distances are comparable at equal N and equal features only. The interval is a bootstrap over clips.",
         MEANING,
     ]
-    width = real.features.shape[1]
+    width = features.real.features.shape[1]
     if protocol.n < width:
         few = f"{protocol.n} clips are fewer than {width} features"
         notes.append(f"{few}: most of the distance is bias, and N to infinity a guess.")

@@ -1,5 +1,6 @@
 """The CLIP ViT-H/14 image tower (transformers CLIPVisionModelWithProjection) and SVD's preprocessing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from sfv_jax.models import tree
 from sfv_jax.models.attention import einsum_attention
 from sfv_jax.models.layers import Conv2d, LayerNorm, Linear
 
@@ -184,3 +186,15 @@ def preprocess(images: Array, size: int = 224) -> Array:
     rows, cols = resize_matrix(images.shape[1], size), resize_matrix(images.shape[2], size)
     resized = jnp.einsum("mh,bhwc,nw->bmnc", rows, images.astype(jnp.float32), cols, precision="highest")
     return (resized - jnp.asarray(MEAN)) / jnp.asarray(STD)
+
+
+def embedder(config: CLIPConfig) -> Callable[[tree.Params, Array | np.ndarray], Array]:
+    """Returns the function by which SVD embeds conditions: `(params, images)` to fp32 `[b, d]`, not normalized.
+
+    `images` are uint8 `[b, h, w, 3]` of any size. The resize is a program of its own, so that the tower is compiled for
+    one size only.
+    """
+    graph, _ = tree.abstract(CLIPVision, config)
+    prepare = jax.jit(lambda images: preprocess(jnp.asarray(images).astype(jnp.float32) / 255.0, config.image_size))
+    tower = jax.jit(lambda params, images: tree.build(graph, params)(images))
+    return lambda params, images: tower(params, prepare(images))

@@ -126,7 +126,6 @@ class SVDCodec:
         self.latent_channels = vae_config.latent_channels
         self.downscale = vae_config.downscale
         encoder, _ = tree.abstract(TemporalVAE, vae_config)
-        tower, _ = tree.abstract(clip.CLIPVision, clip_config)
 
         def encode(params, frames, size):
             return over_time(lambda x: tree.build(encoder, params).encode(to_signed(x)), frames, size)
@@ -135,10 +134,6 @@ class SVDCodec:
             noisy = to_signed(images) + jnp.reshape(strength, (-1, 1, 1, 1)) * noise
             return tree.build(encoder, params).encode(noisy[:, None])[:, 0]
 
-        def embed(params, images):
-            unit = jnp.asarray(images).astype(jnp.float32) / 255.0
-            return tree.build(tower, params)(clip.preprocess(unit, clip_config.image_size))
-
         def decode(params, latents, pixels):
             decoder, _ = tree.abstract(TemporalVAE, replace(vae_config, decode_pixels=pixels), dtype=decode_dtype)
             frames = tree.build(decoder, params).decode(latents / vae_config.scaling_factor)
@@ -146,7 +141,7 @@ class SVDCodec:
 
         self._encode = jax.jit(encode, static_argnames="size")
         self._decode = jax.jit(decode, static_argnames="pixels")
-        self._encode_image, self._embed = map(jax.jit, (encode_image, embed))
+        self._encode_image, self._embed = jax.jit(encode_image), clip.embedder(clip_config)
 
     def with_params(self, params: dict[str, tree.Params]) -> "SVDCodec":
         """Returns the same codec, compiled programs included, with other parameters."""

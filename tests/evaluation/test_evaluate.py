@@ -388,7 +388,8 @@ def test_features_that_are_none(monkeypatch):
         ({"checkpoint": "b"}, "needs --dataset"),
         ({"checkpoint": "b", "dataset": "folder"}, "needs --data"),
         ({"videos": Path("a"), "i3d": Path("f")}, "--i3d would do nothing here: .* without --reference"),
-        (dict.fromkeys(("videos", "reference", "images", "svd"), Path("a")), "--images, --svd would do nothing here"),
+        (dict.fromkeys(("videos", "reference", "images", "svd"), Path("a")), "--images would do nothing here"),
+        ({"checkpoint": "b", "dataset": "world", "svd": Path("a")}, "--svd would do nothing here"),
         ({"videos": Path("a"), "paired": True}, "--paired would do nothing here: .* without --reference"),
         (
             dict.fromkeys(("videos", "reference", "statistics"), Path("a")) | {"paired": True},
@@ -480,6 +481,8 @@ def test_the_command_by_the_protocol_on_ucf101(ucf, model_folder, tmp_path):
     assert record["distances"]["generated"]["n"] == 20 and record["dataset"] == "UCF-101 testlist01"
     assert record["features"]["function"] == "mine:mean_and_motion" and len(record["features"]["sha256"]) == 64
     assert "clip_mean" in record["summary"]["generated"] and record["origin"]["step"] is None
+    assert record["cmmd"]["generated"]["n"] == 20 and len(record["frames"]["weights"]) == 64
+    assert (tmp_path / "s.clip.npz").is_file() and (tmp_path / "out/generated/frames.npz").is_file()
     manifest = json.loads((tmp_path / "out/generated/manifest.json").read_text())
     assert manifest["seeds"] == list(range(20)) and len(manifest["clips"]) == 20
     assert record["source"] == {"split": "testlist01", "form": "AVI files"}

@@ -83,14 +83,6 @@ def test_psnr_and_diversity_are_what_they_say():
         appearance.diversity(frames[None])
 
 
-def test_clip_similarity_is_the_cosine_with_the_condition():
-    embed = lambda x: x.mean((1, 2)).astype(np.float32)  # noqa: E731
-    frames = np.zeros((3, 4, 4, 3), np.uint8)
-    frames[0, ..., 0], frames[1, ..., 1], frames[2, ..., :2] = 50, 70, 9
-    found = appearance.clip_similarity(frames, frames[0], embed)
-    np.testing.assert_allclose(found, [1, 0, np.sqrt(0.5)], atol=1e-6)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two methods: one moves, with two seeds of one name; one blurs with time; three files are unusable."""
