@@ -32,10 +32,10 @@ SIGMA, FACTOR = 10.0, 1000.0  # of CMMD
 MEANING = (
     "CMMD: 1000 times the squared maximum mean discrepancy of the frames' CLIP embeddings, kernel "
     "exp(-|x - y|^2 / 200), without pairs of frames of one clip, so that its expectation is 0 for equal distributions; "
-    "its interval is from random halves of the clips. CLIP, mean and last: cosine of the embeddings of a frame and of "
-    "the condition, mean over the frames and last frame; mean (standard deviation) over the clips."
+    "its interval is from random halves of the clips. CLIP, last and mean: cosine of the embeddings of a frame and of "
+    "the condition, last frame and mean over the frames; mean (standard deviation) over the clips."
 )
-SIMILARITY = [f"CLIP, mean {UP}", f"CLIP, last {UP}"]  # columns of `Similarity.cells`
+SIMILARITY = [f"CLIP, last {UP}", f"CLIP, mean {UP}"]  # columns of `Similarity.cells`
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Similarity:
     @property
     def cells(self) -> list[Spread]:
         """The cells under `SIMILARITY`."""
-        return [self.mean, self.last]
+        return [self.last, self.mean]
 
 
 def add_curves(report: Report, found: dict[str, Similarity]) -> None:

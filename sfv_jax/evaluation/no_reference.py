@@ -12,6 +12,7 @@ from sfv_jax.evaluation import appearance, motion
 from sfv_jax.evaluation.clips import Clip, Reading
 from sfv_jax.evaluation.report import DOWN, IDENTICAL, UP, Cell, Report, Spread
 from sfv_jax.runtime.progress import progress
+from sfv_jax.sampling.sampler import resize
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ SCORES = {
     "clip_mean": Score("CLIP, mean", "the same, mean over the frames", UP),
     "diversity": Score("diversity", "RMSE in gray levels between videos of one condition, mean over pairs of seeds"),
 }
+CONDITION = "(condition)"  # column of the condition images on the page
 CURVES = {"detail": "sharpness / condition's", "contrast": "contrast / condition's", "clip": "CLIP cosine"}
 
 
@@ -76,7 +78,7 @@ class Results:
     Attributes:
       rows: one per clip.
       diversity: `{group: [number per condition]}`, for conditions with several seeds.
-      shown: `{name: {group: frames}}`, clips for the page.
+      shown: `{name: {group: frames}}`, clips for the page; a given condition is one frame under `CONDITION`.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -95,9 +97,11 @@ class Results:
         return np.array([value for value in found if np.isfinite(value)])
 
     def curve(self, group: str, name: str) -> np.ndarray | None:
-        """Returns a curve `[t]`, the mean over the clips of `group`; None if no clip has it."""
-        found = [row.curves[name] for row in self.rows if row.group == group and name in row.curves]
-        return np.nanmean(found, axis=0) if found else None
+        """Returns a curve `[t]`, the mean over the clips of `group` with a number there; None if no clip has it."""
+        found = np.array([row.curves[name] for row in self.rows if row.group == group and name in row.curves])
+        known = np.isfinite(found)
+        count = np.where(known.any(axis=0), known.sum(axis=0), np.nan)  # NaN where no clip has a number
+        return np.where(known, found, 0).sum(axis=0) / count if len(found) else None
 
 
 def score_clip(
@@ -162,6 +166,8 @@ def score_clips(
                 scores, curves = score_clip(frames, image, similarity=own, flow=flow)
                 results.rows.append(Row(group, name, clip.seed, frames.shape[1:3], scores, curves))
                 if name in shown and group not in results.shown[name]:
+                    if image is not None:
+                        results.shown[name].setdefault(CONDITION, resize(image, frames.shape[1:3])[None])
                     results.shown[name][group] = frames
                 if clip.seed is not None:
                     seeds.append(frames)

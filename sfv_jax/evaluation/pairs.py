@@ -22,7 +22,7 @@ from sfv_jax.evaluation.frames import (
 )
 from sfv_jax.evaluation.mmd import MEANING, MIN_PAIRS, Estimate, measure_mmd, measure_pairs, pair_distances
 from sfv_jax.evaluation.protocol import Protocol
-from sfv_jax.evaluation.report import DOWN, Report
+from sfv_jax.evaluation.report import DOWN, Report, interval
 from sfv_jax.runtime.files import one_line
 from sfv_jax.runtime.progress import progress
 
@@ -103,12 +103,11 @@ def folder_paired(
         pairs = [pair for pair in found if all(clip in features for clip in pair)]
         _enough(videos / group, pairs, "can be read")
         means, mean, mmd = _compare(pairs, features, protocol.seed)
-        intervals = ["{:.4g} to {:.4g}".format(*x.interval) for x in (mean, mmd)]
-        cells = [mean.value, intervals[0], mmd.value, intervals[1]]
+        cells = [mean.value, interval(mean.interval), mmd.value, interval(mmd.interval)]
         record[group or "all"] = {"distance": asdict(mean), "mmd": asdict(mmd), "conditions": means}
         if tower:
             cmmd, kept = _compare_frames(pairs, frames, protocol)
-            cells += [cmmd.value, "{:.4g} to {:.4g}".format(*cmmd.interval), *kept.cells]
+            cells += [cmmd.value, interval(cmmd.interval), *kept.cells]
             record[group or "all"] |= {"cmmd": asdict(cmmd), "similarity": asdict(kept)}
             similarities[group or "all"] = kept
         rows.append([group or "all", *cells, mean.n, len(pairs)])

@@ -11,6 +11,8 @@ report.write("out")
 import base64
 import json
 import math
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,17 +42,22 @@ Cell = str | float | int | Spread | None
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2em auto; padding: 0 1em; max-width: 1500px }
 h1, h2 { line-height: 1.2 } table { border-collapse: collapse; margin: 1em 0 } .wide { overflow-x: auto }
-td, th { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-td:first-child, th:first-child { text-align: left } .notes { color: #555; font-size: 13px; max-width: 75em }
+td, th { padding: .25em .5em; border-bottom: 1px solid #ddd; text-align: right }
+th { vertical-align: bottom } td:first-child, th:first-child { text-align: left }
+.notes { color: #555; font-size: 13px; max-width: 75em }
 .plots { display: flex; flex-wrap: wrap; gap: 1em } .clips td, .clips th { text-align: center; padding: 2px }
-.clips { table-layout: fixed; width: 100% } .clips th:first-child { width: 8em }
-.clips video { display: block; width: 100% } .small { width: auto } .small video { image-rendering: pixelated }
+.clips { table-layout: fixed; width: 100% } 
+.clips th { overflow-wrap: anywhere } .clips th:first-child { width: 7em; vertical-align: middle }
+.clips video, .clips img { display: block; width: 100% } .clips video { cursor: pointer }
+.small { width: auto } .small td, .small th { width: 108px } .small video, .small img { image-rendering: pixelated }
 button { font: inherit; padding: .3em 1em }
 """
 _SCRIPT = """
-const all = () => document.querySelectorAll('video');
-function restart() { all().forEach(v => { v.currentTime = 0; v.play(); }) }
-function pause() { all().forEach(v => v.pause()) }
+const all = () => [...document.querySelectorAll('video')];
+const restart = () => all().forEach(v => { v.currentTime = 0; v.play(); });
+const toggle = some => { const paused = some.every(v => v.paused); some.forEach(v => paused ? v.play() : v.pause()); };
+const toggleAll = () => toggle(all());
+const step = () => all().forEach(v => { v.pause(); v.currentTime = (v.currentTime + 1 / v.dataset.fps) % v.duration; });
 """
 
 
@@ -62,7 +69,7 @@ class Report:
       title: the title.
       record: content of the JSON file: the scores and everything that determined them.
       missing: one line for each file that was to be scored and could not be read.
-      headline: the first table as aligned text.
+      headline: the first table as text for the terminal.
     """
 
     title: str
@@ -95,7 +102,7 @@ class Report:
         self._plot(dot_plot(title, series, x))
 
     def clips(self, title: str, clips: dict[str, dict[str, np.ndarray]], fps: float) -> None:
-        """Adds playable clips, `{row: {column: uint8 [t, h, w, 3]}}`, to the page, embedded as H.264."""
+        """Adds clips, `{row: {column: uint8 [t, h, w, 3]}}`, to the page, embedded as H.264; a single frame as PNG."""
         self._html.append(f"<h2>{escape(title)}</h2>{html_clips(clips, fps)}")
 
     def write(self, folder: str | Path) -> None:
@@ -135,6 +142,11 @@ def number(value: Cell) -> str:
     return "" if value is None else f"{value}"
 
 
+def interval(ends: tuple[float, float]) -> str:
+    """Formats the cell of an interval."""
+    return " to ".join(map(number, ends))
+
+
 def _value(cell: Cell) -> float:
     """Returns the number to compare of a cell; NaN if it has none."""
     if cell == IDENTICAL:
@@ -156,12 +168,24 @@ def _texts(columns: list[str], rows: Sequence[Sequence[Cell]], mark: Callable[[s
     return texts
 
 
-def text_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """Returns a table in aligned columns for the terminal; a star marks the best cell of a column."""
+def text_table(columns: list[str], rows: Sequence[Sequence[Cell]], width: int | None = None) -> str:
+    """Returns a table for the terminal; a star marks the best cell of a column.
+
+    Args:
+      columns, rows: the table.
+      width: characters of a line, by default the terminal's; a table that is wider is turned, one line per column.
+    """
+    width = width or shutil.get_terminal_size((120, 24)).columns
     lines = [columns, *([one_line(cell) for cell in row] for row in _texts(columns, rows, "*{}".format))]
+    plain, turned = _aligned(lines), _aligned([list(line) for line in zip(*lines, strict=True)])
+    return "\n".join(plain if max(map(len, plain)) <= max(width, *map(len, turned)) else turned)
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    """Returns lines of text in columns, all but the first aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     align = lambda n, cell: cell.rjust(widths[n]) if n else cell.ljust(widths[n])  # noqa: E731
-    return "\n".join("  ".join(align(n, cell) for n, cell in enumerate(line)).rstrip() for line in lines)
+    return ["  ".join(align(n, cell) for n, cell in enumerate(line)).rstrip() for line in lines]
 
 
 def markdown_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
@@ -172,37 +196,49 @@ def markdown_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
 
 def html_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Returns an HTML table."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    safe = [[escape(x) if isinstance(x, str) else x for x in row] for row in rows]
+    head = "".join(f"<th>{_breakable(name)}</th>" for name in columns)
+    safe = [[_breakable(x) if isinstance(x, str) and x != IDENTICAL else x for x in row] for row in rows]
     texts = _texts(columns, safe, "<b>{}</b>".format)
     body = "".join("<tr>" + "".join(f"<td>{x}</td>" for x in row) + "</tr>" for row in texts)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
+def _breakable(text: str) -> str:
+    """Returns HTML of a text that may be broken after underscores and slashes, but not before an arrow."""
+    text = re.sub(f" (?=[{UP}{DOWN}]$)", "\u00a0", escape(text))
+    return re.sub("([_/])", r"\1<wbr>", text)
+
+
 def html_clips(clips: dict[str, dict[str, np.ndarray]], fps: float) -> str:
     """Returns an HTML table of embedded playable clips; see `Report.clips`."""
     columns = list(dict.fromkeys(name for row in clips.values() for name in row))
-    lines = ["<tr><th></th>" + "".join(f"<th>{escape(name)}</th>" for name in columns) + "</tr>"]
+    lines = ["<tr><th></th>" + "".join(f"<th>{_breakable(name)}</th>" for name in columns) + "</tr>"]
     for name, row in clips.items():
-        cells = "".join(f"<td>{_video(row[c], fps) if c in row else ''}</td>" for c in columns)
-        lines.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+        cells = "".join(f"<td>{_picture(row[c], fps) if c in row else ''}</td>" for c in columns)
+        lines.append(f"<tr><th>{_breakable(name)}</th>{cells}</tr>")
     small = any(x.shape[1] < CLIP_HEIGHT[1] for row in clips.values() for x in row.values())
-    buttons = '<button onclick="restart()">all from the start</button> <button onclick="pause()">pause</button>'
+    calls = {"all from the start": "restart()", "play or pause": "toggleAll()", "next frame": "step()"}
+    buttons = " ".join(f'<button onclick="{call}">{name}</button>' for name, call in calls.items())
     table = f'<table class="clips{" small" if small else ""}">{"".join(lines)}</table>'
     return f'{buttons}<div class="wide">{table}</div>'
 
 
-def _video(frames: np.ndarray, fps: float) -> str:
+def _picture(frames: np.ndarray, fps: float) -> str:
+    """Returns a video without controls, which would cover a small one (a click plays or pauses it), or an image."""
     t, h, w, _ = frames.shape
     tall, least = CLIP_HEIGHT
     if h > tall:
         frames = cover_resize_crop(frames, tall, round(w * tall / h / 2) * 2)
     elif h < least:
         frames = frames.repeat(-(-least // h), axis=1).repeat(-(-least // h), axis=2)
+    kind = "image/png" if t == 1 else "video/mp4"
     with tempfile.TemporaryDirectory() as folder:
-        write_video(Path(folder) / "clip.mp4", frames, fps)
-        data = base64.b64encode((Path(folder) / "clip.mp4").read_bytes()).decode()
-    return f'<video src="data:video/mp4;base64,{data}" muted loop autoplay playsinline controls></video>'
+        file = Path(folder) / f"clip.{kind[-3:]}"
+        write_video(file, frames, fps)
+        source = f'src="data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"'
+    if t == 1:
+        return f'<img alt="" {source}>'
+    return f'<video {source} data-fps="{fps:g}" muted loop autoplay playsinline onclick="toggle([this])"></video>'
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -288,6 +324,11 @@ def line_plot(title: str, series: dict[str, list[float]], x: str, y: str) -> str
     return _svg(title, content, _HEIGHT + 18 * len(series) + 6)
 
 
+def _short(name: str, most: int = 18) -> str:
+    """Returns a name that fits beside a plot: the middle of a long one is left out."""
+    return name if len(name) <= most else f"{name[: most // 2]}\u2026{name[-(most // 2 - 1) :]}"
+
+
 def dot_plot(title: str, series: dict[str, list[float]], x: str) -> str:
     """Returns an SVG with one row per name: a dot per value and a bar at the mean."""
     low, high = _limits([v for values in series.values() for v in values])
@@ -298,7 +339,7 @@ def dot_plot(title: str, series: dict[str, list[float]], x: str) -> str:
     for n, (name, values) in enumerate(series.items()):
         y, color = _TOP + 26 * n + 13, COLORS[n % len(COLORS)]
         finite = [v for v in values if math.isfinite(v)]
-        content.append(_text(left - 8, y + 4, name, "end"))
+        content.append(_text(left - 8, y + 4, _short(name), "end"))
         content += [f'<circle cx="{across(v):.1f}" cy="{y}" r="4" fill="{color}" fill-opacity=".5"/>' for v in finite]
         if finite:
             at = across(sum(finite) / len(finite))

@@ -19,7 +19,7 @@ from sfv_jax.evaluation.frechet import Distance, measure
 from sfv_jax.evaluation.generation import Model, generate, read_strip
 from sfv_jax.evaluation.mmd import MEANING, Estimate, measure_mmd, measure_pairs, pair_distances
 from sfv_jax.evaluation.protocol import Protocol
-from sfv_jax.evaluation.report import DOWN, Cell, Report
+from sfv_jax.evaluation.report import DOWN, Cell, Report, interval
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ def checkpoint_on_videos(
     )
     for name in shown:
         frames = by_name[name].read(protocol.num_frames, protocol.fps)
-        results.shown[name] = {"real": protocol.real(frames)} | results.shown[name]
+        images = {no_reference.CONDITION: results.shown[name].pop(no_reference.CONDITION)}
+        results.shown[name] = images | {"real": protocol.real(frames)} | results.shown[name]
     no_reference.add_to(report, results, Reading(protocol.num_frames, protocol.fps), "the first frame of the real clip")
     report.record |= {"dataset": dataset.name, "source": dataset.source}
     report.record |= {"options": asdict(model.options), "origin": model.origin}
@@ -314,8 +315,8 @@ def _cells(x: Distance | Estimate | Similarity | None) -> list[Cell]:
         return [None, None]
     if isinstance(x, Similarity):
         return [*x.cells]
-    interval = "{:.4g} to {:.4g}".format(*x.interval)
-    return [x.value, x.extrapolated, interval] if isinstance(x, Distance) else [x.value, interval]
+    value = [x.value, x.extrapolated] if isinstance(x, Distance) else [x.value]
+    return [*value, interval(x.interval)]
 
 
 def footer(protocol: Protocol, features: Features, source: dict) -> list[str]:
@@ -378,7 +379,7 @@ def checkpoint_on_world(
     found = {name: exact.score(world, labels, x, network=network, seed=seed) for name, x in sets.items()}
     report = Report(f"{model.origin['checkpoint']} on its world")
     spread = {
-        name: "{:.3g} to {:.3g}".format(*scores["world_fvd_interval"]) if "world_fvd_interval" in scores else None
+        name: interval(scores["world_fvd_interval"]) if "world_fvd_interval" in scores else None
         for name, scores in found.items()
     }
     rows = [[name, *(scores[key] for key in exact.MEANINGS), spread[name]] for name, scores in found.items()]

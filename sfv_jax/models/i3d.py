@@ -171,8 +171,8 @@ def _max_pool(x: Array, window: tuple[int, int, int], stride: tuple[int, int, in
     if platform() != "cpu":
         return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *stride, 1), "SAME")
     for axis, sizes in enumerate(zip(window, stride, strict=True), 1):
-        along = [[size if n == axis else 1 for n in range(5)] for size in sizes]
-        x = lax.reduce_window(x, -jnp.inf, lax.max, *along, "SAME")
+        across, step = ([size if n == axis else 1 for n in range(5)] for size in sizes)
+        x = lax.reduce_window(x, -jnp.inf, lax.max, across, step, "SAME")
     return x
 
 

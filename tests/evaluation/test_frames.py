@@ -178,7 +178,7 @@ def test_a_model_without_a_tower_is_refused(tmp_path):
 
 # ---- reports ----
 
-HEAD = "CMMD ↓ | 95 % interval | CLIP, mean ↑ | CLIP, last ↑"
+HEAD = "CMMD ↓ | 95 % interval | CLIP, last ↑ | CLIP, mean ↑"
 
 
 def color(n: int, k: int = 0, fade: int = 0) -> np.ndarray:
@@ -221,7 +221,13 @@ def test_a_folder_against_a_folder(folder, tmp_path):
     report.write(tmp_path)
     text, page = (tmp_path / "scores.md").read_text(), (tmp_path / "index.html").read_text()
     assert HEAD in text and "Condition: first frame of the clip itself." in text and "CMMD ↓" in report.headline
-    assert all(f"<th>{title}</th>" in page for title in HEAD.split(" | ")) and "CLIP cosine with the condition" in page
+    assert (
+        all(
+            f"<th>{title.replace(' ↑', chr(160) + '↑').replace(' ↓', chr(160) + '↓')}</th>" in page
+            for title in HEAD.split(" | ")
+        )
+        and "CLIP cosine with the condition" in page
+    )
     assert json.loads((tmp_path / "scores.json").read_text())["cmmd"].keys() == {"kept", "fading"}
     plain = scoring.folder_against_folder(*args)
     assert "CMMD" not in plain.page() and "cmmd" not in plain.record

@@ -1,9 +1,12 @@
 """Scores without a reference: each detects its own damage, and the command converts folders to a page."""
 
+import base64
+import io
 import json
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from PIL import Image, ImageFilter
 from sfv_jax.data.video import VideoError, write_video
 from sfv_jax.data.worlds import World
 from sfv_jax.evaluation import appearance, clips, motion, no_reference
-from sfv_jax.evaluation.report import Report, Spread, line_plot, ticks
+from sfv_jax.evaluation.report import Report, Spread, dot_plot, html_table, line_plot, text_table, ticks
 
 
 def texture(height: int = 96, width: int = 128, seed: int = 0) -> np.ndarray:
@@ -193,6 +196,51 @@ def test_the_best_of_a_column_with_an_arrow_is_marked(tmp_path):
     ]
 
 
+def test_a_table_wider_than_the_terminal_is_turned():
+    columns, rows = ["", "FVD ↓", "PSNR ↑"], [["one", 2.0, 30.5], ["two", 3.0, None]]
+    assert text_table(columns, rows, 20).splitlines() == ["     FVD ↓  PSNR ↑", "one  *2.00    30.5", "two   3.00"]
+    assert text_table(columns, rows, 17).splitlines()[0] == "     FVD ↓  PSNR ↑"  # turned it would be wider
+    columns, rows = ["", "FVD ↓", "PSNR ↑", "detail"], [["one", 2.0, 30.5, 1], ["two", 3.0, None, 2]]
+    assert text_table(columns, rows, 20).splitlines() == [
+        "          one   two",
+        "FVD ↓   *2.00  3.00",
+        "PSNR ↑   30.5",
+        "detail      1     2",
+    ]
+
+
+def test_the_page_has_conditions_beside_clips_and_nothing_over_them(folder):
+    found = [clip for clip in clips.find_clips(folder) if clip.name in "ab"]
+    own = texture(30, 40)
+    results = no_reference.score_clips(
+        clips.Reading().frames(found), images=lambda name: own, flow=False, shown=("a", "b")
+    )
+    assert results.shown["a"][no_reference.CONDITION].shape == (1, 96, 128, 3)  # as scored
+    report = Report("T")
+    no_reference.add_to(report, results, clips.Reading(), "test")
+    page = report.page()
+    assert page.count("<img ") == 2 and page.count("<video ") == 3
+    columns = re.findall(r"<th>(.*?)</th>", page.split('<table class="clips')[1])
+    assert columns[1:4] == ["(condition)", "fading", "moving"]
+    assert not re.search(r"<video[^>]* controls", page)
+
+
+def test_small_clips_are_enlarged_without_smoothing():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 8, 10, 3), dtype=np.uint8)
+    report = Report("T")
+    report.clips("small", {"a": {"still": frames[:1], "clip": frames}}, 7)
+    data = base64.b64decode(re.findall(r'src="data:image/png;base64,(.*?)"', report.page())[0])
+    still = np.asarray(Image.open(io.BytesIO(data)))
+    assert still.shape == (96, 120, 3) and np.array_equal(still[::12, ::12], frames[0])
+    assert 'class="clips small"' in report.page() and ".small img { image-rendering: pixelated }" in report.page()
+
+
+def test_names_on_the_page_may_be_broken():
+    table = html_table(["", "FVD ↓"], [["a_long/<name>", 1]])
+    assert "a_<wbr>long/<wbr>&lt;name&gt;" in table and "<th>FVD\u00a0↓</th>" in table
+    assert "longer_than_what_fits" not in dot_plot("T", {"longer_than_what_fits": [1.0]}, "x")
+
+
 def test_equal_first_frames_are_written_as_identical(folder, tmp_path):
     found = [clip for clip in clips.find_clips(folder) if clip.name in "ab" and clip.seed != 1]
     own = {(clip.group, clip.name): frames for clip, frames in clips.Reading().frames(found)}
@@ -206,3 +254,13 @@ def test_equal_first_frames_are_written_as_identical(folder, tmp_path):
     head, fading, moving = report.headline.splitlines()
     assert "first PSNR, dB ↑" in head and "*identical" in moving and "identical" not in fading
     assert "inf" not in report.page()
+
+
+def test_curves_are_means_of_what_is_known():
+    curves = [[1.0, np.nan, np.nan], [3.0, 4.0, np.nan]]
+    rows = [no_reference.Row("g", str(n), None, (8, 8), {}, {"detail": x}) for n, x in enumerate(curves)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = no_reference.Results(rows).curve("g", "detail")
+    np.testing.assert_array_equal(found, [2, 4, np.nan])
+    assert no_reference.Results(rows).curve("other", "detail") is None

@@ -10,6 +10,7 @@ from sfv_jax.data.worlds import PALETTE, World
 from sfv_jax.evaluation import scoring, worldnet
 from sfv_jax.evaluation import world as scores
 from sfv_jax.evaluation.generation import Model, Options
+from sfv_jax.evaluation.report import interval
 
 WORLD = World(
     size=16, num_frames=6, directions=4, angle_offset=45.0, speeds=(1.5,), radii=(2.5, 3.5), shapes=("disc", "square")
@@ -132,8 +133,7 @@ def test_a_checkpoint_on_the_world(network, tmp_path):
     assert found["truth"]["distance"] == 0 and found["truth"]["legal"] == 1
     report.write(tmp_path)
     assert (tmp_path / "index.html").read_text().count("data:video/mp4") == 6
-    low, high = found["generated"]["world_fvd_interval"]
-    assert f"| {low:.3g} to {high:.3g} |" in (tmp_path / "scores.md").read_text()
+    assert f"| {interval(found['generated']['world_fvd_interval'])} |" in (tmp_path / "scores.md").read_text()
 
 
 def test_refusals():
