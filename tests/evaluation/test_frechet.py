@@ -92,3 +92,45 @@ def test_same_set_is_at_distance_zero():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def by_nuclear_norm(real: np.ndarray, fake: np.ndarray) -> float:
+    """Returns the Frechet distance by singular values of the centered data, without covariances or their roots."""
+    a, b = (x - x.mean(0) for x in (real, fake))
+    spread = (a**2).sum() / len(a) + (b**2).sum() / len(b)
+    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum() / np.sqrt(len(a) * len(b))
+    return float(np.sum((real.mean(0) - fake.mean(0)) ** 2) + spread - 2 * cross)
+
+
+def test_the_interval_is_a_bootstrap_around_the_distance():
+    """Both sets are drawn with replacement; a 95 % interval leaves out 2.5 of 100 sorted draws on each side."""
+    real, fake, _ = gaussians(30, 4)
+    found = measure(real, fake, resamples=100, seed=5)
+    rng, draws = np.random.default_rng(5), []
+    for _ in range(100):
+        rows = rng.integers(30, size=(2, 30))
+        draws.append(by_nuclear_norm(real[rows[0]], fake[rows[1]]))
+    value, ordered, mean = by_nuclear_norm(real, fake), sorted(draws), sum(draws) / 100
+    low = ordered[2] + 0.475 * (ordered[3] - ordered[2])  # place 0.025 * 99 of the sorted draws
+    high = ordered[96] + 0.525 * (ordered[97] - ordered[96])
+    assert found.value == pytest.approx(value, rel=1e-9)
+    assert found.interval == pytest.approx((low - mean + value, high - mean + value), rel=1e-9)
+
+
+def test_intervals_have_the_width_of_the_scatter():
+    values = [frechet_distance(*(Moments.of(x) for x in gaussians(80, 4, seed)[:2])) for seed in range(300)]
+    found = [measure(*gaussians(80, 4, seed)[:2], seed=seed).interval for seed in range(300, 330)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    assert 0.85 < np.mean([b - a for a, b in found]) / (high - low) < 1.2
+
+
+def test_a_line_in_1_over_n_is_extrapolated_exactly():
+    sizes = []
+
+    def between(rows_real, rows_fake) -> float:
+        assert len(set(rows_real)) == len(set(rows_fake)) == len(rows_real) and not np.array_equal(rows_real, rows_fake)
+        sizes.append(len(rows_real))
+        return 3 + 50 / len(rows_real)
+
+    assert extrapolate(200, between, np.random.default_rng(0)) == pytest.approx(3, rel=1e-9)
+    assert (min(sizes), max(sizes), len(sizes)) == (50, 200, 8)

@@ -85,3 +85,31 @@ def test_too_few_and_unequal_sets_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             call()
+
+
+@pytest.mark.parametrize(("n", "factor"), [(10, 1.0), (11, np.sqrt(5 / 6))])
+@pytest.mark.parametrize("paired", [False, True])
+def test_an_interval_is_between_quantiles_of_the_halves(n, factor, paired):
+    calls = []
+
+    def between(rows, others) -> float:
+        calls.append((rows, others))
+        return float(len(calls) - 1)  # 0 for the whole, then 1 to 201
+
+    found = mmd.from_halves(n, between, paired=paired, resamples=201, seed=0)
+    low, high = 6 - 101, 196 - 101  # 2.5 and 97.5 percent of 1 to 201, less their mean
+    assert found.value == 0 and found.n == n
+    assert found.interval == pytest.approx((low * factor, high * factor))
+    whole, *halves = calls
+    assert [list(x) for x in whole] == [list(range(n))] * 2
+    assert all(len(set(rows)) == len(set(others)) == len(rows) == 5 for rows, others in halves)
+    assert all(np.array_equal(rows, others) for rows, others in halves) == paired
+    assert len({tuple(rows) for rows, _ in halves}) > 100
+
+
+def test_quantiles_of_the_mean_of_pairs():
+    """The mean of n - 1 values, each 0 or 1, has a binomial distribution, whose quantiles are known."""
+    n, values = 41, np.array([0.0, 1.0] * 20 + [0.5])
+    found = mmd.measure_pairs(values, resamples=20000)
+    scatter = np.std(values) / np.sqrt(n - 1)
+    assert found.interval == pytest.approx((0.5 - 1.96 * scatter, 0.5 + 1.96 * scatter), abs=0.02)
