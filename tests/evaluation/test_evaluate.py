@@ -323,6 +323,13 @@ def test_a_checkpoint_is_measured_against_the_clips_it_started_from(dataset, tmp
     with pytest.raises(VideoError, match="fake: 24 of 24 clips are usable, fewer than n = 25"):
         scoring.checkpoint_on_videos(None, dataset, out, Protocol(n=25, **SMALL), UNUSED, extras=extras)
     record = found["still"]
+    pairs = []
+    for clip in dataset.clips:
+        if features.label(clip) in record["clips_used"]["reference"]:
+            strip = tmp_path / "still/generated" / f"{features.label(clip).replace('/', '--')}.png"
+            both = np.stack([protocol.real(clip.read(14)), read_strip(strip, 14)])
+            pairs.append(np.linalg.norm(np.subtract(*colors(both))))
+    assert record["pairs"]["generated"]["value"] == pytest.approx(np.mean(pairs), rel=1e-5) and len(pairs) == 20
     assert record["dataset"] == "fake" and record["source"] == {"form": "video files"}
     assert record["options"]["steps"] == 1 and record["origin"] == {"checkpoint": "echo"}
     assert record["summary"]["generated"]["frozen"]["mean"] == 1 and record["summary"]["generated"]["detail_last"][
@@ -335,6 +342,14 @@ def test_a_checkpoint_is_measured_against_the_clips_it_started_from(dataset, tmp
     text, page = ((tmp_path / "still" / name).read_text() for name in ("scores.md", "index.html"))
     assert "filter bilinear" in text and "crop none" in text and "ddof 0" in text and "| generated |" in text
     assert page.count("data:video/mp4") == 4  # two clips, real and generated
+
+
+def test_too_few_clips_are_refused_before_a_checkpoint_is_loaded(ucf, tmp_path, monkeypatch):
+    monkeypatch.setattr(request, "load_sampler", lambda _: pytest.fail("the checkpoint is loaded"))
+    files = dict(data=ucf / "UCF-101", features=f"{__name__}:colors", checkpoint="x")
+    asked = request.Request(tmp_path, dataset="folder", protocol=Protocol(n=26, **SMALL), flow=False, **files)
+    with pytest.raises(VideoError, match="25 of 25 clips are usable, fewer than n = 26"):
+        request.run(asked)
 
 
 def test_folders_of_different_sizes_are_compared_at_equal_n(tmp_path):

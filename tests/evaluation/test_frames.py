@@ -195,7 +195,7 @@ def folder(tmp_path_factory) -> Path:
     for n in range(20):
         write_video(root / f"v/kept/{n:02d}.mp4", color(n), fps=7)
         write_video(root / f"v/fading/{n:02d}.mp4", color(n, 1, 80), fps=7)
-        write_video(root / f"real/{n:02d}.mp4", color(n, 3, 1), fps=7)
+        write_video(root / f"real/{n:02d}.mp4", color(n, 1, 30), fps=7)
     return root
 
 
