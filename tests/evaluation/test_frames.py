@@ -109,6 +109,19 @@ def test_intervals_have_the_width_of_the_scatter(paired):
     assert 0.8 < width / (high - low) < 1.25
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_interval_is_from_halves_of_both_sets(paired):
+    x, y = units(7, 2, 4), units(7, 2, 4, seed=1, shift=1.0)
+    rng, draws = np.random.default_rng(3), []
+    for _ in range(20):
+        rows = rng.permutation(7)[:3]
+        others = rows if paired else rng.permutation(7)[:3]
+        draws.append(loops(x[rows], y[others], paired))
+    spread = (np.array(draws) - np.mean(draws)) * np.sqrt(3 / 4)
+    found = frames.measure_cmmd(x, y, paired=paired, resamples=20, seed=3)
+    assert np.subtract(found.interval, found.value) == pytest.approx(np.quantile(spread, [0.025, 0.975]), rel=1e-6)
+
+
 def test_too_few_clips_are_refused():
     with pytest.raises(UserError, match="at least 5; got 4 and 4"):
         frames.measure_cmmd(units(4, 2, 3), units(4, 2, 3))
