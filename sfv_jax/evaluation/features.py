@@ -3,8 +3,6 @@
 import importlib
 import inspect
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +17,7 @@ from sfv_jax.evaluation.clips import Clip, Dataset, Reading
 from sfv_jax.evaluation.frechet import MIN_SAMPLES
 from sfv_jax.evaluation.fvd import Features, load_i3d
 from sfv_jax.evaluation.protocol import Protocol, differences, digest
-from sfv_jax.runtime.files import replacing, sha256
+from sfv_jax.runtime.files import MAX_LIST, FileError, parse_json, read_arrays, replacing, sha256
 from sfv_jax.runtime.progress import progress
 from sfv_jax.weights.folders import WeightsError
 
@@ -235,13 +233,12 @@ def label(clip: Clip) -> str:
 def _read(path: Path) -> tuple[np.ndarray, dict]:
     """Reads (features, manifest) from a file."""
     try:
-        with path.open("rb") as opened, np.load(opened) as file:  # np.load alone leaves a damaged file open
-            features, manifest = file["features"], json.loads(str(file["manifest"]))
-        if not isinstance(manifest, dict):
-            raise ValueError("its manifest is no object")
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile) as error:
-        raise StatisticsError(f"{path} holds no features: {error}; remove it") from error
-    return features, manifest
+        arrays = read_arrays(path, "remove it", ("features", "manifest"))
+        return arrays["features"], parse_json(str(arrays["manifest"]).encode(), MAX_LIST)
+    except FileError as error:
+        raise StatisticsError(str(error)) from error
+    except ValueError as error:
+        raise StatisticsError(f"{path} cannot be used: its manifest: {error}; remove it") from error
 
 
 def _kept_set(path: Path, manifest: dict) -> Set:

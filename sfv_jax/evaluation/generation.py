@@ -113,9 +113,12 @@ def _claim(folder: Path, manifest: dict) -> None:
     path = folder / "manifest.json"
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        earlier = read_json(path)
+        remedy = f"use another --out, or remove {folder}"
+        earlier = read_json(path, remedy)
+        if not all(isinstance(earlier.get(name), list) for name in ("clips", "seeds")):
+            raise VideoError(f"{path} cannot be used: it has no lists of clips and seeds; {remedy}")
         # One list may be longer; the common part of clips and seeds must agree.
-        common = min(len(earlier.get("clips", [])), len(manifest["clips"]))
+        common = min(len(earlier["clips"]), len(manifest["clips"]))
         cut = {"clips": slice(common), "seeds": slice(common)}
         before, now = ({k: digest(v[cut[k]]) if k in cut else v for k, v in x.items()} for x in (earlier, manifest))
         changed = differences(before, now)

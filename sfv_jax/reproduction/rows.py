@@ -22,7 +22,7 @@ from sfv_jax.evaluation.frechet import MIN_SAMPLES, measure
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.reproduction.experiments import BASE, Budget, Row
 from sfv_jax.reproduction.runs import ReproduceError, Runs
-from sfv_jax.runtime.files import FileError, read_json, replacing, write_json
+from sfv_jax.runtime.files import FileError, read_arrays, read_json, replacing, write_json
 from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sampling.sampler import Sampler
 
@@ -145,7 +145,7 @@ def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -
     kept = folder / "row.json"
     with contextlib.suppress(FileError):  # missing or damaged: made anew
         if (record := read_json(kept, "", ("digest",)))["digest"] == digest:
-            return record, read_clips(folder, bench)
+            return record, read_clips(folder, bench, digest)
     sampler = load()
     clips = sample_clips(bench, sampler, row, seed, folder, digest)
     record = {"digest": digest} | bench.score(clips) | latency(bench, sampler, row)
@@ -166,25 +166,35 @@ def sample_clips(bench: Bench, sampler: Sampler, row: Row, seed: int, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(bench.images), bench.batch):
         file = folder / f"{first:06d}.npz"
-        if file.is_file():
-            with np.load(file) as known:
-                if str(known["digest"]) == digest:
-                    continue
         images = bench.images[first : first + bench.batch]
+        with contextlib.suppress(FileError):
+            _read_batch(file, len(images), digest)
+            continue
         seeds = [1_000_000 * seed + first + n for n in range(len(images))]
         clips = np.stack([bench.resize(x) for x in sampler(images, seed=seeds, **how(row), **bench.options)])
         with replacing(file) as temporary, temporary.open("wb") as out:
             np.savez_compressed(out, clips=clips, digest=digest)
-    return read_clips(folder, bench)
+    return read_clips(folder, bench, digest)
 
 
-def read_clips(folder: Path, bench: Bench) -> np.ndarray:
-    """Reads the clips that `sample_clips` stored."""
-    clips = []
-    for first in range(0, len(bench.images), bench.batch):
-        with np.load(folder / f"{first:06d}.npz") as file:
-            clips.append(file["clips"])
-    return np.concatenate(clips)
+def read_clips(folder: Path, bench: Bench, digest: str) -> np.ndarray:
+    """Reads the clips that `sample_clips` stored.
+
+    Raises:
+      FileError: if a file is missing, damaged or has another digest.
+    """
+    firsts = range(0, len(bench.images), bench.batch)
+    counts = [len(bench.images[first : first + bench.batch]) for first in firsts]
+    return np.concatenate(
+        [_read_batch(folder / f"{first:06d}.npz", count, digest) for first, count in zip(firsts, counts, strict=True)]
+    )
+
+
+def _read_batch(file: Path, count: int, digest: str) -> np.ndarray:
+    arrays = read_arrays(file, "it is made again", ("clips", "digest"))
+    if str(arrays["digest"]) != digest or arrays["clips"].shape[:1] != (count,):
+        raise FileError(f"{file} contains other clips")
+    return arrays["clips"]
 
 
 def latency(bench: Bench, sampler: Sampler, row: Row, repeats: int = 5) -> dict:

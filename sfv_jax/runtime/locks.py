@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from sfv_jax.errors import UserError
+from sfv_jax.runtime.files import MAX_JSON, parse_json
 from sfv_jax.runtime.platforms import is_alive
 
 SIGN = 10.0  # seconds between two signs of life
@@ -164,14 +165,13 @@ def _read(path: Path) -> tuple[dict, int] | None:
     """Returns the owner, {} if it is not readable, and the time of its last sign of life; None if there is no lock."""
     try:
         with path.open("rb") as file:  # network file systems look at the server when a file is opened
-            text, sign = file.read(), os.fstat(file.fileno()).st_mtime_ns
+            text, sign = file.read(MAX_JSON), os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
     try:
-        owner = json.loads(text)
+        return parse_json(text), sign
     except ValueError:
-        owner = {}
-    return owner if isinstance(owner, dict) else {}, sign
+        return {}, sign
 
 
 def is_running(process: int, started: str) -> bool:

@@ -16,7 +16,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from sfv_jax.weights.folders import MAX_JSON, WeightsError, parse_json, read_json
+from sfv_jax.runtime.files import MAX_JSON, parse_json
+from sfv_jax.weights.folders import WeightsError, read_json
 
 MAX_AXES = 32  # of a tensor
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")

@@ -168,7 +168,7 @@ def test_features_of_real_clips_are_kept_and_belong_to_their_settings(dataset, t
         features.features_of(dataclasses.replace(dataset, source={"form": "frames"}), protocol, stored, kept=kept)
     for content in (b"no file of numpy", b"", kept.read_bytes()[:100]):
         kept.write_bytes(content)
-        with pytest.raises(features.StatisticsError, match="holds no features: .*remove it"):
+        with pytest.raises(features.StatisticsError, match="cannot be used: .*remove it"):
             features.features_of(dataset, protocol, stored, kept=kept)
     everything = features.features_of(dataset, Protocol(n=0, **SMALL), COLORS)
     assert len(everything.names) == USABLE and len(everything.dropped) == SHORT
@@ -219,7 +219,7 @@ def test_features_of_generated_clips_are_kept(tmp_path):
     features.compute_kept(Extractor(counted, ABOUT), files, lambda file: read_strip(file, 2), kept)
     assert len(seen) == 1  # the first 64 were kept
     kept.write_bytes(b"")
-    with pytest.raises(features.StatisticsError, match="holds no features"):
+    with pytest.raises(features.StatisticsError, match="cannot be used"):
         run()
 
 
@@ -491,7 +491,7 @@ def test_damaged_features_are_closed(tmp_path):
     """A file that cannot be read is closed before its error is reported."""
 
     def refused() -> None:
-        with pytest.raises(features.StatisticsError, match="holds no features"):
+        with pytest.raises(features.StatisticsError, match="cannot be used"):
             features._read(tmp_path / "kept.npz")
 
     np.savez(tmp_path / "list.npz", features=np.zeros(1), manifest="[1]")

@@ -105,7 +105,7 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(trainings, "train", never)
-        patch.setattr(stages, "sample_clips", lambda *_: stages.read_clips(_[4], bench))
+        patch.setattr(stages, "sample_clips", lambda *_: stages.read_clips(_[4], bench, _[5]))
         jobs.reproduce(bench, ["small"], [0])
         table = (bench.runs.folder / "scores.md").read_text()
         assert calls == [4, 4, 4]
@@ -264,3 +264,19 @@ def test_impossible_requests(tmp_path):
     request = jobs.Request(tmp_path, scale="svd", svd="model", data="cache")
     with pytest.raises(trainings.ReproduceError, match="--scale svd needs --real"):
         jobs.bench_for(request, jobs.runs_for(request))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4", bytes(3000), b"of another digest", None], ids=repr)
+def test_damaged_samples_are_made_again(bench, content):
+    load = partial(Made.load, bench.runs.base)
+    trained(bench.runs.config(BASE, 0), bench.runs.base)
+    record, clips = stages.ensure_row(bench, ROWS[0], 0, load)
+    second = bench.runs.folder / "seed0/rows" / ROWS[0].key / "000003.npz"
+    if content == b"of another digest":
+        np.savez(second, clips=clips[3:] // 2, digest="x")
+    elif content is None:
+        second.unlink()
+    else:
+        second.write_bytes(content)
+    again, same = stages.ensure_row(bench, ROWS[0], 0, load)
+    assert np.array_equal(clips, same) and again["fvd"] == record["fvd"]
