@@ -181,7 +181,7 @@ def features_of(
       dataset: the clips.
       protocol: selection, length, rate and sizes of the clips.
       extractor: the feature extractor.
-      prepare: function from the frames of a clip to the frames to score; default `protocol.real`.
+      prepare: function from a frame uint8 `[h, w, 3]` to the frame to score; default `protocol.real`.
       kept: file (.npz) to store the result in, or to read it from if it exists.
       batch_size: clips in a batch.
     Raises:
@@ -201,7 +201,7 @@ def features_of(
     }
     if kept and kept.is_file():
         return _kept_set(kept, manifest)
-    reading = Reading(protocol.num_frames, protocol.fps)
+    reading = Reading(protocol.num_frames, protocol.fps, prepare or protocol.real)
     used: list[str] = []
 
     def frames() -> Iterator[np.ndarray]:
@@ -210,7 +210,7 @@ def features_of(
             for clip, x in reading.frames([clips[n] for n in protocol.order(names)]):
                 used.append(label(clip))
                 advance(1)
-                yield (prepare or protocol.real)(x)
+                yield x
                 if len(used) == wanted:
                     return
 

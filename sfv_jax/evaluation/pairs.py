@@ -76,9 +76,9 @@ def folder_paired(
     Raises:
       VideoError: if too few clips can be read.
     """
-    reading = Reading(protocol.num_frames, protocol.fps)
+    reading = Reading(protocol.num_frames, protocol.fps, protocol.score)
     clips = list(dict.fromkeys(clip for pairs in groups.values() for pair in pairs for clip in pair))
-    features = _features(clips, reading, protocol, extractor)
+    features = _features(clips, reading, extractor)
     report = Report(f"{videos.name} against {reference.name}, pair by pair", missing=reading.unreadable)
     rows, record = [], {}
     for group, found in groups.items():
@@ -108,7 +108,7 @@ def _compare(
     return means, mean, measure_mmd(references, ours, paired=True, seed=seed)
 
 
-def _features(clips: list[Clip], reading: Reading, protocol: Protocol, extractor: Extractor) -> dict[Clip, np.ndarray]:
+def _features(clips: list[Clip], reading: Reading, extractor: Extractor) -> dict[Clip, np.ndarray]:
     """Returns the features of all readable clips."""
     used: list[Clip] = []
 
@@ -117,7 +117,7 @@ def _features(clips: list[Clip], reading: Reading, protocol: Protocol, extractor
             for clip, x in reading.frames(clips):
                 used.append(clip)
                 advance(1)
-                yield protocol.score(x)
+                yield x
 
     return dict(zip(used, compute(extractor.features, frames()), strict=True))
 

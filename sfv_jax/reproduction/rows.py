@@ -103,11 +103,12 @@ def svd_bench(
         raise ReproduceError(f"--real={real}: {len(clips)} clips, {least}")
     features, about = fvd.load_i3d(i3d, **(loading or {}))
     frames = read_model(runs.base).configs["unet"].num_frames
-    protocol, reading = Protocol(n=0, num_frames=frames, height=size[0], width=size[1]), Reading(frames, Protocol.fps)
+    protocol = Protocol(n=0, num_frames=frames, height=size[0], width=size[1])
+    reading = Reading(frames, protocol.fps, protocol.real)
     images, truth = [], []
-    for _, clip in reading.frames(clips):
-        images.append(protocol.cut(clip[0]).copy())
-        truth.append(protocol.real(clip))
+    for clip, shrunk in reading.frames(clips):
+        images.append(protocol.cut(clip.read(num_frames=1)[0]))
+        truth.append(shrunk)
     if len(truth) < MIN_SAMPLES:
         raise ReproduceError(f"--real={real}: {len(truth)} clips of {frames} frames can be read, {least}")
     truth = np.stack(truth)
