@@ -196,12 +196,14 @@ def test_a_damaged_network_is_made_again(stored, tmp_path, capsys, monkeypatch, 
     assert worldnet.load(TINY, tmp_path, QUICK)[1]["sha256"] == about["sha256"]
 
 
-def test_the_network_of_another_world_is_not_used(stored, tmp_path, monkeypatch):
-    other = dataclasses.replace(TINY, seed=1)
-    (tmp_path / f"world-{worldnet.identity(other, QUICK)}.npz").write_bytes(stored[0].read_bytes())
+@pytest.mark.parametrize(
+    "other", [(dataclasses.replace(TINY, seed=1), QUICK), (TINY, dataclasses.replace(QUICK, seed=1))]
+)
+def test_the_network_of_another_world_or_training_is_not_used(stored, tmp_path, monkeypatch, other):
+    (tmp_path / f"world-{worldnet.identity(*other)}.npz").write_bytes(stored[0].read_bytes())
     monkeypatch.setattr(worldnet, "train", lambda world, settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        worldnet.load(other, tmp_path, QUICK)
+        worldnet.load(other[0], tmp_path, other[1])
 
 
 def test_a_network_that_classifies_differently_is_made_again(stored, tmp_path, capsys, monkeypatch):
