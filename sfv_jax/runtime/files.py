@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Callable, Generator, Iterable
@@ -214,3 +215,20 @@ def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:
 def one_line(text: object) -> str:
     r"""Returns a path or text with everything unprintable escaped: line ends, escape codes, bytes not in UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def in_markdown(text: object) -> str:
+    r"""Returns a path or text as one line of Markdown that shows it: a backslash before what Markdown would interpret.
+
+    That is what begins HTML, entities, code, emphasis, links and columns of tables anywhere, and what begins a heading,
+    list, quotation or line at the start.
+    """
+    escaped = re.sub(r"[\\`*|]|<(?=[\w/!?])|&(?=[\w#])|\](?=[(\[:])", r"\\\g<0>", one_line(text))
+    return re.sub(r"^( *\d*)([.)+-](?= |$)|#+(?= |$)|>|[-=]+ *$|~~~)", r"\1\\\2", escaped)
+
+
+def in_code(text: object) -> str:
+    """Returns a path or text as inline code of Markdown, in one line."""
+    line = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"

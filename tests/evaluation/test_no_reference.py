@@ -173,7 +173,7 @@ def test_pages_hold_text_as_text_and_numbers_as_numbers(tmp_path):
     report.write(tmp_path)
     page, text = (tmp_path / "index.html").read_text(), (tmp_path / "scores.md").read_text()
     assert "<b>" not in page and "&lt;b&gt; &amp; co" in page and "&lt;i&gt;" in page and "nan" not in page.lower()
-    assert "| <i> | 1234 |" in text and "| x |  |" in text and "| z | 0.00123 |" in text
+    assert r"| \<i> | 1234 |" in text and r"# \<b> & co" in text and "| x |  |" in text and "| z | 0.00123 |" in text
     assert json.loads((tmp_path / "scores.json").read_text()) == {"value": 2.0, "nothing": None, "pair": [1, 2]}
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and ticks(-3, 12) == pytest.approx([0, 5, 10])
     assert line_plot("flat", {"one": [3.0, 3.0]}, "x", "y").count("<path") > 2
