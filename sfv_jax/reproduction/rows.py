@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Bench:
       options: arguments of every call of the sampler.
       load: arguments of `Sampler.load`.
       batch: videos sampled per call.
+      skipped: a line for each real clip that could not be read.
     """
 
     runs: Runs
@@ -56,6 +57,7 @@ class Bench:
     options: dict[str, Any]
     load: dict[str, Any]
     batch: int
+    skipped: list[str] = field(default_factory=list)
 
 
 def world_bench(workdir: Path, runs: Runs, budget: Budget) -> Bench:
@@ -109,8 +111,12 @@ def svd_bench(
     for clip, shrunk in reading.frames(clips):
         images.append(protocol.cut(clip.read(num_frames=1)[0]))
         truth.append(shrunk)
+    for line in reading.unreadable:
+        print(f"skipped {line}", flush=True)
+    found = f"--real={real}: {len(truth)} clips of {frames} frames, {len(reading.unreadable)} skipped"
     if len(truth) < MIN_SAMPLES:
-        raise ReproduceError(f"--real={real}: {len(truth)} clips of {frames} frames can be read, {least}")
+        raise ReproduceError(f"{found}; {least}")
+    print(found, flush=True)
     truth = np.stack(truth)
     known = compute(features, truth)
 
@@ -128,11 +134,11 @@ def svd_bench(
         columns={"extrapolated": "extrapolated"},
         notes=[
             f"FVD with {about['file']} (SHA-256 {about['sha256'][:12]}); " + json.dumps(protocol.reading()) + ".",
-            *reading.unreadable,
         ],
         options=dict(height=protocol.height, width=protocol.width),
         load=dict(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16", mesh=mesh),  # CPUs emulate it
         batch=batch,
+        skipped=reading.unreadable,
     )
 
 
