@@ -13,6 +13,7 @@ from einops import rearrange
 from sfv_jax.data.images import read_image
 from sfv_jax.data.video import VideoError, write_video
 from sfv_jax.evaluation.protocol import Protocol, differences, digest
+from sfv_jax.runtime.commands import check_seeds
 from sfv_jax.runtime.files import write_json
 from sfv_jax.runtime.progress import progress
 from sfv_jax.weights.folders import read_json
@@ -70,7 +71,9 @@ def generate(
       The files of the clips in the order of `names`.
     Raises:
       VideoError: if `folder` contains clips made in another way.
+      UserError: if the seed of the last clip is too large.
     """
+    check_seeds(protocol.seed, len(names))
     names = [name.replace("/", "--") for name in names]
     seeds = [protocol.seed + n for n in range(len(names))]
     options, batch_size = dataclasses.asdict(model.options), model.batch_size

@@ -31,6 +31,7 @@ from flax import nnx
 from ml_collections import config_flags
 
 from sfv_jax.config import world_of
+from sfv_jax.config_check import check
 from sfv_jax.data.worlds import Label, World
 from sfv_jax.models import tree
 from sfv_jax.models.codec import to_signed
@@ -268,6 +269,7 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
+    check(FLAGS.config)
     _, about = load(world_of(FLAGS.config), FLAGS.cache)
     accuracy = ", ".join(f"{name} {value:.3f}" for name, value in about["accuracy"].items())
     print(f"held-out accuracy: {accuracy}; trained in {about['seconds']:.0f} s")

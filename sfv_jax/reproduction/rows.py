@@ -14,6 +14,7 @@ import numpy as np
 
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import read_config
+from sfv_jax.choices import MOST_SEED
 from sfv_jax.config import world_of
 from sfv_jax.evaluation import fvd, world
 from sfv_jax.evaluation.clips import Reading, find_clips
@@ -168,7 +169,7 @@ def how(row: Row) -> dict[str, Any]:
 def sample_clips(bench: Bench, sampler: Sampler, row: Row, seed: int, folder: Path, digest: str) -> np.ndarray:
     """Samples a clip for each condition and stores each batch in a file; returns the clips, like `Bench.truth`.
 
-    Files with the same `digest` are reused. Video n has seed 1000000 `seed` + n in every row.
+    Files with the same `digest` are reused. Video n has seed 1000000 `seed` + n, modulo 2^32, in every row.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(bench.images), bench.batch):
@@ -177,7 +178,7 @@ def sample_clips(bench: Bench, sampler: Sampler, row: Row, seed: int, folder: Pa
         with contextlib.suppress(FileError):
             _read_batch(file, len(images), digest)
             continue
-        seeds = [1_000_000 * seed + first + n for n in range(len(images))]
+        seeds = [(1_000_000 * seed + first + n) % (MOST_SEED + 1) for n in range(len(images))]
         clips = np.stack([bench.resize(x) for x in sampler(images, seed=seeds, **how(row), **bench.options)])
         with replacing(file) as temporary, temporary.open("wb") as out:
             np.savez_compressed(out, clips=clips, digest=digest)

@@ -226,8 +226,11 @@ def test_settings_of_every_run():
         ("steps=many", "--set steps=many: "),
         ("steps=1.5", "--set steps=1.5: "),
         ("steps", "--set steps: "),
+        ("seed=-1", "config.seed=-1: give a whole number from 0 to 4294967295"),
+        ("seed=4294967296", "config.seed=4294967296: give a whole number"),
+        ("sfv.recon_c=-1", "config.sfv.recon_c=-1"),
     ]:
-        with pytest.raises(trainings.ReproduceError, match=message):
+        with pytest.raises(UserError, match=message):
             trainings.with_settings(make, [setting])("sfv", 0)
 
 
@@ -299,3 +302,17 @@ def test_skipped_clips_are_in_the_report(bench):
     assert "2 real clips could not be read" in text and "- a.mp4: too short" in text and r"- b\|.mp4" in text
     assert json.loads((bench.runs.folder / "scores.json").read_text())["skipped"] == bench.skipped
     assert "2 real clips could not be read" in (bench.runs.folder / "index.html").read_text()
+
+
+def test_seeds_of_samples_are_those_of_jax(bench):
+    """Those of training go up to 2^32 - 1; those of the samples, a million times as large, keep their lowest bits."""
+    seeds = []
+
+    class Recorded(Made):
+        def __call__(self, images, *, seed=0, **options):
+            seeds.append(seed)
+            return super().__call__(images, seed=seed, **options)
+
+    trained(bench.runs.config(BASE, 0), bench.runs.base)
+    stages.ensure_row(bench, ROWS[0], 2**32 - 1, Recorded)
+    assert seeds[:2] == [[2**32 - 1_000_000, 2**32 - 999_999, 2**32 - 999_998], [2**32 - 999_997]]
