@@ -116,6 +116,10 @@ def test_the_same_command_replaces_its_own_results(tmp_path):
         ("out.json", b'{"caption": "a cat"}', "out.json is no record of this command"),
         ("out.json", b"no json", "out.json is no record of this command"),
         ("out.json", b"[1]", "out.json is no record of this command"),
+        ("out.json", b"[" * 99_999, "out.json is no record of this command"),
+        ("out.json", b'{"video": 3, "image_sha256": ""}', "out.json is no record of this command"),
+        ("out.json", b'{"video": "../b.mp4", "image_sha256": ""}', "out.json is no record of this command"),
+        ("out.json", b'{"video": "", "image_sha256": ""}', "out.json is no record of this command"),
     ],
 )
 def test_foreign_files_are_not_replaced(tmp_path, name, content, message):
