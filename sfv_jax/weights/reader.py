@@ -305,7 +305,7 @@ def _unusable(torch, name: str, x, codes: dict) -> str | None:
     if not name.isprintable():
         return "has a name that cannot be printed"
     if x.layout != torch.strided or x.is_nested:
-        return f"is no plain array, but {x.layout}"
+        return f"is no plain array, but {'nested' if x.is_nested else x.layout}"
     if x.device.type != "cpu":
         return f"has no values here: it is on the device {x.device}"
     if x.dtype not in codes:

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -208,6 +209,7 @@ def test_other_modes_and_first_pictures(tmp_path):
         assert np.abs(read_image(tmp_path / name) - first).mean() < 8, name
 
 
+@cache
 def damaged() -> dict[str, bytes]:
     """Returns unusable files by name."""
     files = {}

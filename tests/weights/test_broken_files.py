@@ -92,6 +92,15 @@ def test_broken_files(case, tmp_path):
     tracemalloc.stop()
 
 
+def test_many_names_take_little_time(tmp_path):
+    """None of them is there twice, so that none ends the search."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(pack({f"{n}": entry(0, 0, (0,)) for n in range(60_000)}))
+    began = time.process_time()
+    assert len(open_weights(path).names()) == 60_000
+    assert time.process_time() - began < 5
+
+
 def test_damage_never_ends_in_another_error(tmp_path):
     """A thousand files with a few changed header bytes are either read or refused with a WeightsError."""
     rng, good, path = np.random.default_rng(0), save(TENSORS), tmp_path / "x.safetensors"
@@ -185,6 +194,7 @@ def test_pickles_only_on_request(tmp_path, monkeypatch):
     refused(path, "something else than tensors: 'a'", allow_pickle=True)
     unusable = {
         "is no plain array, but torch.sparse_coo": torch.eye(3).to_sparse(),
+        "is no plain array, but nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
         "has no values here: it is on the device meta": torch.empty(4, device="meta"),
         r"has shape \(1000000, 1000000\), but fewer numbers are stored": torch.ones(1).expand(10**6, 10**6),
         "is of unknown dtype torch.complex64": torch.ones(2, dtype=torch.complex64),
