@@ -502,7 +502,7 @@ def test_a_damaged_manifest_or_report_is_one_line_or_made_anew(videos, cache, tm
     preparation.run(videos, out, encode, SETTINGS)
     assert contents(out) == contents(cache[0])
     (out / latents.MANIFEST).write_text(content)
-    with pytest.raises(LatentError, match=r"manifest.json: .*; delete it and run") as caught:
+    with pytest.raises(LatentError, match=r"manifest.json cannot be used: .*; delete it and run") as caught:
         preparation.run(videos, out, encode, SETTINGS)
     assert "\n" not in str(caught.value)
 
