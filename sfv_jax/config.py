@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 try:
     from ml_collections import ConfigDict
+    from ml_collections.config_dict import placeholder
 except ImportError:
-    from sfv_jax.runtime.plain_config import ConfigDict
+    from sfv_jax.runtime.plain_config import ConfigDict, placeholder
 
 from sfv_jax.errors import UserError
 
@@ -172,7 +173,7 @@ def printed() -> ConfigDict:
         p_mean=-1.0,  # paper, Eq. 7
         p_std=1.0,  # paper prints -1; only the magnitude matters
         noise_shift=False,  # take p_mean as that of the paper's video size and shift it for others (sfv.noise_shift)
-        recon_c=None,  # choice: 0.00054 sqrt(d), improved consistency training
+        recon_c=placeholder(float),  # None. Choice: 0.00054 sqrt(d), improved consistency training
         recon_reduction="video",  # paper, Eq. 9 as printed
         **gan(),
     )

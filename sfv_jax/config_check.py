@@ -23,7 +23,7 @@ def check(config: ConfigDict) -> None:
       ConfigError: if any is illegal; lists every one with its legal values.
     """
     fields = flat(config.to_dict()) | _misplaced(config.to_dict())
-    wrong = {name: line for name, value in fields.items() if (line := _problem(name, value))}
+    wrong = _problems(fields)
     sound = {name: value for name, value in fields.items() if name not in wrong}
     lines = [
         *wrong.values(),
@@ -31,10 +31,27 @@ def check(config: ConfigDict) -> None:
         *_contradictions(sound),
         *_impossible_sections(config, sound, wrong),
     ]
+    _refuse(lines)
+
+
+def check_fields(fields: dict[str, Any]) -> None:
+    """Checks the values of some flat fields by the table alone.
+
+    Raises:
+      ConfigError: as `check`.
+    """
+    _refuse([*_problems(fields).values()])
+
+
+def _refuse(lines: list[str]) -> None:
     if len(lines) == 1:
         raise ConfigError(f"config.{lines[0]}")
     if lines:
         raise ConfigError(f"the config has {len(lines)} mistakes:" + "".join(f"\n  config.{line}" for line in lines))
+
+
+def _problems(fields: dict[str, Any]) -> dict[str, str]:
+    return {name: line for name, value in fields.items() if (line := _problem(name, value))}
 
 
 def _misplaced(config: dict, prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from absl import flags
 
 from sfv_jax.data.settings import PrepareError, Settings
 from sfv_jax.runtime import commands
-from sfv_jax.runtime.files import check_folder
+from sfv_jax.runtime.files import check_folder, one_line
 
 FLAGS = flags.FLAGS
 
@@ -59,7 +59,7 @@ def main() -> None:
     manifest = run(FLAGS.videos, FLAGS.out, encode, dataclasses.replace(settings, model=model), **sharing)
     if manifest:
         for entry in manifest["skipped"]:
-            print(f"skipped {entry['clip']}: {entry['reason']}")
+            print(f"skipped {one_line(entry['clip'])}: {entry['reason']}")
         clips = ", ".join(f"{count} clips in {split}" for split, count in manifest["clips"].items())
         print(f"{FLAGS.out}: {clips}, {len(manifest['skipped'])} skipped")
 

@@ -23,6 +23,7 @@ FLAGS = flags.FLAGS
 def main() -> None:
     check_folder(Path(FLAGS.workdir), f"--workdir={FLAGS.workdir}")
     from sfv_jax.config import world_of
+    from sfv_jax.config_check import check
     from sfv_jax.reproduction.strips import compare, picture, table
     from sfv_jax.runtime import compilation
     from sfv_jax.runtime.files import write_text
@@ -34,6 +35,8 @@ def main() -> None:
     workdir, began = Path(FLAGS.workdir), time.monotonic()
     student = FLAGS.sfv.copy_and_resolve_references()
     student.init = str(workdir / "teacher")
+    for config in (FLAGS.teacher, student):
+        check(config)
     for title, config, name in (
         ("1/3 teacher: denoising on the procedural world", FLAGS.teacher, "teacher"),
         ("2/3 SF-V: one step, from the teacher's weights", student, "sfv"),

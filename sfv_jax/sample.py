@@ -23,6 +23,7 @@ def main() -> None:
     from sfv_jax.sampling import files
 
     todo = files.jobs(Path(FLAGS.image), Path(FLAGS.out), FLAGS.format)
+    commands.check_seeds(FLAGS.seed, len(todo))
     files.check_outputs(todo, FLAGS.fps, FLAGS.overwrite)
     commands.check_inputs("checkpoint")
     guidance, sizes = (commands.numbers(name, FLAGS[name].value) for name in ("guidance", "mesh"))

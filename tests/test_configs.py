@@ -1,14 +1,21 @@
 """Config files: the numbers they show are the defaults of `sfv_jax.config`, in full and in `:tiny`."""
 
+import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from sfv_jax import config as defaults
+from sfv_jax.config_check import check
+from sfv_jax.config_rules import RULES
 from sfv_jax.errors import UserError
+from sfv_jax.reproduction.runs import with_settings
+from sfv_jax.runtime.plain_config import flat
 
 FOLDER = Path(__file__).parents[1] / "configs"
 METHODS = ("sfv", "teacher", "animatelcm", "ufogen", "ladd")
@@ -66,3 +73,34 @@ def test_configs_need_no_jax():
     code += "; print('jax' in sys.modules)"
     files = [str(FOLDER / f"{name}.py") for name in METHODS]
     assert subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("arg", ["", ":tiny"])
+def test_every_field_can_be_set_by_a_flag(name, arg, monkeypatch):
+    """Also those whose default is None, of which only the rule tells the type."""
+    file = f"{FOLDER / name}.py{arg}"
+    fields = flat(get_config(name)(arg.removeprefix(":")).to_dict())
+    given = {field: RULES[field].kind(1) if value is None else value for field, value in fields.items()}
+    argv = ["train", *(f"--config.{field}={value}" for field, value in given.items())]
+    monkeypatch.setattr(sys, "argv", argv)
+    parsed = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", file, flag_values=parsed, lock_config=True)
+    parsed(argv)
+    assert flat(parsed.config.to_dict()) == given
+
+
+def test_optional_fields_keep_their_type_and_are_none_in_records(monkeypatch):
+    optional = {f for f, rule in RULES.items() if rule.other is None}
+    assert optional == {"sfv.recon_c"}
+    config = get_config("sfv")()
+    assert json.dumps(config.to_dict()["sfv"]["recon_c"]) == "null" == json.dumps(config.sfv.recon_c)
+    for text, message in (("x", "could not convert string to float: 'x'"), ("None", "could not convert")):
+        monkeypatch.setattr(sys, "argv", argv := ["train", f"--config.sfv.recon_c={text}"])
+        parsed = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", str(FOLDER / "sfv.py"), flag_values=parsed, lock_config=True)
+        with pytest.raises(flags.IllegalFlagValueError, match=message):
+            parsed(argv)
+    changed = with_settings(lambda run, seed: get_config("sfv")(), ["sfv.recon_c=0.03"])("sfv", 0)
+    assert changed.sfv.recon_c == 0.03 and config.sfv.recon_c is None
+    check(changed)

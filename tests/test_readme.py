@@ -140,6 +140,10 @@ def test_two_commands_need_nothing_but_python():
             ["--videos=clips", "--reference=clips", "--out=x", "--features=absent:f"],
             "evaluate: --features=absent:f: give module:function",
         ),
+        ("train", ["--config=configs/sfv.py:tiny", "--workdir=x", "--config.seed=-1"], "train: config.seed=-1: give"),
+        ("plan", ["--config=configs/sfv.py:tiny", "--target=cpu:1", "--config.seed=-1"], "plan: config.seed=-1: give"),
+        ("quickstart", ["--workdir=x", "--sfv.seed=4294967296"], "quickstart: config.seed=4294967296: give"),
+        ("reproduce", ["--workdir=x", "--dry_run", "--set", "seed=-1"], "reproduce: config.seed=-1: give"),
     ],
 )
 def test_bad_input_is_one_line(place, module, arguments, message):

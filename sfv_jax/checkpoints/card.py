@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sfv_jax.checkpoints.workflow import PIXEL_RANGE, Video
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.runtime.files import in_code, in_markdown
 from sfv_jax.weights.folders import printable
 
 FRONT_MATTER = """---
@@ -77,7 +78,7 @@ def model_card(
       video: settings of the videos; default: SVD's.
     """
     method = run["config"].get("method") if run else None
-    title = f"# {Path(name).stem if what == 'comfyui' else name}"
+    title = f"# {in_markdown(Path(name).stem if what == 'comfyui' else name)}"
     sections = [
         FRONT_MATTER + title,
         _summary(method, run),
@@ -95,7 +96,7 @@ def _summary(method: str | None, run: dict | None) -> str:
     kind = "A one-step image-to-video generator: " if method in ONE_STEP_METHODS else "An image-to-video model: "
     weights = "the trained weights themselves" if run["raw"] else "the moving average of the weights"
     return (
-        f"{kind}the UNet of Stable Video Diffusion after {run['step']:,} training steps of method `{method}` in "
+        f"{kind}the UNet of Stable Video Diffusion after {run['step']:,} training steps of method {in_code(method)} in "
         f"sfv_jax; {weights}. VAE and CLIP tower are those of the base model, unchanged.\n"
     )
 
@@ -114,11 +115,11 @@ def _usage(unet: UNetConfig, what: str, name: str, variant: str | None, method: 
     half = ', variant="fp16", torch_dtype=torch.float16' if variant else ""
     if what == "unet":
         load = (
-            f'unet = UNetSpatioTemporalConditionModel.from_pretrained("{name}"{half})\n'
+            f"unet = UNetSpatioTemporalConditionModel.from_pretrained({_quoted(name)}{half})\n"
             f"pipe = StableVideoDiffusionPipeline.from_pretrained(BASE_MODEL, unet=unet{half})"
         )
     else:
-        load = f'pipe = StableVideoDiffusionPipeline.from_pretrained("{name}"{half})'
+        load = f"pipe = StableVideoDiffusionPipeline.from_pretrained({_quoted(name)}{half})"
     size = f"height={video.height}, width={video.width}, num_frames={unet.num_frames}"
     run = f"frames = pipe(\n    image, {size},\n    {call},\n    {ids},\n).frames[0]"
     return f"## Use in diffusers\n\n```python\n{load}\n{run}\n```\n"
@@ -130,7 +131,8 @@ def _comfyui(unet: UNetConfig, name: str, one_step: bool, video: Video) -> str:
     level = video.noise_aug_strength / PIXEL_RANGE
     return (
         "## Use in ComfyUI\n\n"
-        f"Put `{name}` into `models/checkpoints` and open `{Path(name).stem}.json`, a workflow with these settings:\n\n"
+        f"Put {in_code(name)} into `models/checkpoints` and open {in_code(Path(name).stem + '.json')}, a workflow with "
+        "these settings:\n\n"
         f"- *SVD_img2vid_Conditioning*: {video.width} x {video.height}, {unet.num_frames} frames, motion bucket "
         f"{round(video.motion_bucket_id)}, fps {round(video.fps)}, augmentation level {level:g} ({AUGMENTATION})\n"
         f"- *KSampler*: {sampler} (any scheduler but ddim_uniform and kl_optimal)\n"
@@ -143,21 +145,31 @@ def _comfyui(unet: UNetConfig, name: str, one_step: bool, video: Video) -> str:
 def _training(run: dict) -> str:
     config = run["config"]
     data = config.get("data", {})
-    where = "the procedural world" if data.get("source") == "world" else f"latent cache `{data.get('path')}`"
+    where = "the procedural world" if data.get("source") == "world" else f"latent cache {in_code(data.get('path'))}"
     lines = [
         "## Training\n",
-        f"- method: `{config.get('method')}`",
+        f"- method: {in_code(config.get('method'))}",
         f"- steps: {run['step']:,} of {config.get('steps'):,}",
         f"- weights: {'raw' if run['raw'] else 'moving average'}",
-        f"- data: {where}, split `{data.get('split')}`",
-        f"- started from: `{config.get('init') or 'random weights'}`",
+        f"- data: {where}, split {in_code(data.get('split'))}",
+        f"- started from: {in_code(config.get('init') or 'random weights')}",
     ]
-    lines += [f"- {field}: `{_short(config[field])}`" for field in _SETTINGS if field in config]
+    lines += [f"- {field}: {in_code(_short(config[field]))}" for field in _SETTINGS if field in config]
     return "\n".join(lines)
+
+
+def _quoted(name: str) -> str:
+    """Returns a name as a string of Python."""
+    return json.dumps(name, ensure_ascii=not name.isprintable())
 
 
 def _short(value) -> str:
     return json.dumps(value) if isinstance(value, dict | list | str) else str(value)
+
+
+def _cell(text: object) -> str:
+    """Returns a cell of a table with `text` as code."""
+    return in_code(printable(text)).replace("|", "\\|")
 
 
 def _origin(meta: dict) -> str:
@@ -165,9 +177,10 @@ def _origin(meta: dict) -> str:
     if not source:
         return "## Origin of the base model\n\nNot recorded.\n"
     digests = "\n".join(
-        f"| `{printable(file)}` | `{printable(digest)}` |" for file, digest in sorted(source.get("sha256", {}).items())
+        f"| {_cell(file)} | {_cell(digest)} |" for file, digest in sorted(source.get("sha256", {}).items())
     )
+    folder = in_code(printable(source.get("folder")))
     return (
-        f"## Origin of the base model\n\nImported from `{source.get('folder')}`, from these files:\n\n"
+        f"## Origin of the base model\n\nImported from {folder}, from these files:\n\n"
         f"| file | SHA-256 |\n| --- | --- |\n{digests}\n"
     )

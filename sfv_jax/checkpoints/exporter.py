@@ -135,5 +135,5 @@ def _video(run: dict | None) -> Video:
     manifest = Path(path) / "manifest.json" if isinstance(path, str) else None
     if manifest is None or not manifest.is_file():
         return Video()
-    settings = read_json(manifest).get("settings", {})
+    settings = read_json(manifest, "restore it, or prepare the cache again").get("settings", {})
     return make_config(Video, {f.name: settings[f.name] for f in fields(Video) if f.name in settings}, str(manifest))

@@ -60,7 +60,7 @@ def recorded(folder: Path) -> dict[str, Prints]:
     """
     if not (folder / FILE).exists():
         return {}
-    content = read_json(folder / FILE)
+    content = read_json(folder / FILE, "restore it, or remove it to load the model unverified")
     if not all(isinstance(x, dict) and all(isinstance(p, dict) for p in x.values()) for x in content.values()):
         raise WeightsError(f"{folder / FILE} is damaged: restore it, or remove it to load the model unverified")
     return content

@@ -139,7 +139,7 @@ def read_model(folder: str | Path | ModelFolder) -> ModelFolder:
     if isinstance(folder, ModelFolder):
         return folder
     folder = resolve_model(folder)
-    meta = read_json(folder / "model.json")
+    meta = read_json(folder / "model.json", "restore the folder from a copy, or convert the model again")
     if meta.get("format") != FORMAT:
         raise WeightsError(f"{folder}/model.json is not of format {FORMAT!r}")
     if meta.get("version") != VERSION:

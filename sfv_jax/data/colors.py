@@ -2,7 +2,6 @@
 
 import math
 import struct
-from fractions import Fraction
 
 import av
 import numpy as np
@@ -31,7 +30,7 @@ _KNEE = 0.3  # fraction of SDR white above which HDR is compressed
 _MOST_TILT = math.tan(math.radians(1))  # of a display matrix that still counts as upright, as for the ffmpeg command
 
 
-def to_rgb(frame: av.VideoFrame, aspect: Fraction | float = 1) -> np.ndarray:
+def to_rgb(frame: av.VideoFrame, aspect: float = 1) -> np.ndarray:
     """Converts a decoded frame to RGB.
 
     HDR (HLG and PQ) is tone-mapped, see `_tone_mapped`; wide gamut is clipped to BT.709.

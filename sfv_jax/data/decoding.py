@@ -7,11 +7,12 @@ decoder complains, its complaints are weighed.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 import stat
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -42,6 +43,9 @@ _RECOVERY = 32  # packets after a key frame; twice the number of frames that H.2
 _LISTENING = threading.Lock()  # FFmpeg has one log for all threads
 
 
+Converter = Callable[[float], Callable[[av.VideoFrame], np.ndarray]]
+
+
 class _NotYet(Exception):
     """Signal that the first frame after a seek is later than the first wanted one."""
 
@@ -54,16 +58,18 @@ class _Unreferenced(Exception):
     """Signal of a complaint that a frame refers to a missing one, perhaps to one before a seek."""
 
 
-def frames_on_screen(path: Path, start: float, offsets: np.ndarray) -> tuple[list[av.VideoFrame], Fraction]:
+def frames_on_screen(path: Path, start: float, offsets: np.ndarray, converter: Converter) -> list[np.ndarray]:
     """Decodes the frames on screen at given times.
 
     Args:
       path: the video.
       start: seconds from the beginning of the video.
       offsets: ascending seconds from `start`, float `[t]`.
+      converter: from the width of a pixel by its height to a function that converts a frame. That is called for each
+        wanted frame as it comes, so that no more than a few decoded ones are in memory; a second attempt begins with
+        a function of its own.
     Returns:
-      frames: up to `t` frames, fewer if the video ends before.
-      aspect: width of a pixel by its height.
+      Up to `t` converted frames, fewer if the video ends before. A frame that is on screen twice is there twice.
     Raises:
       av.error.FFmpegError: if the file cannot be read or a frame that matters is damaged.
       OSError: if it is no regular file.
@@ -71,7 +77,7 @@ def frames_on_screen(path: Path, start: float, offsets: np.ndarray) -> tuple[lis
     attempt = _Attempt(back=0.0 if start > 0 else None)
     while True:
         try:
-            return attempt.frames(path, start, offsets)
+            return attempt.frames(path, start, offsets, converter)
         except _NotYet:
             attempt = dataclasses.replace(attempt, back=_EARLIER[attempt.back])
         except Disordered as signal:
@@ -133,7 +139,7 @@ class _Attempt:
     presentation: bool = True
     strict: bool = True
 
-    def frames(self, path: Path, start: float, offsets: np.ndarray) -> tuple[list[av.VideoFrame], Fraction]:
+    def frames(self, path: Path, start: float, offsets: np.ndarray, converter: Converter) -> list[np.ndarray]:
         """Returns what `frames_on_screen` does; raises its signals, too."""
         with _open(path, self.strict) as (container, stream), contextlib.ExitStack() as stack:
             if self.presentation:
@@ -154,14 +160,19 @@ class _Attempt:
             timed = deinterlaced((clock.time(frame), frame) for frame in decoded)
             # Containers round timestamps to their own clock: 1/7 s is 0.143 s in a file that counts milliseconds.
             wanted = start + min(float(tick) / 2, 1e-3) + offsets
-            picked = self._on_screen(timed, begin, wanted, clock)
-            ratio = stream.sample_aspect_ratio  # from PyAV 19.0.1 on of its own type
-            return picked, Fraction(ratio.numerator, ratio.denominator) if ratio else Fraction(1)
+            ratio = stream.sample_aspect_ratio  # from PyAV 19.0.1 on of its own type; falsy if unknown
+            convert = functools.lru_cache(maxsize=1)(converter(float(ratio) if ratio else 1.0))
+            return self._on_screen(timed, begin, wanted, clock, convert)
 
     def _on_screen(
-        self, timed: Iterator[tuple[float, av.VideoFrame]], begin: float | None, wanted: np.ndarray, clock: Clock
-    ) -> list[av.VideoFrame]:
-        """Returns for each of the times `wanted` after `begin` the latest frame at or before it.
+        self,
+        timed: Iterator[tuple[float, av.VideoFrame]],
+        begin: float | None,
+        wanted: np.ndarray,
+        clock: Clock,
+        convert: Callable[[av.VideoFrame], np.ndarray],
+    ) -> list[np.ndarray]:
+        """Returns for each of the times `wanted` after `begin` the latest frame at or before it, converted.
 
         A video that begins later than its container says, or than the first wanted time, counts from its first frame.
         """
@@ -176,12 +187,12 @@ class _Attempt:
         times, picked = begin + wanted, []
         for now, frame in timed:
             while len(picked) < len(times) and times[len(picked)] < now:
-                picked.append(shown)
+                picked.append(convert(shown))
             if len(picked) == len(times):
                 return picked
             shown = frame
         end = now + clock.length(shown)
-        return picked + [shown for time in times[len(picked) :] if time < end]
+        return picked + [convert(shown) for time in times[len(picked) :] if time < end]
 
 
 def _seek(container: InputContainer, stream: VideoStream, stamp: int) -> None:

@@ -104,8 +104,6 @@ def _reason(error: Exception) -> str:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Converts gray pixels of 16 bits to 8; Pillow does so for other pixels of 16 bits."""
-    if 0 in image.size:
-        raise ImageError("the image has no pixels")
     if image.mode.startswith("I;16"):
         pixels, clear = np.asarray(image), image.info.pop("transparency", None)
         gray = Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8))
@@ -134,8 +132,7 @@ def _over_white(image: Image.Image, path: Path) -> Image.Image:
     alpha = None
     if image.has_transparency_data:
         gray, image = image.mode in _GRAY, image.convert("RGBA")
-        alpha, info, image = image.getchannel("A"), image.info, image.convert("L" if gray else "RGB")
-        image.info = {name: value for name, value in info.items() if name == "icc_profile"}
+        alpha, image = image.getchannel("A"), image.convert("L" if gray else "RGB")
     colors = _in_srgb(image, path)
     if alpha is None:
         return colors

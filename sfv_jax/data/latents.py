@@ -163,6 +163,7 @@ def read_json(path: Path, fields: Iterable[str] = ()) -> dict | None:
     if not path.exists():
         return None
     try:
-        return files.read_json(path, "delete it and run `python -m sfv_jax.prepare` as before", fields)
+        remedy = "delete it and run `python -m sfv_jax.prepare` as before"
+        return files.read_json(path, remedy, fields, files.MAX_LIST)
     except FileError as error:
         raise LatentError(str(error)) from error

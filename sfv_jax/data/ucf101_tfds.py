@@ -9,7 +9,6 @@ also lose the size. The description `about`, which every score records, lists th
 """
 
 import io
-import json
 import os
 import re
 import struct
@@ -24,6 +23,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sfv_jax.data.video import VideoError
+from sfv_jax.runtime.files import FileError, read_json
 
 FPS = 25.0  # of all videos, by the paper of UCF-101 (arXiv 1212.0402)
 SIZE = (240, 320)  # height and width of all videos, by the same paper
@@ -212,9 +212,6 @@ def _places(path: Path) -> list[tuple[int, int]]:
 
 def _json(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise VideoError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise VideoError(f"{path} holds no JSON object")
-    return found
+        return read_json(path, "prepare the dataset again")
+    except FileError as error:
+        raise VideoError(str(error)) from error

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from fractions import Fraction
 from pathlib import Path
 
@@ -42,6 +42,7 @@ def read_clip(
     start: float = 0.0,
     height: int | None = None,
     width: int | None = None,
+    each: Callable[[np.ndarray], np.ndarray] = lambda frame: frame,
 ) -> np.ndarray:
     """Reads a clip at a fixed rate. Damage of its frames that a player would hide is an error here.
 
@@ -51,7 +52,9 @@ def read_clip(
       fps: rate of the frames. Frame k is the one on screen at `start + k / fps` seconds by timestamp, so the rate of
         the file does not matter and may vary.
       start: beginning of the clip in seconds.
-      height, width: size of the result, by `cover_resize_crop`; None for both keeps that of the clip's first frame.
+      height, width: size of the frames, by `cover_resize_crop`; None for both keeps that of the clip's first frame.
+      each: function of such a frame uint8 `[h, w, 3]`, applied as the frames come: no clip is in memory at the size of
+        the file if `height` and `width` or this function shrink it.
     Returns:
       uint8 `[t, h, w, 3]` RGB.
     Raises:
@@ -60,20 +63,24 @@ def read_clip(
     """
     if (height is None) != (width is None):
         raise ValueError("give both height and width, or neither")
+
+    def converter(aspect: float) -> Callable[[av.VideoFrame], np.ndarray]:
+        size = None if height is None or width is None else (height, width)
+
+        def convert(frame: av.VideoFrame) -> np.ndarray:
+            nonlocal size
+            rgb = to_rgb(frame, aspect)
+            size = size or rgb.shape[:2]  # it may change amid a video
+            return each(cover_resize_crop(rgb, *size))
+
+        return convert
+
     with _naming(path):
-        frames, aspect = decoding.frames_on_screen(Path(path), start, np.arange(num_frames) / fps)
+        frames = decoding.frames_on_screen(Path(path), start, np.arange(num_frames) / fps, converter)
         if len(frames) < num_frames:
             have = f"{len(frames)} of {num_frames} frames at {fps:g} fps from {start:g} s"
             raise VideoError(f"{one_line(path)}: too short: {have}")
-        clip: list[np.ndarray] = []
-        for frame, before in zip(frames, [None, *frames], strict=False):
-            if frame is before:  # of a slow video
-                clip.append(clip[-1])
-                continue
-            rgb = to_rgb(frame, aspect)
-            shape = rgb.shape[:2] if not clip else clip[0].shape[:2]  # the size may change amid a video
-            clip.append(cover_resize_crop(rgb, height or shape[0], width or shape[1]))
-        return np.stack(clip)
+        return np.stack(frames)
 
 
 def cover_resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from sfv_jax.choices import MOST_SEED
 from sfv_jax.errors import UserError
 
 PALETTE = {
@@ -89,8 +90,8 @@ class World:
             raise UserError("a world needs at least one shape, colour, background, direction and speed")
         if not 0 < self.radii[0] <= self.radii[1] < self.size / 2 - _EDGE:
             raise UserError(f"radii {self.radii} must be positive, in order, and fit a frame of {self.size} pixels")
-        if self.num_frames < 1 or self.seed < 0:
-            raise UserError(f"need num_frames >= 1 and seed >= 0, got {self.num_frames} and {self.seed}")
+        if self.num_frames < 1 or not 0 <= self.seed <= MOST_SEED:
+            raise UserError(f"need num_frames >= 1 and seed from 0 to {MOST_SEED}, got {self.num_frames}, {self.seed}")
 
     def label(self, index: int | np.integer, split: str = "train") -> Label:
         """Returns the label of clip `index`, a function of (seed, split, index) alone.

@@ -6,7 +6,7 @@ of a name marks one of several videos from the same condition.
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from sfv_jax.data.video import VideoError, read_clip
 from sfv_jax.runtime.files import one_line
 
 FILES: dict[str, Any] = {"form": "video files"}  # default `Dataset.source`
+Each = Callable[[np.ndarray], np.ndarray]
 _SEED = re.compile(r"^(.+)-seed(\d+)$")
 
 
@@ -40,15 +41,15 @@ class Clip:
     name: str
     seed: int | None
 
-    def read(self, num_frames: int, fps: float = 7.0) -> np.ndarray:
+    def read(self, num_frames: int, fps: float = 7.0, each: Each = lambda frame: frame) -> np.ndarray:
         """Reads uint8 `[t, h, w, 3]` from the start; see `data.video.read_clip`.
 
         Raises:
           VideoError: if the video cannot be read or is too short.
         """
         if isinstance(self.path, Recorded):
-            return self.path.read(num_frames, fps)
-        return read_clip(self.path, num_frames, fps)
+            return np.stack([each(frame) for frame in self.path.read(num_frames, fps)])
+        return read_clip(self.path, num_frames, fps, each=each)
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ class Reading:
 
     Attributes:
       num_frames, fps: frames of a clip and their rate.
+      each: function of a frame uint8 `[h, w, 3]`, to shrink frames as they come.
       unreadable: one line for each unreadable clip so far, with the file and the reason.
     """
 
     num_frames: int = 14
     fps: float = 7.0
+    each: Each = lambda frame: frame
     unreadable: list[str] = field(default_factory=list)
 
     def frames(self, clips: list[Clip], threads: int = 2) -> Iterator[tuple[Clip, np.ndarray]]:
@@ -92,7 +95,7 @@ class Reading:
                 pending.extend(pool.submit(self._read, more) for more in clips[n + ahead : n + ahead + 1])
 
     def _read(self, clip: Clip) -> np.ndarray:
-        return clip.read(self.num_frames, self.fps)
+        return clip.read(self.num_frames, self.fps, self.each)
 
 
 def find_clips(folder: str | Path) -> list[Clip]:

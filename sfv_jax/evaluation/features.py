@@ -3,8 +3,6 @@
 import importlib
 import inspect
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +17,7 @@ from sfv_jax.evaluation.clips import Clip, Dataset, Reading
 from sfv_jax.evaluation.frechet import MIN_SAMPLES
 from sfv_jax.evaluation.fvd import Features, load_i3d
 from sfv_jax.evaluation.protocol import Protocol, differences, digest
-from sfv_jax.runtime.files import replacing, sha256
+from sfv_jax.runtime.files import MAX_LIST, FileError, parse_json, read_arrays, replacing, sha256
 from sfv_jax.runtime.progress import progress
 from sfv_jax.weights.folders import WeightsError
 
@@ -190,7 +188,7 @@ def features_of(
       dataset: the clips.
       protocol: selection, length, rate and sizes of the clips.
       extractor: the feature extractor.
-      prepare: function from the frames of a clip to the frames to score; default `protocol.real`.
+      prepare: function from a frame uint8 `[h, w, 3]` to the frame to score; default `protocol.real`.
       kept: file (.npz) to store the result in, or to read it from if it exists.
     Raises:
       VideoError: if there are fewer usable clips than `protocol.n`, or than a distance needs.
@@ -209,7 +207,7 @@ def features_of(
     }
     if kept and kept.is_file():
         return _kept_set(kept, manifest)
-    reading = Reading(protocol.num_frames, protocol.fps)
+    reading = Reading(protocol.num_frames, protocol.fps, prepare or protocol.real)
     used: list[str] = []
 
     def frames() -> Iterator[np.ndarray]:
@@ -218,7 +216,7 @@ def features_of(
             for clip, x in reading.frames([clips[n] for n in protocol.order(names)]):
                 used.append(label(clip))
                 advance(1)
-                yield (prepare or protocol.real)(x)
+                yield x
                 if len(used) == wanted:
                     return
 
@@ -241,13 +239,12 @@ def label(clip: Clip) -> str:
 def _read(path: Path) -> tuple[np.ndarray, dict]:
     """Reads (features, manifest) from a file."""
     try:
-        with path.open("rb") as opened, np.load(opened) as file:  # np.load alone leaves a damaged file open
-            features, manifest = file["features"], json.loads(str(file["manifest"]))
-        if not isinstance(manifest, dict):
-            raise ValueError("its manifest is no object")
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile) as error:
-        raise StatisticsError(f"{path} holds no features: {error}; remove it") from error
-    return features, manifest
+        arrays = read_arrays(path, "remove it", ("features", "manifest"))
+        return arrays["features"], parse_json(str(arrays["manifest"]).encode(), MAX_LIST)
+    except FileError as error:
+        raise StatisticsError(str(error)) from error
+    except ValueError as error:
+        raise StatisticsError(f"{path} cannot be used: its manifest: {error}; remove it") from error
 
 
 def _kept_set(path: Path, manifest: dict) -> Set:

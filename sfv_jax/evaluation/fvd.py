@@ -32,10 +32,10 @@ from sfv_jax.evaluation import kinetics
 from sfv_jax.models import tree
 from sfv_jax.models.i3d import I3D, I3DConfig, preprocess
 from sfv_jax.runtime import commands
-from sfv_jax.runtime.files import sha256
+from sfv_jax.runtime.files import parse_json, sha256
 from sfv_jax.weights.components import is_number
 from sfv_jax.weights.diffusers import their_shape, to_ours, to_theirs
-from sfv_jax.weights.folders import WeightsError, parse_json, shape_problems
+from sfv_jax.weights.folders import WeightsError, shape_problems
 from sfv_jax.weights.reader import is_torchscript, open_weights
 from sfv_jax.weights.writer import write_safetensors
 

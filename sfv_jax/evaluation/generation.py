@@ -13,6 +13,7 @@ from einops import rearrange
 from sfv_jax.data.images import read_image
 from sfv_jax.data.video import VideoError, write_video
 from sfv_jax.evaluation.protocol import Protocol, differences, digest
+from sfv_jax.runtime.commands import check_seeds
 from sfv_jax.runtime.files import write_json
 from sfv_jax.runtime.progress import progress
 from sfv_jax.weights.folders import read_json
@@ -70,7 +71,9 @@ def generate(
       The files of the clips in the order of `names`.
     Raises:
       VideoError: if `folder` contains clips made in another way.
+      UserError: if the seed of the last clip is too large.
     """
+    check_seeds(protocol.seed, len(names))
     names = [name.replace("/", "--") for name in names]
     seeds = [protocol.seed + n for n in range(len(names))]
     options, batch_size = dataclasses.asdict(model.options), model.batch_size
@@ -113,9 +116,12 @@ def _claim(folder: Path, manifest: dict) -> None:
     path = folder / "manifest.json"
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        earlier = read_json(path)
+        remedy = f"use another --out, or remove {folder}"
+        earlier = read_json(path, remedy)
+        if not all(isinstance(earlier.get(name), list) for name in ("clips", "seeds")):
+            raise VideoError(f"{path} cannot be used: it has no lists of clips and seeds; {remedy}")
         # One list may be longer; the common part of clips and seeds must agree.
-        common = min(len(earlier.get("clips", [])), len(manifest["clips"]))
+        common = min(len(earlier["clips"]), len(manifest["clips"]))
         cut = {"clips": slice(common), "seeds": slice(common)}
         before, now = ({k: digest(v[cut[k]]) if k in cut else v for k, v in x.items()} for x in (earlier, manifest))
         changed = differences(before, now)

@@ -92,11 +92,11 @@ def folder_paired(
     Raises:
       VideoError: if too few clips can be read.
     """
-    reading = Reading(protocol.num_frames, protocol.fps)
+    reading = Reading(protocol.num_frames, protocol.fps, protocol.score)
     clips = list(dict.fromkeys(clip for pairs in groups.values() for pair in pairs for clip in pair))
-    features = _features(clips, reading, protocol, extractor)
+    features = _features(clips, reading, extractor)
     again = replace(reading, unreadable=[])
-    frames = _features([*features], again, protocol, tower.extractor) if tower else {}
+    frames = _features([*features], again, tower.extractor) if tower else {}
     report = Report(f"{videos.name} against {reference.name}, pair by pair", missing=reading.unreadable)
     rows, record, similarities = [], {}, {}
     for group, found in groups.items():
@@ -149,7 +149,7 @@ def _compare_frames(
     )
 
 
-def _features(clips: list[Clip], reading: Reading, protocol: Protocol, extractor: Extractor) -> dict[Clip, np.ndarray]:
+def _features(clips: list[Clip], reading: Reading, extractor: Extractor) -> dict[Clip, np.ndarray]:
     """Returns the features of all readable clips."""
     used: list[Clip] = []
 
@@ -158,7 +158,7 @@ def _features(clips: list[Clip], reading: Reading, protocol: Protocol, extractor
             for clip, x in reading.frames(clips):
                 used.append(clip)
                 advance(1)
-                yield protocol.score(x)
+                yield x
 
     return dict(zip(used, compute(extractor.features, frames(), extractor.batch_size), strict=True))
 

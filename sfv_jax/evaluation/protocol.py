@@ -60,7 +60,7 @@ class Protocol:
             raise UserError(f"n is {self.n}: a Frechet distance needs at least {MIN_SAMPLES} clips")
 
     def real(self, frames: np.ndarray) -> np.ndarray:
-        """Prepares a real clip, uint8 `[t, h, w, 3]`, for scoring: uint8 `[t, score_height, score_width, 3]`."""
+        """Prepares real frames uint8 `[..., h, w, 3]` for scoring: uint8 `[..., score_height, score_width, 3]`."""
         return self.score(self.cut(frames))
 
     def cut(self, frames: np.ndarray) -> np.ndarray:
@@ -73,11 +73,13 @@ class Protocol:
         return cover_resize_crop(frames, height, width)
 
     def score(self, frames: np.ndarray) -> np.ndarray:
-        """Stretches frames uint8 `[t, h, w, 3]` to the score size with `filter`."""
+        """Stretches frames uint8 `[..., h, w, 3]` to the score size with `filter`."""
         size = (self.score_width, self.score_height)
-        if frames.shape[1:3] == size[::-1]:
+        if frames.shape[-3:-1] == size[::-1]:
             return frames
-        return np.stack([np.asarray(Image.fromarray(x).resize(size, FILTERS[self.filter])) for x in frames])
+        flat = frames.reshape(-1, *frames.shape[-3:])
+        resized = np.stack([np.asarray(Image.fromarray(x).resize(size, FILTERS[self.filter])) for x in flat])
+        return resized.reshape(*frames.shape[:-3], *resized.shape[1:])
 
     def reading(self) -> dict:
         """Returns the fields that determine the features of real clips."""

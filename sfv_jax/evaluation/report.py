@@ -9,20 +9,21 @@ report.write("out")
 """
 
 import base64
+import html
 import json
 import math
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from sfv_jax.data.video import cover_resize_crop, write_video
-from sfv_jax.runtime.files import one_line, replacing
+from sfv_jax.runtime.files import in_markdown, one_line, replacing
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 CLIP_HEIGHT = 240, 96  # pixels: taller clips are shrunk, smaller ones enlarged by whole factors
@@ -81,8 +82,8 @@ class Report:
 
     def text(self, title: str, lines: list[str]) -> None:
         """Adds a heading and a list of sentences."""
-        self._html.append(f"<h2>{escape(title)}</h2><ul>{''.join(f'<li>{escape(x)}</li>' for x in lines)}</ul>")
-        self._markdown.append(f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines))
+        self._html.append(f"<h2>{in_html(title)}</h2><ul>{''.join(f'<li>{in_html(x)}</li>' for x in lines)}</ul>")
+        self._markdown.append(f"## {in_markdown(title)}\n\n" + "\n".join(f"- {in_markdown(x)}" for x in lines))
 
     def table(self, title: str, columns: list[str], rows: Sequence[Sequence[Cell]], notes: Sequence[str] = ()) -> None:
         """Adds rows of text and numbers under `columns`, and `notes` below; None leaves a cell empty.
@@ -90,8 +91,9 @@ class Report:
         In columns whose titles end with an arrow, the best cell is marked.
         """
         self.headline = self.headline or text_table(columns, rows)
-        self._html.append(f"<h2>{escape(title)}</h2>{html_table(columns, rows)}{_notes(notes)}")
-        self._markdown.append("\n\n".join([f"## {title}", markdown_table(columns, rows), *notes]))
+        self._html.append(f"<h2>{in_html(title)}</h2>{html_table(columns, rows)}{_notes(notes)}")
+        parts = [f"## {in_markdown(title)}", markdown_table(columns, rows), *map(in_markdown, notes)]
+        self._markdown.append("\n\n".join(parts))
 
     def lines(self, title: str, series: dict[str, list[float]], x: str, y: str) -> None:
         """Adds a plot to the page: a line for each of `series`, x counting from 0."""
@@ -103,24 +105,24 @@ class Report:
 
     def clips(self, title: str, clips: dict[str, dict[str, np.ndarray]], fps: float) -> None:
         """Adds clips, `{row: {column: uint8 [t, h, w, 3]}}`, to the page, embedded as H.264; a single frame as PNG."""
-        self._html.append(f"<h2>{escape(title)}</h2>{html_clips(clips, fps)}")
+        self._html.append(f"<h2>{in_html(title)}</h2>{html_clips(clips, fps)}")
 
     def write(self, folder: str | Path) -> None:
         """Writes `scores.json`, `scores.md` and `index.html` in `folder`, each complete or not at all."""
         folder = Path(folder)
         files = {
             "scores.json": json.dumps(_plain(self.record), indent=1, allow_nan=False) + "\n",
-            "scores.md": "\n\n".join([f"# {self.title}", *self._markdown]) + "\n",
+            "scores.md": "\n\n".join([f"# {in_markdown(self.title)}", *self._markdown]) + "\n",
             "index.html": self.page(),
         }
         for name, content in files.items():
             with replacing(folder / name) as temporary:
-                temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # names of files
+                temporary.write_text(content, encoding="utf-8")
 
     def page(self) -> str:
         """Returns the HTML page."""
-        head = f'<meta charset="utf-8"><title>{escape(self.title)}</title><style>{_STYLE}</style>'
-        body = f"<h1>{escape(self.title)}</h1>{''.join(self._html)}<script>{_SCRIPT}</script>"
+        head = f'<meta charset="utf-8"><title>{in_html(self.title)}</title><style>{_STYLE}</style>'
+        body = f"<h1>{in_html(self.title)}</h1>{''.join(self._html)}<script>{_SCRIPT}</script>"
         return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
     def _plot(self, svg: str) -> None:
@@ -131,14 +133,19 @@ class Report:
             self._html.append(f'<div class="plots">{svg}</div>')
 
 
+def in_html(text: str) -> str:
+    """Returns text as one line of HTML that shows it."""
+    return html.escape(one_line(text))
+
+
 def number(value: Cell) -> str:
-    """Formats a cell: three significant digits; nothing for None, NaN and -inf."""
+    """Formats a cell: three significant digits, all digits of larger numbers; nothing for None, NaN and -inf."""
     if isinstance(value, float | np.floating):
         if not math.isfinite(value):
             return "inf" if value > 0 else ""
-        return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
+        return f"{value:.0f}" if 999.5 <= abs(value) < 1e15 else f"{value:#.3g}".rstrip(".")
     if isinstance(value, Spread):
-        return f"{number(value.mean)} ({number(value.std)})"
+        return f"{number(value.mean)} ({number(value.std)})" if number(value.mean) else ""
     return "" if value is None else f"{value}"
 
 
@@ -190,8 +197,9 @@ def _aligned(lines: list[list[str]]) -> list[str]:
 
 def markdown_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Returns a Markdown table, all columns but the first aligned to the right."""
-    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in _texts(columns, rows, "**{}**".format)])
+    lines = ["| " + " | ".join(map(in_markdown, columns)) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    safe = [[in_markdown(x) if isinstance(x, str) else x for x in row] for row in rows]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in _texts(columns, safe, "**{}**".format)])
 
 
 def html_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
@@ -205,7 +213,7 @@ def html_table(columns: list[str], rows: Sequence[Sequence[Cell]]) -> str:
 
 def _breakable(text: str) -> str:
     """Returns HTML of a text that may be broken after underscores and slashes, but not before an arrow."""
-    text = re.sub(f" (?=[{UP}{DOWN}]$)", "\u00a0", escape(text))
+    text = re.sub(f" (?=[{UP}{DOWN}]$)", "\u00a0", in_html(text))
     return re.sub("([_/])", r"\1<wbr>", text)
 
 
@@ -242,7 +250,7 @@ def _picture(frames: np.ndarray, fps: float) -> str:
 
 
 def _notes(notes: Sequence[str]) -> str:
-    return '<p class="notes">' + "<br>".join(map(escape, notes)) + "</p>" if notes else ""
+    return '<p class="notes">' + "<br>".join(map(in_html, notes)) + "</p>" if notes else ""
 
 
 def _plain(value):
@@ -260,27 +268,42 @@ def _plain(value):
 
 # ---- plots ----
 
+_MOST = sys.float_info.max
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 460, 280, 76, 42, 34, 14
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Returns about `count` round numbers in [low, high]."""
-    raw = (high - low) / count
-    size = 10 ** math.floor(math.log10(raw))
+    """Returns about `count` round numbers in [low, high], a range from `_limits`."""
+    raw = high / count - low / count
+    size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw * 0.999)
     return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _limits(values: list[float]) -> tuple[float, float]:
-    finite = [v for v in values if math.isfinite(v)] or [0.0]
-    low, high = min(finite), max(finite)
-    room = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
-    return low - room, high + room
+    """Returns the range of a plot of `values`: with room on both sides, neither empty nor beyond floats."""
+    known = _known(values) or [0.0]
+    low, high = min(known), max(known)
+    room = 0.06 * high - 0.06 * low
+    room = room if room > 1e-300 else 0.5 * abs(high)  # near the least floats nothing can be divided
+    room = room if room > 1e-300 else 0.5
+    return max(low - room, -_MOST), min(high + room, _MOST)
+
+
+def _known(values: list[float]) -> list[float]:
+    """Returns the finite numbers of `values`, which may come from a damaged file."""
+    plain = (v.item() if isinstance(v, np.number) else v for v in values)
+    return [float(v) for v in plain if isinstance(v, int | float) and abs(v) <= _MOST]
+
+
+def _share(value: float, low: float, high: float) -> float:
+    """Returns where `value` is between `low`, 0, and `high`, 1; halves, as a difference may be no float."""
+    return (value / 2 - low / 2) / (high / 2 - low / 2)
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", **attributes) -> str:
     more = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{in_html(text)}</text>'
 
 
 def _svg(title: str, content: list[str], height: float = _HEIGHT) -> str:
@@ -292,9 +315,9 @@ def _svg(title: str, content: list[str], height: float = _HEIGHT) -> str:
 
 def _axis(values: list[float], place, across: tuple[float, float], vertical: bool) -> list[str]:
     """Draws grid lines and labels at `values`; `place(value)` is a line's coordinate, `across` its two ends."""
-    lines = []
+    lines, least = [], 1e-9 * max(map(abs, values), default=0)
     for value in values:
-        at, (first, last), label = place(value), across, f"{value:g}" if abs(value) > 1e-12 else "0"
+        at, (first, last), label = place(value), across, f"{value:g}" if abs(value) > least else "0"
         if vertical:
             lines.append(f'<path d="M{first:.1f} {at:.1f}H{last:.1f}" stroke="#ddd"/>')
             lines.append(_text(first - 6, at + 4, label, "end"))
@@ -310,13 +333,13 @@ def line_plot(title: str, series: dict[str, list[float]], x: str, y: str) -> str
     last = max(max(len(values) for values in series.values()) - 1, 1)
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     across = lambda n: _LEFT + (right - _LEFT) * n / last  # noqa: E731
-    down = lambda v: bottom - (bottom - _TOP) * (v - low) / (high - low)  # noqa: E731
+    down = lambda v: bottom - (bottom - _TOP) * _share(v, low, high)  # noqa: E731
     content = _axis(ticks(low, high), down, (_LEFT, right), True)
     content += _axis([n for n in ticks(0, last, 7) if n == int(n)], across, (_TOP, bottom), False)
     middle = (_TOP + bottom) / 2
     content += [_text((_LEFT + right) / 2, bottom + 34, x), _text(14, middle, y, transform=f"rotate(-90 14 {middle})")]
     for n, (name, values) in enumerate(series.items()):
-        points = [f"{across(k):.1f} {down(v):.1f}" for k, v in enumerate(values) if math.isfinite(v)]
+        points = [f"{across(k):.1f} {down(v):.1f}" for k, value in enumerate(values) for v in _known([value])]
         color, line = COLORS[n % len(COLORS)], "M" + "L".join(points)
         content.append(f'<path d="{line}" fill="none" stroke="{color}" stroke-width="2"/>' if points else "")
         content.append(f'<rect x="{_LEFT}" y="{_HEIGHT + 4 + 18 * n}" width="18" height="4" fill="{color}"/>')
@@ -333,15 +356,15 @@ def dot_plot(title: str, series: dict[str, list[float]], x: str) -> str:
     """Returns an SVG with one row per name: a dot per value and a bar at the mean."""
     low, high = _limits([v for values in series.values() for v in values])
     left, right, bottom = 150, _WIDTH - _RIGHT, _TOP + 26 * len(series)
-    across = lambda v: left + (right - left) * (v - low) / (high - low)  # noqa: E731
+    across = lambda v: left + (right - left) * _share(v, low, high)  # noqa: E731
     content = _axis(ticks(low, high), across, (_TOP, bottom), False)
     content.append(_text((left + right) / 2, bottom + 34, x))
     for n, (name, values) in enumerate(series.items()):
         y, color = _TOP + 26 * n + 13, COLORS[n % len(COLORS)]
-        finite = [v for v in values if math.isfinite(v)]
+        known = _known(values)
         content.append(_text(left - 8, y + 4, _short(name), "end"))
-        content += [f'<circle cx="{across(v):.1f}" cy="{y}" r="4" fill="{color}" fill-opacity=".5"/>' for v in finite]
-        if finite:
-            at = across(sum(finite) / len(finite))
+        content += [f'<circle cx="{across(v):.1f}" cy="{y}" r="4" fill="{color}" fill-opacity=".5"/>' for v in known]
+        if known:
+            at = across(sum(v / len(known) for v in known))
             content.append(f'<path d="M{at:.1f} {y - 10}V{y + 10}" stroke="{color}" stroke-width="3"/>')
     return _svg(title, content, bottom + _BOTTOM)

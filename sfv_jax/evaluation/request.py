@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from sfv_jax.checkpoints.base import is_run
 from sfv_jax.checkpoints.model_folder import read_model
+from sfv_jax.checkpoints.run import read_config
 from sfv_jax.config import world_of
+from sfv_jax.config_check import check_fields
 from sfv_jax.data import ucf101
 from sfv_jax.errors import UserError
 from sfv_jax.evaluation import pairs, scoring
@@ -22,11 +24,12 @@ from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models.codec import SVDCodec
 from sfv_jax.performance import latency
+from sfv_jax.runtime.commands import check_seeds
 from sfv_jax.runtime.files import check_folder
+from sfv_jax.runtime.plain_config import flat
 from sfv_jax.runtime.sharding import first_devices
 from sfv_jax.sampling.generator import check
 from sfv_jax.sampling.sampler import Sampler
-from sfv_jax.weights.folders import read_json
 
 T = TypeVar("T")
 COUNTS = {"ucf101": 2048, "folder": 0, "world": 256}  # default number of clips by dataset; 0: all
@@ -128,6 +131,7 @@ def run(request: Request) -> Report:
     check_folder(request.out, f"--out={request.out}")  # now, not after hours of sampling
     if request.checkpoint:
         check(request.options.sampler, request.options.steps, request.options.guidance)
+        check_seeds(request.protocol.seed, request.protocol.n)
     if request.flow and kind in ("alone", "dataset"):
         opencv()
     kinds = {"alone": _alone, "folders": _folders, "paired": _paired, "dataset": _dataset, "world": _world}
@@ -196,7 +200,11 @@ def _world(request: Request) -> Report:
     checkpoint = _given(request.checkpoint)
     if not is_run(checkpoint):
         raise EvaluateError(f"{checkpoint} is no workdir of a training run: only a run has the config of its world")
-    world = world_of(ConfigDict(read_json(Path(checkpoint) / "config.json")))
+    config = read_config(Path(checkpoint))
+    if not isinstance(config.get("data"), dict) or not isinstance(config["data"].get("world"), dict):
+        raise EvaluateError(f"{checkpoint}/config.json describes no world: restore it, or name another run")
+    check_fields(flat({"data": {"world": config["data"]["world"]}}))
+    world = world_of(ConfigDict(config))
     sampler = load_sampler(request)
     options = replace(request.options, noise_aug_strength=0.0)
     model = Model(sampler, origin_of(request, sampler), options, request.batch_size)

@@ -125,8 +125,8 @@ def folder_against_folder(
 def add_clips(report: Report, clips: list[Clip], protocol: Protocol) -> None:
     """Adds `clips` to the page at the score size, one row for each name and one column for each group."""
     pictures: dict[str, dict[str, np.ndarray]] = {clip.name: {} for clip in clips}
-    for clip, frames in Reading(protocol.num_frames, protocol.fps).frames(clips):
-        pictures[clip.name].setdefault(clip.group or "all", protocol.score(frames))
+    for clip, frames in Reading(protocol.num_frames, protocol.fps, protocol.score).frames(clips):
+        pictures[clip.name].setdefault(clip.group or "all", frames)
     if clips:
         report.clips("Some of the clips, as scored", pictures, protocol.fps)
 
@@ -186,16 +186,16 @@ def checkpoint_on_videos(
 
     results = no_reference.score_clips(
         generated(),
-        images=lambda name: protocol.real(first(place[name])[None])[0],
+        images=lambda name: protocol.real(first(place[name])),
         similarity=(lambda clip, *_: curves[clip.name]) if curves else None,
         flow=extras.flow,
         shown=shown,
         total=len(files),
     )
     for name in shown:
-        frames = by_name[name].read(protocol.num_frames, protocol.fps)
+        frames = by_name[name].read(protocol.num_frames, protocol.fps, protocol.real)
         images = {no_reference.CONDITION: results.shown[name].pop(no_reference.CONDITION)}
-        results.shown[name] = images | {"real": protocol.real(frames)} | results.shown[name]
+        results.shown[name] = images | {"real": frames} | results.shown[name]
     no_reference.add_to(report, results, Reading(protocol.num_frames, protocol.fps), "the first frame of the real clip")
     report.record |= {"dataset": dataset.name, "source": dataset.source}
     report.record |= {"options": asdict(model.options), "origin": model.origin}

@@ -5,7 +5,8 @@ takes a minute on two CPU cores at the quickstart's size and always gives the sa
 
     python -m sfv_jax.evaluation.worldnet --config configs/quickstart.py:teacher
 
-trains it in advance and prints its accuracy; otherwise `load` trains it on first use and caches the result.
+trains it in advance and prints its accuracy; otherwise `load` trains it on first use and caches the result. A cached
+network is used only if it is the one that was stored and classifies as well as then.
 """
 
 import dataclasses
@@ -30,13 +31,16 @@ from flax import nnx
 from ml_collections import config_flags
 
 from sfv_jax.config import world_of
+from sfv_jax.config_check import check
 from sfv_jax.data.worlds import Label, World
 from sfv_jax.models import tree
 from sfv_jax.models.codec import to_signed
 from sfv_jax.runtime import commands
-from sfv_jax.runtime.files import replacing
+from sfv_jax.runtime.files import FileError, one_line, parse_json, read_arrays, replacing
 
 TASKS = ("shape", "colour", "direction", "speed")
+TOLERANCE = 0.01  # of the accuracy: devices round differently, and near the border of two classes that decides
+Program = Callable[[tree.Params, np.ndarray], tuple[jax.Array, list[jax.Array]]]
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def train(world: World, settings: Settings) -> tuple[tree.Params, np.ndarray, di
       scale: standard deviations `[d]` of the features on 1024 held-out clips.
       accuracy: `{task: accuracy}` on the same clips.
     """
-    shape = shape_of(world, settings)
+    shape, run = shape_of(world, settings), program(world, settings)
     graph, _ = tree.abstract(WorldNet, shape)
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.lr, settings.steps))
 
@@ -159,16 +163,33 @@ def train(world: World, settings: Settings) -> tuple[tree.Params, np.ndarray, di
         for _ in range(settings.steps):
             rows = rng.choice(settings.clips, settings.batch_size, replace=False)
             params, state = step(params, state, frames[rows], target[rows])
-        frames, labels = world.batch(range(1024), "heldout")
-        features, logits = jax.jit(lambda p, x: tree.build(graph, p)(to_signed(x)))(params, frames)
-    found = np.stack([np.argmax(x, -1) for x in logits], 1)
-    right = (found == classes(world, labels)).mean(0)
-    accuracy = {name: float(value) for name, value in zip(TASKS, right, strict=True)}
-    return jax.tree.map(np.asarray, params), np.asarray(features.std(axis=0)) + 1e-6, accuracy
+        params = jax.tree.map(np.asarray, params)
+        features, accuracy = examine(world, run, params)
+    return params, features.std(axis=0) + 1e-6, accuracy
+
+
+def program(world: World, settings: Settings) -> Program:
+    """Returns the compiled network: from parameters and uint8 `[b, t, h, w, 3]` to features `[b, d]` and logits."""
+    graph, _ = tree.abstract(WorldNet, shape_of(world, settings))
+    return jax.jit(lambda params, frames: tree.build(graph, params)(to_signed(frames)))
+
+
+def examine(world: World, run: Program, params: tree.Params) -> tuple[np.ndarray, dict[str, float]]:
+    """Returns the features `[n, d]` of 1024 held-out clips, and the accuracy by task."""
+    frames, labels = world.batch(range(1024), "heldout")
+    features, logits = _outputs(run, params, frames)
+    right = (np.stack([x.argmax(-1) for x in logits], 1) == classes(world, labels)).mean(0)
+    return features, {name: float(value) for name, value in zip(TASKS, right, strict=True)}
+
+
+def _outputs(run: Program, params: tree.Params, frames: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns features and logits, computed 256 clips at a time."""
+    parts = [run(params, frames[n : n + 256]) for n in range(0, len(frames), 256)]
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 def load(world: World, cache: str | Path | None = None, settings: Settings | None = None) -> tuple[Callable, dict]:
-    """Loads the network for `world` from the cache; a missing one is trained and stored there.
+    """Loads the network for `world` from the cache; a missing or damaged one is trained and stored there.
 
     Args:
       world: the procedural world.
@@ -177,29 +198,60 @@ def load(world: World, cache: str | Path | None = None, settings: Settings | Non
     Returns:
       features: function from uint8 `[b, t, h, w, 3]` to float32 `[b, d]`; each feature has standard deviation 1 over
         true clips.
-      description: `sha256` of the file, held-out `accuracy` by task, `seconds` of training and the `settings`.
+      description: `sha256` of the network, held-out `accuracy` by task, `seconds` of training and the `settings`.
     """
     settings = settings or Settings()
-    path = _place(cache) / f"world-{identity(world, settings)}.npz"
-    if not path.is_file():
-        print(f"training the network of world-FVD, a minute or two; it is stored as {path}", file=sys.stderr)
+    path, run = _place(cache) / f"world-{identity(world, settings)}.npz", program(world, settings)
+    try:
+        params, scale, about = _read(path, world, settings, run)
+    except FileError as error:
+        why = f"{error}; " if path.exists() else ""
+        print(f"{one_line(why)}training the network of world-FVD, a minute or two, for {path}", file=sys.stderr)
         began = time.monotonic()
         params, scale, accuracy = train(world, settings)
-        about = {"accuracy": accuracy, "seconds": round(time.monotonic() - began, 1)}
+        arrays: dict[str, Any] = tree.flatten(params) | {"scale": scale}
+        about = {"accuracy": accuracy, "sha256": _digest(world, settings, arrays, accuracy)}
+        about |= {"seconds": round(time.monotonic() - began, 1)}
         with replacing(path) as temporary, temporary.open("wb") as file:
-            arrays: dict[str, Any] = tree.flatten(params)
-            np.savez(file, about=json.dumps(about), scale=scale, **arrays)
-    with np.load(path) as file:
-        about, scale = json.loads(str(file["about"])), file["scale"]
-        params = tree.unflatten({name: file[name] for name in file.files if name not in ("about", "scale")})
-    graph, _ = tree.abstract(WorldNet, shape_of(world, settings))
-    run = jax.jit(lambda params, frames: tree.build(graph, params)(to_signed(frames))[0] / scale)
+            np.savez(file, about=json.dumps(about), **arrays)
 
     def features(frames: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.asarray(run(params, frames[n : n + 256])) for n in range(0, len(frames), 256)])
+        return _outputs(run, params, frames)[0] / scale
 
-    about |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "settings": dataclasses.asdict(settings)}
-    return features, about
+    return features, about | {"settings": dataclasses.asdict(settings)}
+
+
+def _read(path: Path, world: World, settings: Settings, run: Program) -> tuple[tree.Params, np.ndarray, dict]:
+    """Reads parameters, standard deviations of the features and description of a stored network.
+
+    Raises:
+      FileError: if the file is missing, damaged or of another network, or the network classifies worse or better than
+        when it was stored.
+    """
+    arrays = read_arrays(path, "it is made again", ("about", "scale"))
+    try:
+        about = parse_json(str(arrays.pop("about")).encode())
+        accuracy = {name: float(about["accuracy"][name]) for name in TASKS}
+        about["seconds"] = float(about["seconds"])
+        if about["sha256"] != _digest(world, settings, arrays, accuracy):
+            raise ValueError("its SHA-256 is another")
+    except (ValueError, TypeError, KeyError) as error:
+        raise FileError(f"{path} is not what was stored; it is made again") from error
+    scale = arrays.pop("scale")
+    params = tree.unflatten(arrays)
+    found = examine(world, run, params)[1]
+    if any(abs(found[name] - accuracy[name]) > TOLERANCE for name in TASKS):
+        raise FileError(f"{path} has accuracy {found}, not {accuracy}; it is made again")
+    return params, scale, about
+
+
+def _digest(world: World, settings: Settings, arrays: dict[str, Any], accuracy: dict[str, float]) -> str:
+    """Returns the SHA-256 of a network, of what determines it and of its accuracy."""
+    digest = hashlib.sha256(f"{identity(world, settings)} {json.dumps(accuracy, sort_keys=True)}".encode())
+    for name, x in sorted(arrays.items()):
+        digest.update(f"{name} {x.dtype} {x.shape}".encode())
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()
 
 
 def identity(world: World, settings: Settings) -> str:
@@ -217,6 +269,7 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
+    check(FLAGS.config)
     _, about = load(world_of(FLAGS.config), FLAGS.cache)
     accuracy = ", ".join(f"{name} {value:.3f}" for name, value in about["accuracy"].items())
     print(f"held-out accuracy: {accuracy}; trained in {about['seconds']:.0f} s")

@@ -103,7 +103,7 @@ def _run_all(request: Request, bench: Bench, methods: list[tuple[str, int]], job
         print(f"{len(methods)} runs, {jobs} at a time: see {runs.folder}/job*.log", flush=True)
         side_by_side(request.arguments, runs.folder, jobs)
     reproduce(bench, request.only, request.seeds)
-    print("\n" + (runs.folder / "scores.md").read_text())
+    print("\n" + (runs.folder / "scores.md").read_text(encoding="utf-8"))
 
 
 def runs_for(request: Request) -> Runs:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import read_config
+from sfv_jax.choices import MOST_SEED
 from sfv_jax.config import world_of
 from sfv_jax.evaluation import fvd, world
 from sfv_jax.evaluation.clips import Reading, find_clips
@@ -22,7 +23,7 @@ from sfv_jax.evaluation.frechet import MIN_SAMPLES, measure
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.reproduction.experiments import BASE, Budget, Row
 from sfv_jax.reproduction.runs import ReproduceError, Runs
-from sfv_jax.runtime.files import FileError, read_json, replacing, write_json
+from sfv_jax.runtime.files import FileError, read_arrays, read_json, replacing, write_json
 from sfv_jax.runtime.sharding import make_mesh
 from sfv_jax.sampling.sampler import Sampler
 
@@ -44,6 +45,7 @@ class Bench:
       options: arguments of every call of the sampler.
       load: arguments of `Sampler.load`.
       batch: videos sampled per call.
+      skipped: a line for each real clip that could not be read.
     """
 
     runs: Runs
@@ -56,6 +58,7 @@ class Bench:
     options: dict[str, Any]
     load: dict[str, Any]
     batch: int
+    skipped: list[str] = field(default_factory=list)
 
 
 def world_bench(workdir: Path, runs: Runs, budget: Budget) -> Bench:
@@ -103,13 +106,18 @@ def svd_bench(
         raise ReproduceError(f"--real={real}: {len(clips)} clips, {least}")
     features, about = fvd.load_i3d(i3d, **(loading or {}))
     frames = read_model(runs.base).configs["unet"].num_frames
-    protocol, reading = Protocol(n=0, num_frames=frames, height=size[0], width=size[1]), Reading(frames, Protocol.fps)
+    protocol = Protocol(n=0, num_frames=frames, height=size[0], width=size[1])
+    reading = Reading(frames, protocol.fps, protocol.real)
     images, truth = [], []
-    for _, clip in reading.frames(clips):
-        images.append(protocol.cut(clip[0]).copy())
-        truth.append(protocol.real(clip))
+    for clip, shrunk in reading.frames(clips):
+        images.append(protocol.cut(clip.read(num_frames=1)[0]))
+        truth.append(shrunk)
+    for line in reading.unreadable:
+        print(f"skipped {line}", flush=True)
+    found = f"--real={real}: {len(truth)} clips of {frames} frames, {len(reading.unreadable)} skipped"
     if len(truth) < MIN_SAMPLES:
-        raise ReproduceError(f"--real={real}: {len(truth)} clips of {frames} frames can be read, {least}")
+        raise ReproduceError(f"{found}; {least}")
+    print(found, flush=True)
     truth = np.stack(truth)
     known = compute(features, truth)
 
@@ -127,11 +135,11 @@ def svd_bench(
         columns={"extrapolated": "extrapolated"},
         notes=[
             f"FVD with {about['file']} (SHA-256 {about['sha256'][:12]}); " + json.dumps(protocol.reading()) + ".",
-            *reading.unreadable,
         ],
         options=dict(height=protocol.height, width=protocol.width),
         load=dict(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16", mesh=mesh),  # CPUs emulate it
         batch=batch,
+        skipped=reading.unreadable,
     )
 
 
@@ -145,7 +153,7 @@ def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -
     kept = folder / "row.json"
     with contextlib.suppress(FileError):  # missing or damaged: made anew
         if (record := read_json(kept, "", ("digest",)))["digest"] == digest:
-            return record, read_clips(folder, bench)
+            return record, read_clips(folder, bench, digest)
     sampler = load()
     clips = sample_clips(bench, sampler, row, seed, folder, digest)
     record = {"digest": digest} | bench.score(clips) | latency(bench, sampler, row)
@@ -161,30 +169,40 @@ def how(row: Row) -> dict[str, Any]:
 def sample_clips(bench: Bench, sampler: Sampler, row: Row, seed: int, folder: Path, digest: str) -> np.ndarray:
     """Samples a clip for each condition and stores each batch in a file; returns the clips, like `Bench.truth`.
 
-    Files with the same `digest` are reused. Video n has seed 1000000 `seed` + n in every row.
+    Files with the same `digest` are reused. Video n has seed 1000000 `seed` + n, modulo 2^32, in every row.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(bench.images), bench.batch):
         file = folder / f"{first:06d}.npz"
-        if file.is_file():
-            with np.load(file) as known:
-                if str(known["digest"]) == digest:
-                    continue
         images = bench.images[first : first + bench.batch]
-        seeds = [1_000_000 * seed + first + n for n in range(len(images))]
+        with contextlib.suppress(FileError):
+            _read_batch(file, len(images), digest)
+            continue
+        seeds = [(1_000_000 * seed + first + n) % (MOST_SEED + 1) for n in range(len(images))]
         clips = np.stack([bench.resize(x) for x in sampler(images, seed=seeds, **how(row), **bench.options)])
         with replacing(file) as temporary, temporary.open("wb") as out:
             np.savez_compressed(out, clips=clips, digest=digest)
-    return read_clips(folder, bench)
+    return read_clips(folder, bench, digest)
 
 
-def read_clips(folder: Path, bench: Bench) -> np.ndarray:
-    """Reads the clips that `sample_clips` stored."""
-    clips = []
-    for first in range(0, len(bench.images), bench.batch):
-        with np.load(folder / f"{first:06d}.npz") as file:
-            clips.append(file["clips"])
-    return np.concatenate(clips)
+def read_clips(folder: Path, bench: Bench, digest: str) -> np.ndarray:
+    """Reads the clips that `sample_clips` stored.
+
+    Raises:
+      FileError: if a file is missing, damaged or has another digest.
+    """
+    firsts = range(0, len(bench.images), bench.batch)
+    counts = [len(bench.images[first : first + bench.batch]) for first in firsts]
+    return np.concatenate(
+        [_read_batch(folder / f"{first:06d}.npz", count, digest) for first, count in zip(firsts, counts, strict=True)]
+    )
+
+
+def _read_batch(file: Path, count: int, digest: str) -> np.ndarray:
+    arrays = read_arrays(file, "it is made again", ("clips", "digest"))
+    if str(arrays["digest"]) != digest or arrays["clips"].shape[:1] != (count,):
+        raise FileError(f"{file} contains other clips")
+    return arrays["clips"]
 
 
 def latency(bench: Bench, sampler: Sampler, row: Row, repeats: int = 5) -> dict:

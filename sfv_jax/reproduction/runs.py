@@ -14,6 +14,7 @@ from sfv_jax.checkpoints.base import is_run, read_run
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import claim_workdir
 from sfv_jax.config import world_of
+from sfv_jax.config_check import check
 from sfv_jax.data.loader import latent_source, world_source
 from sfv_jax.errors import UserError
 from sfv_jax.reproduction.experiments import BASE, TABLES, Budget, runs_of, svd_config, world_config
@@ -102,6 +103,7 @@ def with_settings(make: Callable[[str, int], ConfigDict], settings: Sequence[str
 
     Raises:
       ReproduceError: if the returned function meets an unknown name or a value of another type.
+      ConfigError: if it meets an illegal value.
     """
 
     def config(run: str, seed: int) -> ConfigDict:
@@ -116,6 +118,8 @@ def with_settings(make: Callable[[str, int], ConfigDict], settings: Sequence[str
                 made.update_from_flattened_dict({name: value})
             except (TypeError, ValueError) as error:
                 raise ReproduceError(f"--set {setting}: {error}") from error
+        if settings:
+            check(made)
         return made
 
     return config

@@ -86,6 +86,8 @@ def make_report(
         found = [summarise(records[row.key]) for row in rows]
         lines = [cells(bench, row, record) for row, record in zip(rows, found, strict=True)]
         report.table(title, columns, lines, orders(rows, found) + (notes if name == tables[-1] else []))
+    if bench.skipped:
+        report.text(f"{len(bench.skipped)} real clips could not be read and are in no row", bench.skipped)
     names = dict.fromkeys(row.label for name in tables for row in TABLES[name][1] if row.key in clips)
     keys = {row.label: row.key for name in tables for row in TABLES[name][1]}
     shown = {"truth": bench.truth} | {label: clips[keys[label]] for label in names}
@@ -94,6 +96,6 @@ def make_report(
     runs = [BASE, *experiments.runs_of(tables)]
     for loss, series in curves(bench, runs, seeds[0]).items():
         report.lines(f"Training: {loss}", series, "log interval", loss)
-    report.record = {"tables": tables, "seeds": seeds, "rows": records}
+    report.record = {"tables": tables, "seeds": seeds, "rows": records, "skipped": bench.skipped}
     picture(shown, bench.runs.folder / "strips.png")
     return report

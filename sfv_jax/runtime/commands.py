@@ -156,7 +156,7 @@ def share(text: str | None) -> tuple[int, int] | None:
     """
     if not text:
         return None
-    if not (found := re.fullmatch(r"(\d+)/([1-9]\d*)", text)):
+    if not (found := re.fullmatch(r"(\d{1,9})/([1-9]\d{0,8})", text)):
         raise UserError(f"--share={text}: write K/N, such as 0/2 for every second run from the first")
     return int(found[1]), int(found[2])
 
@@ -167,9 +167,20 @@ def seeds(given: list[str]) -> tuple[int, ...]:
     Raises:
       UserError: if it has something else than whole numbers from 0 to 2^32 - 1, or none.
     """
-    if not given or not all(text.isdecimal() and int(text) <= choices.MOST_SEED for text in given):
-        raise UserError(f"--seeds={','.join(given)}: give whole numbers from 0, e.g. 0,1,2")
+    if not given or not all(re.fullmatch(r"\d{1,10}", text) and int(text) <= choices.MOST_SEED for text in given):
+        raise UserError(f"--seeds={','.join(given)}: give whole numbers from 0 to {choices.MOST_SEED}, e.g. 0,1,2")
     return tuple(map(int, given))
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Checks that `count` seeds from that of the flag `seed` on are legal.
+
+    Raises:
+      UserError: if the last is not.
+    """
+    if first + count - 1 > choices.MOST_SEED:
+        last = choices.MOST_SEED
+        raise UserError(f"--seed={first}: {count} videos have the seeds from it on, and the last seed is {last}")
 
 
 def numbers(name: str, given: list[str] | None) -> tuple | None:

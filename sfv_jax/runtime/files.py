@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Callable, Generator, Iterable
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sfv_jax.errors import UserError
+
+MAX_JSON = 2**24  # bytes of JSON; the header of SVD's own file has 0.4 MB
+MAX_LIST = 2**30  # bytes of JSON that lists all clips of a dataset
+PART = 16  # least bytes of JSON per value, on average, which bound the memory of the values
 
 
 class FileError(UserError):
@@ -63,33 +68,99 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path, remedy: str, fields: Iterable[str] = ()) -> dict[str, Any]:
+def read_json(path: Path, remedy: str, fields: Iterable[str] = (), most: int = MAX_JSON) -> dict[str, Any]:
     """Reads a JSON object.
 
     Args:
       path: the file.
       remedy: what to do if it is unusable, for the message.
       fields: names of fields that must be there.
+      most: bytes, as for `parse_json`.
 
     Raises:
-      FileError: if the file is missing, empty, cut off, not UTF-8 text or not a JSON object, or lacks fields.
+      FileError: if the file is missing or not regular, `parse_json` refuses its content, or fields are missing.
     """
     try:
-        text = path.read_bytes().decode()
-        content = json.loads(text) if text.strip("\0 \r\n\t") else ""
+        if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+            raise FileError(f"{path} is {'a folder' if path.is_dir() else 'not a regular file'}; {remedy}")
+        with path.open("rb") as file:
+            content = parse_json(file.read(most + 1), most)
+        if missing := [name for name in fields if name not in content]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+    except FileError:
+        raise
+    except FileNotFoundError as error:
+        raise FileError(f"{path} does not exist; {remedy}") from error
     except OSError as error:
-        problem = (error.strerror or str(error)).lower()
+        raise FileError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}; {remedy}") from error
+    except ValueError as error:
+        raise FileError(f"{path} cannot be used: {error}; {remedy}") from error
+    return content
+
+
+def parse_json(text: bytes, most: int = MAX_JSON) -> dict[str, Any]:
+    """Parses a JSON object in time and memory that its length bounds.
+
+    Args:
+      text: the object in UTF-8.
+      most: greatest length in bytes; one part, which is a comma or an opening bracket, may be there for `PART` of them.
+    Raises:
+      ValueError: if `text` is empty, too large or cut off, contains a name twice or a number that JSON lacks (NaN), or
+        is not an object.
+    """
+    if len(text) > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    if sum(map(text.count, (b",", b"[", b"{"))) > most // PART:
+        raise ValueError(f"it has more than {most // PART:,} parts")
+    if not text.strip(b"\0 \r\n\t"):  # zeros: as after a power failure
+        raise ValueError("it is empty")
+    try:
+        content = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except UnicodeDecodeError:
-        problem = "is not UTF-8 text"
-    except (ValueError, RecursionError) as error:
-        problem = f"is cut off or not JSON ({error})"
-    else:
-        missing = [name for name in fields if not isinstance(content, dict) or name not in content]
-        if isinstance(content, dict) and not missing:
-            return content
-        problem = f"has no {', '.join(missing)}" if isinstance(content, dict) else "is not a JSON object"
-        problem = "is empty" if content == "" else problem
-    raise FileError(f"{path}: {problem}; {remedy}")
+        raise ValueError("it is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is cut off or not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"it has {twice!r} twice")
+    return found
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it contains {name}")
+
+
+def read_arrays(path: Path, remedy: str, names: Iterable[str] = ()) -> dict[str, Any]:
+    """Reads all arrays of an .npz file.
+
+    Args:
+      path: the file.
+      remedy: what to do if it is unusable, for the message.
+      names: names of arrays that must be there.
+    Raises:
+      FileError: if the file is missing or damaged, or lacks arrays.
+    """
+    import numpy as np
+
+    try:
+        with path.open("rb") as opened, np.load(opened) as file:  # np.load alone leaves a damaged file open
+            arrays = {name: file[name] for name in file.files}
+        if missing := [name for name in names if name not in arrays]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+    except Exception as error:  # of every kind, as zip, its compression and numpy's headers may be damaged
+        cause = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise FileError(f"{path} cannot be used: {cause}; {remedy}") from error
+    return arrays
 
 
 def free_name(path: Path) -> Path:
@@ -144,3 +215,20 @@ def sha256(path: Path, done: Callable[[int], None] = lambda count: None) -> str:
 def one_line(text: object) -> str:
     r"""Returns a path or text with everything unprintable escaped: line ends, escape codes, bytes not in UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def in_markdown(text: object) -> str:
+    r"""Returns a path or text as one line of Markdown that shows it: a backslash before what Markdown would interpret.
+
+    That is what begins HTML, entities, code, emphasis, links and columns of tables anywhere, and what begins a heading,
+    list, quotation or line at the start.
+    """
+    escaped = re.sub(r"[\\`*|]|<(?=[\w/!?])|&(?=[\w#])|\](?=[(\[:])", r"\\\g<0>", one_line(text))
+    return re.sub(r"^( *\d*)([.)+-](?= |$)|#+(?= |$)|>|[-=]+ *$|~~~)", r"\1\\\2", escaped)
+
+
+def in_code(text: object) -> str:
+    """Returns a path or text as inline code of Markdown, in one line."""
+    line = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"

@@ -11,10 +11,10 @@ seconds is taken over. Only changes of that time are looked for, so the clocks m
 """
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from sfv_jax.errors import UserError
+from sfv_jax.runtime.files import MAX_JSON, parse_json
 from sfv_jax.runtime.platforms import is_alive
 
 SIGN = 10.0  # seconds between two signs of life
@@ -53,10 +54,12 @@ class Lock:
           LockError: if another process has it.
           OSError: if the folder cannot be written.
         """
-        while not self._create():
-            if (found := _read(self.path)) and self._is_abandoned(*found) and self._take_over(found[0]):
-                break
-        self._clear_remains()
+        while not self._is_mine():
+            if not self._create():
+                found = _read(self.path)
+                if found is None or not self._is_abandoned(*found) or not self._take_over(found[0]):
+                    continue
+            self._clear_remains()
         self.thread = threading.Thread(target=self._give_signs, name=f"lock of {self.what}", daemon=True)
         self.thread.start()
         return self
@@ -66,7 +69,7 @@ class Lock:
         self.ended.set()
         self.thread.join()
         with contextlib.suppress(OSError):  # of a disk that is gone
-            if (found := _read(self.path)) and found[0].get("token") == self.token:
+            if self._is_mine():
                 self.path.unlink(missing_ok=True)
 
     def check(self) -> None:
@@ -81,6 +84,10 @@ class Lock:
         if found and found[0].get("token") != self.token:
             raise LockError(f"{self.what} was taken over by {_name(found[0])}: this process was silent for too long")
 
+    def _is_mine(self) -> bool:
+        found = _read(self.path)
+        return found is not None and found[0].get("token") == self.token
+
     def _create(self) -> bool:
         """Creates the file, with its whole content; returns False if it exists."""
         temporary = self._temporary()
@@ -93,8 +100,9 @@ class Lock:
             except FileNotFoundError:
                 raise
             except OSError:  # no hard links here
+                text = temporary.read_text()
                 with self.path.open("x") as file:
-                    file.write(temporary.read_text())
+                    file.write(text)
         except (FileExistsError, FileNotFoundError):  # not found: removed by the owner, which clears what is left
             return False
         finally:
@@ -111,26 +119,32 @@ class Lock:
         """Replaces the lock of `owner`, which is gone; returns False if another process did.
 
         Several processes may have seen that the owner is gone, some of them long ago. The one that has the lock of
-        this takeover looks again and replaces the file in one step; no moment is without a lock.
+        this takeover looks again and replaces the file in one step; no moment is without a lock. It has written its
+        file before it looks: if it is silent for long now, whoever owns the lock then has removed that file, or sees
+        after that removal that the lock is not its own.
 
         Raises:
           LockError: if another process is taking it over.
         """
         digest = hashlib.sha256(json.dumps(owner, sort_keys=True).encode()).hexdigest()[:16]
         with Lock(self.path.with_name(f".{self.path.name}.{digest}.claim"), self.what):
-            if (found := _read(self.path)) is None or found[0] != owner:
-                return False
+            temporary = self._temporary()
             try:
-                self._temporary().replace(self.path)
+                if (found := _read(self.path)) is None or found[0] != owner:
+                    return False
+                temporary.replace(self.path)
             except FileNotFoundError:  # removed by another owner
                 return False
+            finally:
+                temporary.unlink(missing_ok=True)
             return True
 
     def _clear_remains(self) -> None:
-        """Removes what killed processes left while they took or removed this lock."""
-        for suffix in ("tmp", "claim"):
-            for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.{suffix}"):
-                left.unlink(missing_ok=True)
+        """Removes what other processes, killed or not, need to take this lock over: files, and locks of takeovers."""
+        left = re.compile(rf"\.+{re.escape(self.path.name)}\..*\.(tmp|claim)")
+        for path in self.path.parent.iterdir():
+            if left.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def _is_abandoned(self, owner: dict, sign: int) -> bool:
         """Returns whether the owner is gone, or the lock is not that owner's anymore.
@@ -156,7 +170,7 @@ class Lock:
     def _give_signs(self) -> None:
         while not self.ended.wait(SIGN):
             with contextlib.suppress(OSError):  # a network disk that is away for a while
-                if (found := _read(self.path)) and found[0].get("token") == self.token:
+                if self._is_mine():
                     os.utime(self.path)
 
 
@@ -164,14 +178,13 @@ def _read(path: Path) -> tuple[dict, int] | None:
     """Returns the owner, {} if it is not readable, and the time of its last sign of life; None if there is no lock."""
     try:
         with path.open("rb") as file:  # network file systems look at the server when a file is opened
-            text, sign = file.read(), os.fstat(file.fileno()).st_mtime_ns
+            text, sign = file.read(MAX_JSON), os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
     try:
-        owner = json.loads(text)
+        return parse_json(text), sign
     except ValueError:
-        owner = {}
-    return owner if isinstance(owner, dict) else {}, sign
+        return {}, sign
 
 
 def is_running(process: int, started: str) -> bool:

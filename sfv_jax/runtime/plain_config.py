@@ -44,6 +44,11 @@ class ConfigDict(dict):
         return ConfigDict(self.to_dict())
 
 
+def placeholder(kind: type) -> None:
+    """Returns None, the value of a field that has none; ml_collections also keeps the type that it may be set to."""
+    del kind
+
+
 def flat(config: dict, prefix: str = "") -> dict:
     """Returns `{"a.b": value}` of nested dicts."""
     fields = {}

@@ -17,7 +17,7 @@ from sfv_jax.data.images import ImageError, read_image
 from sfv_jax.data.listing import IMAGE_SUFFIXES, list_images
 from sfv_jax.data.video import write_video
 from sfv_jax.errors import UserError
-from sfv_jax.runtime.files import check_folder, one_line, replacing, sha256
+from sfv_jax.runtime.files import FileError, check_folder, one_line, read_json, replacing, sha256
 from sfv_jax.runtime.versions import package_versions
 
 if TYPE_CHECKING:
@@ -174,13 +174,11 @@ def _foreign(job: Job) -> str | None:
     if not os.path.lexists(job.record):
         return f"{job.video} has no record {job.record.name}" if os.path.lexists(job.video) else None
     try:
-        made = json.loads(job.record.read_bytes()) if job.record.is_file() else None
-    except (OSError, ValueError):
-        made = None
-    if not isinstance(made, dict) or not {"video", "image_sha256"} <= made.keys():
+        made = read_json(job.record, "", ("video", "image_sha256"))
+        other = job.video.with_name(made["video"])
+    except (FileError, ValueError, TypeError):  # the last two of what is no name of a file
         return f"{job.record} is no record of this command"
-    if made["video"] != job.video.name:
-        other = job.video.with_name(str(made["video"]))
+    if other != job.video:
         if os.path.lexists(other) or os.path.lexists(job.video):
             return f"{job.record} is the record of {other.name}"
         return None

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sfv_jax.checkpoints.base import load_generator
+from sfv_jax.choices import MOST_SEED
 from sfv_jax.errors import UserError
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise, finite
@@ -183,7 +184,7 @@ class Sampler:
 
         Raises:
           UserError: if an image is no uint8 `[h, w, 3]`, the codec cannot represent the size, seeds do not match the
-            images, or options are impossible.
+            images or are too large, or options are impossible.
           NonFiniteError: if a stage returns NaN or infinity, see `check_finite`.
         """
         checks: dict[str, Array] = {}
@@ -203,9 +204,7 @@ class Sampler:
 
         images = checked_images(images)
         count, size = len(images), self.size(images[0], height, width)
-        seeds = [seed + n for n in range(count)] if isinstance(seed, int | np.integer) else list(seed)
-        if len(seeds) != count:
-            raise UserError(f"{count} images need as many seeds, got {len(seeds)}")
+        seeds = checked_seeds(seed, count)
         shape = self.latent_shape(size, num_frames)
         if noise is not None and noise.shape != (count, *shape):
             raise UserError(f"noise has shape {noise.shape}, these images need {(count, *shape)}")
@@ -304,6 +303,21 @@ class Sampler:
 
     def _vae_dtype(self) -> str:
         return jnp.dtype(getattr(self.codec, "decode_dtype", jnp.float32)).name
+
+
+def checked_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """Returns a seed for each of `count` images, as for `Sampler.__call__`.
+
+    Raises:
+      UserError: if their number is another, or one is not from 0 to 2^32 - 1: JAX would use its lowest 32 bits.
+    """
+    seeds = [seed + n for n in range(count)] if isinstance(seed, int | float | np.number) else list(seed)
+    if len(seeds) != count:
+        raise UserError(f"{count} images need as many seeds, got {len(seeds)}")
+    for one in seeds:
+        if isinstance(one, bool) or not isinstance(one, int | np.integer) or not 0 <= one <= MOST_SEED:
+            raise UserError(f"seeds are whole numbers from 0 to {MOST_SEED}, got {one!r}")
+    return seeds
 
 
 def checked_images(images: Sequence[np.ndarray] | np.ndarray) -> list[np.ndarray]:

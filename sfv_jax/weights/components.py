@@ -149,7 +149,7 @@ def _like(kind: object, value, levels: int):
     """Converts `value` to a field of type `kind`; diffusers allows one number for all levels or one per level."""
     if kind is int or kind is float:
         return value[0] if isinstance(value, list) and value else value
-    return tuple(value) if isinstance(value, list) else (value,) * min(levels, _LEVELS + 1)
+    return tuple(value) if isinstance(value, list) else (value,) * levels
 
 
 def make_config(kind: type, values: Any, where: str):

@@ -1,7 +1,6 @@
 """Shared parts of all readers and writers of weights: one error class, and folders that are complete or absent."""
 
 import glob
-import json
 import os
 import shutil
 import socket
@@ -10,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sfv_jax.errors import UserError
-from sfv_jax.runtime.files import replacing, sha256
+from sfv_jax.runtime import files as parsers
+from sfv_jax.runtime.files import MAX_JSON, FileError, one_line, replacing, sha256
 from sfv_jax.runtime.platforms import is_alive
 
-MAX_JSON = 2**24  # bytes; the header of SVD's own file has 0.4 MB
-MAX_ITEMS = 2**20  # commas and brackets of a JSON text, which bound the memory of its values
 SUMS = "SHA256SUMS"  # checksums of an exported folder
 MAX_LINE = 2000  # characters of a line of an error message
 
@@ -33,7 +31,7 @@ def printable(text: object) -> str:
     """Returns one line of at most `MAX_LINE` characters, with escapes for control characters and line ends."""
     line = str(text)
     line = line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 4 :]}"
-    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return one_line(line)
 
 
 def shape_problems(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
@@ -92,53 +90,12 @@ def _clear_remains(path: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def read_json(path: Path) -> dict:
-    """Reads a JSON object from a file.
-
-    Raises:
-      WeightsError: if the file is missing, too large, or contains anything else.
-    """
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist")
+def read_json(path: Path, remedy: str = "copy, download or convert it again") -> dict:
+    """Reads a JSON object as `runtime.files.read_json` does, but raises WeightsError if it is unusable."""
     try:
-        with path.open("rb") as file:
-            return parse_json(file.read(MAX_JSON + 1))
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise WeightsError(f"{path} is not valid JSON: {error}") from error
-
-
-def parse_json(text: bytes) -> dict:
-    """Parses a JSON object in time and memory that its length bounds.
-
-    Raises:
-      ValueError: if `text` is too large, contains a name twice or a number that JSON lacks (NaN), or is not an object.
-    """
-    if len(text) > MAX_JSON:
-        raise ValueError(f"it is larger than {MAX_JSON:,} bytes")
-    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_ITEMS:
-        raise ValueError(f"it has more than {MAX_ITEMS:,} parts")
-    try:
-        data = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(data, dict):
-        raise ValueError("it is not an object")
-    return data
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{twice!r} is there twice")
-    return found
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"it contains {name}")
+        return parsers.read_json(path, remedy)
+    except FileError as error:
+        raise WeightsError(str(error)) from error
 
 
 # Checksums of exported files, in the format of the program sha256sum.

@@ -16,7 +16,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from sfv_jax.weights.folders import MAX_JSON, WeightsError, parse_json, read_json
+from sfv_jax.runtime.files import MAX_JSON, parse_json
+from sfv_jax.weights.folders import WeightsError, read_json
 
 MAX_AXES = 32  # of a tensor
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -304,7 +305,7 @@ def _unusable(torch, name: str, x, codes: dict) -> str | None:
     if not name.isprintable():
         return "has a name that cannot be printed"
     if x.layout != torch.strided or x.is_nested:
-        return f"is no plain array, but {x.layout}"
+        return f"is no plain array, but {'nested' if x.is_nested else x.layout}"
     if x.device.type != "cpu":
         return f"has no values here: it is on the device {x.device}"
     if x.dtype not in codes:

@@ -16,10 +16,11 @@ import numpy as np
 from sfv_jax.models import tree
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
+from sfv_jax.runtime.files import parse_json
 from sfv_jax.weights import sgm
 from sfv_jax.weights.components import COMPONENTS, make_config, to_json
 from sfv_jax.weights.diffusers import lazy_params, manifest, reader
-from sfv_jax.weights.folders import WeightsError, parse_json, refuse_existing, shape_problems
+from sfv_jax.weights.folders import WeightsError, refuse_existing, shape_problems
 from sfv_jax.weights.pipeline import check_noise
 from sfv_jax.weights.reader import FLOATS, Tensor, Tensors
 from sfv_jax.weights.writer import Shapes, write_safetensors

@@ -230,3 +230,17 @@ def test_values_too_large_for_fp16(params, tmp_path):
     with pytest.raises(WeightsError, match=r"out.2.* has values that float16 cannot hold: export without --fp16"):
         save_single_file(tmp_path / "out.safetensors", huge.__getitem__, CONFIGS, variant="fp16")
     assert not list(tmp_path.iterdir())
+
+
+def test_names_in_a_card_are_shown_and_not_interpreted():
+    unet = CONFIGS["unet"]
+    meta = {"source": {"folder": "a`b\n# c", "sha256": {"a|b`<i>": "0|1"}}}
+    run = {
+        "step": 3,
+        "raw": False,
+        "config": {"method": "`sfv`", "steps": 3, "init": "x\n\n# y", "data": {"path": "`"}},
+    }
+    card = model_card(unet, meta, what="unet", name='a"b\n', variant=None, run=run)
+    assert r"| `` a\|b`<i> `` | `0\|1` |" in card and r"`` a`b\n# c ``" in card
+    assert r"started from: `x\n\n# y`" in card and "method: `` `sfv` ``" in card and "latent cache `` ` ``" in card
+    assert r"""from_pretrained("a\"b\n")""" in card

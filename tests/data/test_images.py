@@ -6,6 +6,8 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,13 +33,26 @@ def profile(space: bytes, gamma: float, colorants: np.ndarray | None = None) -> 
         for n, letter in enumerate(b"rgb"):
             tags[bytes([letter]) + b"XYZ"] = xyz(colorants[:, n])
             tags[bytes([letter]) + b"TRC"] = curve
+    return packed(b"mntr" + space + b"XYZ ", tags)
+
+
+def packed(kind: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """Returns an ICC profile of a device, a space of colors and one of connection, with `tags`."""
     place, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
     for name, data in tags.items():
         table += name + struct.pack(">II", place + len(body), len(data))
         body += data
     illuminant = struct.pack(">3i", round(0.9642 * 65536), 65536, round(0.8249 * 65536))
-    head = struct.pack(">I4xI", place + len(body), 0x02400000) + b"mntr" + space + b"XYZ " + bytes(12) + b"acsp"
+    head = struct.pack(">I4xI", place + len(body), 0x02400000) + kind + bytes(12) + b"acsp"
     return head.ljust(68, b"\0") + illuminant + bytes(48) + table + body
+
+
+def of_black_ink_alone() -> bytes:
+    """Returns a CMYK profile, a table to Lab, in which only black ink has a color."""
+    same, whole = bytes(range(256)), struct.pack(">i", 65536)
+    matrix = whole + bytes(12) + whole + bytes(12) + whole
+    corners = b"".join(bytes([0 if n & 1 else 255, 128, 128]) for n in range(16))  # black varies fastest
+    return packed(b"prtrCMYKLab ", {b"A2B0": b"mft1\0\0\0\0\4\3\2\0" + matrix + 4 * same + corners + 3 * same})
 
 
 def to_srgb(linear: np.ndarray) -> np.ndarray:
@@ -104,12 +119,22 @@ def test_colors_of_a_profile_become_srgb(tmp_path, mode):
     assert np.abs(found - expected).max() <= 2 and (mode == "L" or np.abs(found.astype(int) - stored).max() > 20)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA"])
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
 def test_gray_with_a_gray_profile(tmp_path, mode):
     picture = Image.fromarray(PICTURE).convert("L")
-    picture.convert(mode).save(tmp_path / "gray.png", icc_profile=profile(b"GRAY", 1.8))
+    deep = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+    stored = deep if mode == "I;16" else picture.convert(mode)
+    stored.save(tmp_path / "gray.png", icc_profile=profile(b"GRAY", 1.8))
     expected = to_srgb((np.asarray(picture) / 255) ** (461 / 256))[..., None].repeat(3, -1)
     assert np.abs(read_image(tmp_path / "gray.png") - expected).max() <= 2
+
+
+def test_inks_with_a_profile(tmp_path):
+    inks = RNG.integers(0, 256, (24, 40, 4), dtype=np.uint8)
+    Image.fromarray(inks, "CMYK").save(tmp_path / "inks.tif", icc_profile=of_black_ink_alone())
+    lightness = 100 * (1 - inks[..., 3] / 255.0)
+    light = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness / 903.3)
+    assert np.abs(read_image(tmp_path / "inks.tif") - to_srgb(light)[..., None]).max() <= 3
 
 
 def test_an_srgb_profile_changes_nothing(tmp_path):
@@ -184,6 +209,7 @@ def test_other_modes_and_first_pictures(tmp_path):
         assert np.abs(read_image(tmp_path / name) - first).mean() < 8, name
 
 
+@cache
 def damaged() -> dict[str, bytes]:
     """Returns unusable files by name."""
     files = {}
@@ -195,8 +221,20 @@ def damaged() -> dict[str, bytes]:
     head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     files["bomb.png"] = png(head, (b"IDAT", zlib.compress(bytes(1000))))
     files["no_size.png"] = png(struct.pack(">IIBBBBB", 0, 0, 8, 2, 0, 0, 0), (b"IDAT", zlib.compress(b"")))
-    text = b"a\0\0" + zlib.compress(bytes(10_000_000))
-    files["text_bomb.png"] = png(struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0), (b"zTXt", text), (b"IDAT", b""))
+    dot = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
+    sound, bomb = (b"IDAT", zlib.compress(bytes(4))), zlib.compress(bytes(10_000_000))
+    for name, kind, start in (
+        ("text", b"zTXt", b"a\0\0"),
+        ("itxt", b"iTXt", b"a\0\1\0\0\0"),
+        ("icc", b"iCCP", b"a\0\0"),
+    ):
+        chunk = (kind, start + bomb)
+        files[f"{name}_bomb_before.png"], files[f"{name}_bomb_after.png"] = (
+            png(dot, chunk, sound),
+            png(dot, sound, chunk),
+        )
+    small = (b"zTXt", b"a\0\0" + zlib.compress(bytes(1_000_000)))
+    files["text_bombs.png"] = png(dot, *[small] * 80, sound)
     files["checksum.png"] = files["bomb.png"].replace(b"IDAT", b"IDAU")
     return files | {
         "empty.jpg": b"",
@@ -212,6 +250,7 @@ def test_damage_is_one_line(tmp_path, name):
     with pytest.raises(ImageError) as caught:
         read_image(tmp_path / name)
     assert str(caught.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(caught.value)
+    assert ("the file is empty" in str(caught.value)) == (damaged()[name] == b"")
 
 
 def test_any_exception_of_a_decoder_is_that_of_the_file(tmp_path, monkeypatch):
@@ -231,12 +270,24 @@ def test_formats_that_need_a_package(tmp_path, monkeypatch):
     (tmp_path / "phone.jpg").write_bytes(boxes(b"heic"))
     with pytest.raises(ImageError, match="phone.jpg: HEIC needs `pip install pillow-heif`; or save the image as PNG"):
         read_image(tmp_path / "phone.jpg")
-    (tmp_path / "a.avif").write_bytes(boxes(b"avif"))
-    with pytest.raises(ImageError, match="a.avif: cannot read"):
-        read_image(tmp_path / "a.avif")
-    monkeypatch.setattr("PIL.features.check", lambda name: False)
-    with pytest.raises(ImageError, match="a.avif: AVIF needs `pip install --upgrade pillow`"):
-        read_image(tmp_path / "a.avif")
+    for brand in (b"avif", b"avis"):
+        (tmp_path / "a.avif").write_bytes(boxes(brand))
+        with monkeypatch.context() as patch:
+            with pytest.raises(ImageError, match="a.avif: cannot read"):
+                read_image(tmp_path / "a.avif")
+            patch.setattr("PIL.features.check", lambda name: False)
+            with pytest.raises(ImageError, match="a.avif: AVIF needs `pip install --upgrade pillow`"):
+                read_image(tmp_path / "a.avif")
+
+
+def test_pillow_heif_is_used_if_it_is_there(tmp_path, monkeypatch):
+    """A stand-in for the package: it registers a reader."""
+    (tmp_path / "phone.heic").write_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic" + bytes(100))
+    read = lambda path: Image.fromarray(PICTURE)  # noqa: E731
+    package = SimpleNamespace(register_heif_opener=lambda: monkeypatch.setattr(images.Image, "open", read))
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    monkeypatch.setattr(images, "find_spec", lambda name: name == "pillow_heif")
+    assert np.array_equal(read_image(tmp_path / "phone.heic"), PICTURE)
 
 
 def test_places_that_hold_no_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +84,18 @@ def test_all_commands_list_alike(tmp_path):
     assert sorted(names(folder, [clip.path for clip in clips.find_clips(folder)])) == videos
     assert sorted(names(folder, ucf101.videos(folder, "all")[0].values())) == videos
     assert names(folder, [job.image for job in files.jobs(folder, tmp_path / "out", "mp4")]) == pictures
+
+
+def test_a_file_of_which_nothing_may_be_known(tmp_path, monkeypatch):
+    """As one in a folder that may be listed but not entered: it is not left out silently."""
+    touch(tmp_path, "a.png", "b.png")
+    stat = Path.stat
+
+    def deny(path, **options):
+        if path.name == "b.png":
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", deny)
+    with pytest.raises(ListingError, match=f"{tmp_path}: cannot list the folder: Permission denied$"):
+        list_images(tmp_path)

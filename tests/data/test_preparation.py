@@ -343,7 +343,7 @@ BROKEN = {
     nan_latent: "clip 0/clip.*latents is not finite; delete that file and run .*00000-of-00004",
     wrong_shape: "00000-of-00004 is damaged .*delete that file",
     other_schema: "clip 0/clip.*schema 2, this code reads 1; make the cache anew",
-    damaged_metadata: "features.json: is cut off or not JSON .*delete it and run",
+    damaged_metadata: "features.json cannot be used: it is cut off or not JSON .*delete it and run",
     empty_folder: "not a finished cache; run",
 }
 
@@ -502,7 +502,7 @@ def test_a_damaged_manifest_or_report_is_one_line_or_made_anew(videos, cache, tm
     preparation.run(videos, out, encode, SETTINGS)
     assert contents(out) == contents(cache[0])
     (out / latents.MANIFEST).write_text(content)
-    with pytest.raises(LatentError, match=r"manifest.json: .*; delete it and run") as caught:
+    with pytest.raises(LatentError, match=r"manifest.json cannot be used: .*; delete it and run") as caught:
         preparation.run(videos, out, encode, SETTINGS)
     assert "\n" not in str(caught.value)
 

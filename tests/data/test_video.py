@@ -1,5 +1,7 @@
 """Video files: exact resampling, clear errors for bad files, faithful and atomic writing."""
 
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from PIL import Image
 from sfv_jax.data import video
 from sfv_jax.data.video import VideoError, cover_resize_crop, read_clip, write_video
 from sfv_jax.data.worlds import World
+from sfv_jax.runtime import platforms
 
 NTSC = Fraction(30000, 1001)
 
@@ -224,3 +227,20 @@ def test_cover_resize_crop_keeps_the_centre_and_the_aspect():
     stack = cover_resize_crop(np.stack([ramp, ramp]), 64, 96)
     assert stack.shape == (2, 64, 96, 3)
     assert cover_resize_crop(ramp, 100, 200) is ramp
+
+
+@pytest.mark.skipif(platforms.peak_memory() is None, reason="no account of memory")
+@pytest.mark.parametrize("how", ["height=32, width=32", "each=lambda frame: frame[::64, ::64].copy()"])
+def test_frames_are_shrunk_as_they_come(tmp_path, how):
+    """The memory for a clip of large frames, here 6 MB each as decoded, does not grow with its length."""
+    path = encode(tmp_path / "large.avi", np.zeros((40, 2048, 2048, 3), np.uint8), 25, "mpeg4")
+    code = (
+        "import sys\nfrom sfv_jax.data.video import read_clip\nfrom sfv_jax.runtime.platforms import peak_memory\n"
+        f"clip = read_clip({str(path)!r}, int(sys.argv[1]), 25.0, {how})\nprint(clip.shape[1:], peak_memory())"
+    )
+    peaks = []
+    for count in ("4", "40"):
+        done = subprocess.run([sys.executable, "-c", code, count], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("(32, 32, 3) ")
+        peaks.append(float(done.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 100e6, peaks

@@ -81,6 +81,14 @@ def test_a_run_finds_its_world_again():
 
 
 def test_impossible_rules_are_refused():
-    for rules in ({"size": 8}, {"shapes": ("star",)}, {"colours": ()}, {"directions": 0}, {"num_frames": 0}):
+    for rules in (
+        {"size": 8},
+        {"shapes": ("star",)},
+        {"colours": ()},
+        {"directions": 0},
+        {"num_frames": 0},
+        {"seed": -1},
+        {"seed": 2**32},
+    ):
         with pytest.raises(ValueError):
             World(**rules)

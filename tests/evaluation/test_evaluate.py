@@ -168,7 +168,7 @@ def test_features_of_real_clips_are_kept_and_belong_to_their_settings(dataset, t
         features.features_of(dataclasses.replace(dataset, source={"form": "frames"}), protocol, stored, kept=kept)
     for content in (b"no file of numpy", b"", kept.read_bytes()[:100]):
         kept.write_bytes(content)
-        with pytest.raises(features.StatisticsError, match="holds no features: .*remove it"):
+        with pytest.raises(features.StatisticsError, match="cannot be used: .*remove it"):
             features.features_of(dataset, protocol, stored, kept=kept)
     everything = features.features_of(dataset, Protocol(n=0, **SMALL), COLORS)
     assert len(everything.names) == USABLE and len(everything.dropped) == SHORT
@@ -219,7 +219,7 @@ def test_features_of_generated_clips_are_kept(tmp_path):
     features.compute_kept(Extractor(counted, ABOUT), files, lambda file: read_strip(file, 2), kept)
     assert len(seen) == 1  # the first 64 were kept
     kept.write_bytes(b"")
-    with pytest.raises(features.StatisticsError, match="holds no features"):
+    with pytest.raises(features.StatisticsError, match="cannot be used"):
         run()
 
 
@@ -255,6 +255,50 @@ def test_generated_clips_are_lossless_and_resumed(tmp_path):
         now = dict(model=model, names=names, image=lambda n: images[n], folder=tmp_path, protocol=protocol) | other
         with pytest.raises(VideoError, match=f"made differently: {changed}.*Use another --out"):
             generate(**now)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "[" * 9999, '{"clips": 3, "seeds": []}', '{"seeds": []}', '{"clips": null}']
+)
+def test_a_damaged_manifest_is_one_line(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    model = Model(echo, {"checkpoint": "x"}, Options())
+    with pytest.raises(UserError, match=f"manifest.json cannot be used: .*; use another --out, or remove {tmp_path}"):
+        generate(model, ["a"], lambda n: np.zeros((24, 32, 3), np.uint8), tmp_path, Protocol(n=0, **SMALL))
+
+
+def test_seeds_that_count_beyond_the_last_are_refused_before_the_work(tmp_path):
+    message = "--seed=4294967290: 20 videos have the seeds from it on, and the last seed is 4294967295"
+    with pytest.raises(UserError, match=message):
+        generate(
+            Model(None, {}, Options()), [str(n) for n in range(20)], None, tmp_path, Protocol(n=20, seed=2**32 - 6)
+        )
+    asked = request.Request(
+        tmp_path, checkpoint="c", dataset="world", flow=False, protocol=Protocol(n=20, seed=2**32 - 6)
+    )
+    with pytest.raises(UserError, match=message):
+        request.run(asked)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "config.json cannot be used: it is cut off"),
+        ("{}", "config.json describes no world: restore it"),
+        ('{"data": {"world": 3}}', "config.json describes no world"),
+        ('{"data": {"world": {"seed": -1}}}', "config.data.world.seed=-1: give a whole number from 0 to 4294967295"),
+        ('{"data": {"world": {"seed": 4294967296}}}', "config.data.world.seed=4294967296: give a whole number"),
+        ('{"data": {"world": {"size": "a", "speeds": 3}}}', "the config has 2 mistakes"),
+        ('{"data": {"world": {"size": {"a": 1}}}}', "config.data.world.size.a=1: no such field"),
+        ('{"data": {"world": {"radii": [3, 2]}}}', "must be positive, in order"),
+    ],
+)
+def test_the_world_of_a_damaged_config(tmp_path, content, message):
+    (tmp_path / "network.json").touch()
+    (tmp_path / "config.json").write_text(content)
+    asked = request.Request(tmp_path / "out", checkpoint=str(tmp_path), dataset="world", flow=False)
+    with pytest.raises(UserError, match=message):
+        request.run(asked)
 
 
 def test_manifests_have_the_keys_of_earlier_versions(tmp_path):
@@ -509,7 +553,7 @@ def test_damaged_features_are_closed(tmp_path):
     """A file that cannot be read is closed before its error is reported."""
 
     def refused() -> None:
-        with pytest.raises(features.StatisticsError, match="holds no features"):
+        with pytest.raises(features.StatisticsError, match="cannot be used"):
             features._read(tmp_path / "kept.npz")
 
     np.savez(tmp_path / "list.npz", features=np.zeros(1), manifest="[1]")

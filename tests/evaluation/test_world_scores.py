@@ -1,6 +1,7 @@
 """Scores in the world: each damage changes the score that is defined for it, and perfect clips score best."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -115,6 +116,7 @@ def test_the_network_is_kept_and_made_again_alike(network, tmp_path):
     assert path.stat().st_mtime_ns == before and again["sha256"] == first["sha256"]
     a, b = (np.load(next((tmp_path / name).iterdir())) for name in "ab")
     assert all(np.array_equal(a[k], b[k]) for k in a.files if k != "about") and second["accuracy"] == first["accuracy"]
+    assert second["sha256"] == first["sha256"]
     changed = [dataclasses.replace(WORLD, seed=1), dataclasses.replace(WORLD, speeds=(1.0,))]
     assert len({worldnet.identity(w, short) for w in [WORLD, *changed]} | {worldnet.identity(WORLD, SMALL)}) == 4
 
@@ -134,6 +136,89 @@ def test_a_checkpoint_on_the_world(network, tmp_path):
     report.write(tmp_path)
     assert (tmp_path / "index.html").read_text().count("data:video/mp4") == 6
     assert f"| {interval(found['generated']['world_fvd_interval'])} |" in (tmp_path / "scores.md").read_text()
+
+
+QUICK = worldnet.Settings(widths=(4, 4), features=4, clips=64, steps=1)
+TINY = World(size=8, num_frames=2, directions=4, angle_offset=45.0, speeds=(1.5,), radii=(1.5, 2.5))
+
+
+def changed(path, change) -> None:
+    """Writes the arrays of `path` again, changed by a function."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    change(arrays)
+    np.savez(path, **arrays)
+
+
+def zero(arrays) -> None:
+    arrays.update({name: np.zeros_like(x) for name, x in arrays.items() if name != "about"})
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "text": lambda path: path.write_text("hello"),
+    "a bare array": lambda path: np.save(path.open("wb"), np.ones(3)),
+    "a pickle": lambda path: np.save(path.open("wb"), np.array([{}]), allow_pickle=True),
+    "a flipped bit": lambda path: changed(path, lambda x: x["conv1.kernel"].view(np.uint8).flat.__setitem__(9, 77)),
+    "arrays of zeros": lambda path: changed(path, zero),
+    "an array less": lambda path: changed(path, lambda x: x.pop("conv1.bias")),
+    "another accuracy": lambda path: changed(path, lambda x: x.update(about=str(x["about"]).replace("0.", "0.9"))),
+    "no description": lambda path: changed(path, lambda x: x.pop("about")),
+    "a list as description": lambda path: changed(path, lambda x: x.update(about="[]")),
+}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Returns the file of a tiny network and its description."""
+    folder = tmp_path_factory.mktemp("stored")
+    about = worldnet.load(TINY, folder, QUICK)[1]
+    return next(folder.iterdir()), about
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_network_is_made_again(stored, tmp_path, capsys, monkeypatch, damage):
+    kept, about = stored
+    path = tmp_path / kept.name
+    path.write_bytes(kept.read_bytes())
+    DAMAGES[damage](path)
+    with np.load(kept) as file:
+        params = worldnet.tree.unflatten({name: file[name] for name in file.files if name not in ("about", "scale")})
+        scale = file["scale"]
+    monkeypatch.setattr(worldnet, "train", lambda world, settings: (params, scale, about["accuracy"]))
+    found = worldnet.load(TINY, tmp_path, QUICK)[1]
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path} ") and "; it is made again; " in said and said.count("\n") == 1
+    assert found["sha256"] == about["sha256"]
+    monkeypatch.setattr(worldnet, "train", None)
+    assert worldnet.load(TINY, tmp_path, QUICK)[1]["sha256"] == about["sha256"]
+
+
+@pytest.mark.parametrize(
+    "other", [(dataclasses.replace(TINY, seed=1), QUICK), (TINY, dataclasses.replace(QUICK, seed=1))]
+)
+def test_the_network_of_another_world_or_training_is_not_used(stored, tmp_path, monkeypatch, other):
+    (tmp_path / f"world-{worldnet.identity(*other)}.npz").write_bytes(stored[0].read_bytes())
+    monkeypatch.setattr(worldnet, "train", lambda world, settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        worldnet.load(other[0], tmp_path, other[1])
+
+
+def test_a_network_that_classifies_differently_is_made_again(stored, tmp_path, capsys, monkeypatch):
+    """Whatever its checksums: as one of zeros that somebody stored with them."""
+    kept, about = stored
+    with np.load(kept) as file:
+        arrays = {name: np.zeros_like(x) for name, x in file.items() if name != "about"}
+    forged = about["accuracy"] | {"shape": 0.9}
+    digest = worldnet._digest(TINY, QUICK, arrays, forged)
+    description = {"accuracy": forged, "sha256": digest, "seconds": 1.0}
+    np.savez(tmp_path / kept.name, about=json.dumps(description), **arrays)
+    monkeypatch.setattr(worldnet, "train", lambda world, settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        worldnet.load(TINY, tmp_path, QUICK)
+    assert f"{tmp_path / kept.name} has accuracy" in capsys.readouterr().err
 
 
 def test_refusals():

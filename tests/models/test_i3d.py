@@ -1,5 +1,7 @@
 """I3D against an independent implementation in torch, on random weights."""
 
+import json
+import struct
 import subprocess
 import sys
 
@@ -142,6 +144,29 @@ def test_broken_headers_of_converted_files(entry, tmp_path):
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "i3d.safetensors", metadata={"i3d": entry})
     with pytest.raises(WeightsError, match=r"i3d.safetensors: (the entry i3d of its header is broken|batch_norm_eps)"):
         fvd.load_i3d(tmp_path / "i3d.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "eps"), [(1e-3, None, 1e-3), (None, 1e-4, 1e-4), (1e-4, 1e-4, 1e-4), (None, None, 1e-5)]
+)
+def test_the_epsilon_that_a_file_was_converted_with_counts(stored, given, eps, tmp_path, monkeypatch):
+    about = {} if stored is None else {"batch_norm_eps": stored}
+    path, used = tmp_path / "i3d_pretrained_400.safetensors", []
+    save_file({"a": np.zeros(1, np.float32)}, path, metadata={"i3d": json.dumps(about)})
+    monkeypatch.setattr(fvd, "_expected", lambda config: used.append(config.batch_norm_eps) or {})
+    with pytest.raises(WeightsError, match="is not a state dict of InceptionI3d"):
+        fvd.load_i3d(path, batch_norm_eps=given)
+    assert used == [eps]
+    if stored:
+        with pytest.raises(WeightsError, match=f"converted with batch_norm_eps {stored}, not 0.5"):
+            fvd.load_i3d(path, batch_norm_eps=0.5)
+
+
+def test_a_damaged_archive(tmp_path):
+    """It ends as an archive does, and its list of files is damaged."""
+    (tmp_path / "i3d.pt").write_bytes(b"PK\5\6" + bytes(4) + struct.pack("<HHIIH", 1, 1, 46, 0, 0))
+    with pytest.raises(WeightsError, match="i3d.pt is cut short or damaged: "):
+        fvd.load_i3d(tmp_path / "i3d.pt")
 
 
 def test_torchscript_is_run_as_it_is(tmp_path, monkeypatch):

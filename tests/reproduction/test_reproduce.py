@@ -105,7 +105,7 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(trainings, "train", never)
-        patch.setattr(stages, "sample_clips", lambda *_: stages.read_clips(_[4], bench))
+        patch.setattr(stages, "sample_clips", lambda *_: stages.read_clips(_[4], bench, _[5]))
         jobs.reproduce(bench, ["small"], [0])
         table = (bench.runs.folder / "scores.md").read_text()
         assert calls == [4, 4, 4]
@@ -180,11 +180,13 @@ def test_the_plan_counts_steps_and_flops(tmp_path):
     assert one > 1e6 and 1.5 * one < two < 2.5 * one  # student (3 passes), guided teacher (2) and target (1)
 
 
-def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatch):
+def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatch, capsys):
     """Conditions keep their size, clips are scored at 320 x 240, and the score detects damaged clips."""
     frames = np.random.default_rng(0).integers(0, 256, (21, 14, 6, 8, 3), np.uint8).repeat(8, axis=2).repeat(8, axis=3)
     for n, clip in enumerate(frames):
         write_video(tmp_path / "real" / f"{n:02d}.mp4", clip, fps=7)
+    write_video(tmp_path / "real/short.mp4", frames[0, :9], fps=7)
+    (tmp_path / "real/odd\n.mp4").write_bytes(b"no video")
     features = lambda clips: clips.reshape(len(clips), -1, 3).mean(axis=1)  # noqa: E731
     about = {"file": "i3d.pt", "sha256": 64 * "0"}
     asked = {"batch_norm_eps": 1e-5, "allow_torchscript": True}
@@ -203,6 +205,14 @@ def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatc
         bench.resize(bench.truth[0].repeat(2, axis=1)), protocol.score(bench.truth[0].repeat(2, axis=1))
     )
     assert abs(bench.score(bench.truth)["fvd"]) < 1e-6 < bench.score(bench.truth // 2)["fvd"]
+    skipped = [f"{tmp_path}/real/odd\\n.mp4: cannot read the video: ", f"{tmp_path}/real/short.mp4: too short: 9 of 14"]
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert [line.startswith(f"skipped {x}") for line, x in zip(lines, skipped, strict=True)] == [True, True]
+    assert total == f"--real={tmp_path / 'real'}: 21 clips of 14 frames, 2 skipped"
+    assert [f"skipped {line}" for line in bench.skipped] == lines and len(bench.notes) == 1
+    monkeypatch.setattr(stages, "MIN_SAMPLES", 22)
+    with pytest.raises(trainings.ReproduceError, match="21 clips of 14 frames, 2 skipped; FVD needs 22 or more"):
+        stages.svd_bench(runs, str(tmp_path / "real"), "i3d.pt", loading=asked)
     assert '"filter": "bilinear"' in bench.notes[0] and bench.options == dict(height=576, width=1024)
 
 
@@ -217,8 +227,11 @@ def test_settings_of_every_run():
         ("steps=many", "--set steps=many: "),
         ("steps=1.5", "--set steps=1.5: "),
         ("steps", "--set steps: "),
+        ("seed=-1", "config.seed=-1: give a whole number from 0 to 4294967295"),
+        ("seed=4294967296", "config.seed=4294967296: give a whole number"),
+        ("sfv.recon_c=-1", "config.sfv.recon_c=-1"),
     ]:
-        with pytest.raises(trainings.ReproduceError, match=message):
+        with pytest.raises(UserError, match=message):
             trainings.with_settings(make, [setting])("sfv", 0)
 
 
@@ -265,3 +278,42 @@ def test_impossible_requests(tmp_path):
     request = jobs.Request(tmp_path, scale="svd", svd="model", data="cache")
     with pytest.raises(trainings.ReproduceError, match="--scale svd needs --real"):
         jobs.bench_for(request, jobs.runs_for(request))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4", bytes(3000), b"of another digest", None], ids=repr)
+def test_damaged_samples_are_made_again(bench, content):
+    load = partial(Made.load, bench.runs.base)
+    trained(bench.runs.config(BASE, 0), bench.runs.base)
+    record, clips = stages.ensure_row(bench, ROWS[0], 0, load)
+    second = bench.runs.folder / "seed0/rows" / ROWS[0].key / "000003.npz"
+    if content == b"of another digest":
+        np.savez(second, clips=clips[3:] // 2, digest="x")
+    elif content is None:
+        second.unlink()
+    else:
+        second.write_bytes(content)
+    again, same = stages.ensure_row(bench, ROWS[0], 0, load)
+    assert np.array_equal(clips, same) and again["fvd"] == record["fvd"]
+
+
+def test_skipped_clips_are_in_the_report(bench):
+    object.__setattr__(bench, "skipped", ["a.mp4: too short", "b|.mp4: no video"])
+    jobs.reproduce(bench, ["small"], [0])
+    text = (bench.runs.folder / "scores.md").read_text()
+    assert "2 real clips could not be read" in text and "- a.mp4: too short" in text and r"- b\|.mp4" in text
+    assert json.loads((bench.runs.folder / "scores.json").read_text())["skipped"] == bench.skipped
+    assert "2 real clips could not be read" in (bench.runs.folder / "index.html").read_text()
+
+
+def test_seeds_of_samples_are_those_of_jax(bench):
+    """Those of training go up to 2^32 - 1; those of the samples, a million times as large, keep their lowest bits."""
+    seeds = []
+
+    class Recorded(Made):
+        def __call__(self, images, *, seed=0, **options):
+            seeds.append(seed)
+            return super().__call__(images, seed=seed, **options)
+
+    trained(bench.runs.config(BASE, 0), bench.runs.base)
+    stages.ensure_row(bench, ROWS[0], 2**32 - 1, Recorded)
+    assert seeds[:2] == [[2**32 - 1_000_000, 2**32 - 999_999, 2**32 - 999_998], [2**32 - 999_997]]

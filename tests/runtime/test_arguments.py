@@ -84,6 +84,7 @@ FPS = ["--fps=0", "--fps=-7", "--fps=nan", "--fps=inf", "--fps=1e9", "--fps=1e40
 SEED = ["--seed=-1", "--seed=4294967296", "--seed=1.5"]
 MICRO = [f"--{name}={x}" for name in ("motion_bucket_id", "noise_aug_strength") for x in ("nan", "-1", "inf", "1e30")]
 SIDES = [f"--{name}={x}" for name in ("height", "width") for x in (0, -8, 10**9, "nan")]
+LONG = "9" * 5000  # digits that Python refuses to convert
 EFFORT = [f"--{name}={x}" for name in ("compile_effort", "compile_memory_effort") for x in ("nan", "2", "-1.5")]
 MESH = ["--mesh=0,1", "--mesh=1", "--mesh=-1,1", "--mesh=1,1,1,1", "--mesh=a,b", "--mesh=1.5,1"]
 GUIDANCE = ["--guidance=nan,3", "--guidance=1", "--guidance=1,inf", "--guidance=-1,3", "--guidance=1,2,3"]
@@ -97,6 +98,7 @@ WRONG = {
         *("--out={}/x.mov", "--out={}/x", "--out={}/folder", "--out={}/file/x.mp4", "--out={}/image.png"),
         *("--out={}/out.gif --fps=60", "--image={}/absent.png", "--image={}/file", "--image={}/folder"),
         *("--image={}/images", "--image={}/images --out={}/images --format=png", "--checkpoint={}/absent"),
+        "--image={} --out={}/new --seed=4294967295",  # two images
     ],
     "convert": [
         *("--src=", "--src={}/absent", "--base={}/absent", *(f"--dst{x}" for x in PLACES), "--dst={}/folder"),
@@ -131,7 +133,8 @@ WRONG = {
     ],
     "reproduce": [
         *(*SIDES, *EFFORT, *(f"--workdir{x}" for x in PLACES), "--height=100", "--seeds=a", "--seeds=-1", "--seeds="),
-        *("--seeds=4294967296", "--only=table9", "--share=2", "--share=a/b", "--jobs=0", "--batch_size=0"),
+        *("--seeds=4294967296", f"--seeds={LONG}", "--only=table9", "--share=2", "--share=a/b", f"--share={LONG}/1"),
+        *("--jobs=0", "--batch_size=0"),
         *("--scale=x", "--svd={}/absent", "--data={}/absent", "--real={}/absent", "--i3d={}/absent"),
     ],
     "quickstart": [*(f"--workdir{x}" for x in PLACES), *EFFORT],

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sfv_jax.runtime.files import FileError, read_json, replacing, write_json
+from sfv_jax.runtime.files import MAX_LIST, FileError, read_json, replacing, write_json
 
 
 def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
@@ -36,15 +36,20 @@ def test_processes_of_equal_numbers_write_different_files(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file"),
-        (b"", "is empty"),
-        (b"\0\0\0\0", "is empty"),  # as after a power failure
-        (b'{"a": 1, "b"', "is cut off or not JSON"),
-        (b"[]", "is not a JSON object"),
-        (b"3", "is not a JSON object"),
-        (b'{"a": "\xff"}', "is not UTF-8 text"),
-        (b"[" * 100_000, "is cut off or not JSON"),
-        (b'{"a": 1}', "has no b, c"),
+        (None, "does not exist"),
+        (b"", "cannot be used: it is empty"),
+        (b"\0\0\0\0", "cannot be used: it is empty"),  # as after a power failure
+        (b'{"a": 1, "b"', "cannot be used: it is cut off or not JSON"),
+        (b"[]", "cannot be used: it is not a JSON object"),
+        (b"3", "cannot be used: it is not a JSON object"),
+        (b'{"a": "\xff"}', "cannot be used: it is not UTF-8 text"),
+        (b"[" * 100_000, "cannot be used: it is nested too deeply"),
+        (b'{"a":[' + b"[]," * 2**20 + b"0]}", "cannot be used: it has more than 1,048,576 parts"),
+        (b'{"a":"' + b"x" * 2**24 + b'"}', "cannot be used: it is larger than 16,777,216 bytes"),
+        (b'{"a": NaN}', "cannot be used: it contains NaN"),
+        (b'{"a": 1, "a": 2}', "cannot be used: it has 'a' twice"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be used: Exceeds the limit (4300 digits)"),
+        (b'{"a": 1}', "cannot be used: it has no b, c"),
     ],
 )
 def test_a_damaged_file_is_one_line_with_the_remedy(tmp_path, content, message):
@@ -54,9 +59,24 @@ def test_a_damaged_file_is_one_line_with_the_remedy(tmp_path, content, message):
     with pytest.raises(FileError) as caught:
         read_json(path, "delete it", ("a", "b", "c"))
     text = str(caught.value)
-    assert text.startswith(f"{path}: {message}") and text.endswith("; delete it") and "\n" not in text
+    assert text.startswith(f"{path} {message}") and text.endswith("; delete it") and "\n" not in text
 
 
 def test_a_folder_in_place_of_a_file(tmp_path):
-    with pytest.raises(FileError, match="is a directory; move it"):
+    with pytest.raises(FileError, match="is a folder; move it"):
         read_json(tmp_path, "move it")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_in_place_of_a_file(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(FileError, match="is not a regular file; remove it"):
+        read_json(tmp_path / "a.json", "remove it")
+
+
+def test_the_bound_is_for_one_file(tmp_path):
+    path = tmp_path / "videos.json"
+    write_json(path, {f"{n:09}.mp4": [n, n] for n in range(400_000)})
+    with pytest.raises(FileError, match="more than 1,048,576 parts|larger than"):
+        read_json(path, "")
+    assert len(read_json(path, "", most=MAX_LIST)) == 400_000

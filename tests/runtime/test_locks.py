@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    return tmp_path / "lock.json"
+    (tmp_path / "folder").mkdir()
+    return tmp_path / "folder" / "lock.json"
 
 
 @pytest.fixture
@@ -129,6 +130,106 @@ def test_who_saw_an_abandoned_lock_long_ago_does_not_take_that_of_its_heir(path,
     assert json.loads(path.read_text())["token"] == heir.token
     heir.__exit__()
     assert not list(path.parent.iterdir())
+
+
+def test_who_is_silent_amid_a_takeover_does_not_take_the_lock_of_its_heir(path, hurried, monkeypatch):
+    """Both on other machines: one looks, the other takes both locks over while that is silent, then that goes on."""
+    path.write_text(json.dumps(elsewhere()))
+    first, heir, replace = Lock(path, "runs/a"), Lock(path, "runs/a"), Path.replace
+    monkeypatch.setattr(locks.Lock, "_give_signs", lambda self: None)
+    monkeypatch.setattr(locks, "_place", lambda: "mine")
+
+    def wait(self, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        monkeypatch.setattr(locks, "_place", lambda: "the heir's")
+        heir.__enter__()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", wait)
+    with pytest.raises(LockError, match=f"runs/a is in use by process {os.getpid()}"):
+        first.__enter__()
+    heir.check()
+    heir.__exit__()
+    assert not list(path.parent.iterdir())
+
+
+def test_a_lock_that_was_replaced_at_once_is_not_its_makers(path, monkeypatch):
+    """A takeover that was under way for long may replace the file until its own is removed."""
+    clear = Lock._clear_remains
+
+    def replaced(self):
+        path.write_text(json.dumps(elsewhere(process=os.getpid(), place=locks._place())))
+        clear(self)
+
+    monkeypatch.setattr(Lock, "_clear_remains", replaced)
+    with pytest.raises(LockError, match=f"in use by process {os.getpid()} on node7"), Lock(path, "runs/a"):
+        pass
+    assert json.loads(path.read_text())["host"] == "node7"
+
+
+def test_without_hard_links_a_removed_file_leaves_no_lock_of_nobody(path, monkeypatch):
+    calls = []
+
+    def refuse(temporary, _):
+        if not calls:
+            temporary.unlink()  # as by an owner that clears what is left
+        calls.append(path.exists())
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with Lock(path, "runs/a") as lock:
+        assert calls == [False, False] and lock._is_mine()
+    assert not list(path.parent.iterdir())
+
+
+def test_all_that_is_left_of_takeovers_is_removed(path):
+    for name in (".lock.json.a.tmp", ".lock.json.b.claim", "..lock.json.b.claim.c.claim", "..lock.json.b.claim.d.tmp"):
+        (path.parent / name).touch()
+    (path.parent / ".other.lock.json.a.tmp").touch()
+    with Lock(path, "runs/a"):
+        assert sorted(x.name for x in path.parent.iterdir()) == [".other.lock.json.a.tmp", "lock.json"]
+
+
+CONTENDER = """
+import os, sys, time
+from pathlib import Path
+from sfv_jax.runtime.locks import Lock, LockError
+path, inside = Path(sys.argv[1]), Path(sys.argv[2])
+print("ready", flush=True)
+for line in sys.stdin:
+    said = "refused"
+    try:
+        with Lock(path, "a"):
+            os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+            time.sleep(0.002)
+            inside.unlink()
+            said = "won"
+    except LockError:
+        pass
+    except FileExistsError:
+        said = "TWO OWNERS"
+    print(said, flush=True)
+"""
+
+
+def test_one_of_many_processes_wins(path):
+    """Processes and an abandoned lock, again and again: never two owners at once, and nothing is left."""
+    command = [sys.executable, "-c", CONTENDER, str(path), str(path.parent.parent / "inside")]
+    options = dict(env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    contenders = [subprocess.Popen(command, **options) for _ in range(6)]
+    try:
+        assert {process.stdout.readline() for process in contenders} == {"ready\n"}
+        for number in range(50):
+            gone = elsewhere(process=2**22 + 5, place=locks._place(), token=f"{number}")
+            path.write_text(json.dumps(gone))
+            for process in contenders:
+                print(file=process.stdin, flush=True)
+            found = {process.stdout.readline() for process in contenders}
+            assert found in ({"won\n"}, {"won\n", "refused\n"}) and not list(path.parent.iterdir())
+    finally:
+        for process in contenders:
+            process.stdin.close()
+            process.wait()
 
 
 def test_a_takeover_that_was_killed_is_taken_over(path):

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sfv_jax.runtime import compilation, device, platforms
+from sfv_jax.reproduction import jobs
+from sfv_jax.runtime import compilation, device, locks, platforms, stopping
 
 PACKAGE = Path(platforms.__file__).parents[1]
 # Modules and functions of `os` and `signal` that Windows lacks or that do something else there.
@@ -114,3 +116,30 @@ def test_functions_of_posix_stay_in_one_module():
                 used |= {alias.name for alias in node.names}
         name = file.relative_to(PACKAGE).as_posix()
         assert not used & POSIX - allowed.get(name, set()), name
+
+
+def test_without_proc_processes_are_told_apart_by_host_and_number(monkeypatch, tmp_path):
+    """As on macOS and Windows."""
+    read_text = Path.read_text
+
+    def no_proc(path, *args, **options):
+        if str(path).startswith("/proc"):
+            raise FileNotFoundError(2, "No such file or directory")
+        return read_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", no_proc)
+    with locks.Lock(tmp_path / "lock.json", "runs/a"):
+        owner = json.loads((tmp_path / "lock.json").read_text())
+        assert owner["place"] == owner["host"] and owner["started"] == ""
+        with pytest.raises(locks.LockError, match="runs/a is in use by"), locks.Lock(tmp_path / "lock.json", "runs/a"):
+            pass
+    assert not list(tmp_path.iterdir()) and isinstance(compilation._cpu(), str)
+
+
+def test_without_hangups_and_affinity(monkeypatch):
+    """As on Windows, and on macOS, which has hangups."""
+    monkeypatch.delattr(stopping.signal, "SIGHUP")
+    with stopping.StopRequest() as request:
+        assert set(request.previous) == {stopping.signal.SIGINT, stopping.signal.SIGTERM}
+    monkeypatch.delattr(jobs.os, "sched_getaffinity", raising=False)
+    assert jobs.cores() == [] and jobs.default_jobs("world") >= 1

@@ -70,6 +70,9 @@ def test_a_folder_keeps_its_shape_and_names_are_distinct(tmp_path):
     picture(tmp_path / "in/cat_png.gif")
     with pytest.raises(SampleError, match="cat.png and cat_png.gif would have one video, cat_png: rename one"):
         files.jobs(tmp_path / "in", tmp_path / "out", "mp4")
+    (tmp_path / "in/cat_png.gif").rename(tmp_path / "in/CAT_PNG.gif")
+    with pytest.raises(SampleError, match="would have one video, cat_png: rename one"):  # where case does not count
+        files.jobs(tmp_path / "in", tmp_path / "out", "mp4")
 
 
 def test_images_that_cannot_be_read_are_listed_and_the_rest_sampled(tmp_path, capsys):
@@ -116,6 +119,10 @@ def test_the_same_command_replaces_its_own_results(tmp_path):
         ("out.json", b'{"caption": "a cat"}', "out.json is no record of this command"),
         ("out.json", b"no json", "out.json is no record of this command"),
         ("out.json", b"[1]", "out.json is no record of this command"),
+        ("out.json", b"[" * 99_999, "out.json is no record of this command"),
+        ("out.json", b'{"video": 3, "image_sha256": ""}', "out.json is no record of this command"),
+        ("out.json", b'{"video": "../b.mp4", "image_sha256": ""}', "out.json is no record of this command"),
+        ("out.json", b'{"video": "", "image_sha256": ""}', "out.json is no record of this command"),
     ],
 )
 def test_foreign_files_are_not_replaced(tmp_path, name, content, message):
@@ -137,7 +144,20 @@ def test_a_changed_video_and_the_record_of_another_are_not_replaced(tmp_path):
     with pytest.raises(SampleError, match="out.mp4 was changed since it was made"):
         sample(image, tmp_path / "out.mp4")
     (tmp_path / "out.mp4").unlink()
+    (tmp_path / "out.gif").write_bytes(b"by hand")
+    with pytest.raises(SampleError, match="out.json is the record of out.mp4"):
+        sample(image, tmp_path / "out.gif")
+    (tmp_path / "out.gif").unlink()
     sample(image, tmp_path / "out.gif")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["a.mp4", "a.json"])
+def test_a_folder_is_never_replaced(tmp_path, name, overwrite):
+    picture(tmp_path / "in/a.png")
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(SampleError, match=f"out/{name} is a folder: nothing was written"):
+        sample(tmp_path / "in", tmp_path / "out", overwrite=overwrite)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

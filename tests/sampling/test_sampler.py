@@ -293,6 +293,16 @@ def test_images_must_be_pixels(sampler, images, message):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "seed", [-1, 2**32, 10**30, 1.5, [0, 2**32], [0, -1], [True, 0], ["0", "1"], float("nan")], ids=str
+)
+def test_seeds_that_jax_would_cut(sampler, seed):
+    with pytest.raises(UserError, match="seeds are whole numbers from 0 to 4294967295, got"):
+        sampler(IMAGES, seed=seed)
+    with pytest.raises(UserError, match="seeds are whole numbers"):
+        sampler(IMAGES, seed=2**32 - 1)  # that of the second image is too large
+
+
 def test_unknown_dtype(tmp_path):
     with pytest.raises(ValueError, match="float32, bfloat16, float16"):
         Sampler.load(tmp_path, dtype="int8")
@@ -301,7 +311,7 @@ def test_unknown_dtype(tmp_path):
 def test_seeds_of_a_flag():
     assert seeds(["0", "12"]) == (0, 12)
     for values in (["a"], ["-1"], ["1.5"], ["0", ""], [], [str(2**32)]):
-        with pytest.raises(UserError, match=f"--seeds={','.join(values)}: give whole numbers"):
+        with pytest.raises(UserError, match=f"--seeds={','.join(values)}: give whole numbers from 0 to 4294967295"):
             seeds(values)
 
 
