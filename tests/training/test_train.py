@@ -377,7 +377,7 @@ def test_a_cache_of_other_encoders(tmp_path):
 @pytest.mark.slow
 def test_a_training_start_reads_model_json_once(model_folder, monkeypatch):
     reads, read_json = [], store.read_json
-    monkeypatch.setattr(store, "read_json", lambda path: reads.append(path) or read_json(path))
+    monkeypatch.setattr(store, "read_json", lambda path, *more: reads.append(path) or read_json(path, *more))
     monkeypatch.setattr(inputs, "encoders_of", lambda path: "of another model")
     config = configs.sfv()
     config.init = str(model_folder)
