@@ -81,8 +81,9 @@ def get_config(arg: str = ""):
         generator_every=1,  # choice
         heads_every=1,  # choice
     )
-    if printed := arg.startswith("printed"):
+    if arg in ("printed", "printed,tiny"):
         config.generator_optimizer.update(delay_steps=0, warmup_steps=0)  # the paper mentions none
         config.heads_optimizer.warmup_steps = 0  # the paper mentions none
         config.sfv.update(recon_weight=0.1, recon_reduction="video", balance=0.0)  # paper, Eq. 9 and 10
-    return defaults.finish(config, arg.removeprefix("printed").removeprefix(",") if printed else arg)
+        arg = "tiny" if arg.endswith("tiny") else ""
+    return defaults.finish(config, arg)

@@ -42,12 +42,13 @@ def make_draw(method, g_sigmas, probabilities):
       `(adversarial.Keys, shape of the latents, step) -> adversarial.Draws`.
     """
 
-    def renoise(level, noise, shape):
+    def draw(keys, shape, step):
         p_mean = method.p_mean + (noise_shift(math.prod(shape[1:])) if method.noise_shift else 0)
         d_sigmas, d_probabilities = edm.lognormal_levels(method.discriminator_levels, p_mean, method.p_std)
-        return edm.draw_levels(level, d_sigmas, d_probabilities, shape[:1]), jax.random.normal(noise, shape)
 
-    def draw(keys, shape, step):
+        def renoise(level, noise, shape):
+            return edm.draw_levels(level, d_sigmas, d_probabilities, shape[:1]), jax.random.normal(noise, shape)
+
         sigma = edm.draw_levels(keys.level, g_sigmas, probabilities and probabilities(step), shape[:1])
         real = renoise(keys.real_level, keys.real_noise, shape)
         fake = real if method.shared_noise else renoise(keys.fake_level, keys.fake_noise, shape)

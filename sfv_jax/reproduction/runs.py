@@ -10,8 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
-from sfv_jax.checkpoints.base import is_run, read_run
-from sfv_jax.checkpoints.model_folder import read_model
+from sfv_jax.checkpoints.base import read_unet
 from sfv_jax.checkpoints.run import claim_workdir
 from sfv_jax.config import world_of
 from sfv_jax.config_check import check
@@ -131,7 +130,7 @@ def cost_of_step(config: ConfigDict, base: Path) -> float:
         unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
         example = world_source(world_of(config), config.data.split, 1, codec)[0]
     else:
-        unet = read_run(base)[0] if is_run(base) else read_model(base).configs["unet"]
+        unet = read_unet(base)
         example = latent_source(config.data.path, config.data.split)[0]
     return step_flops(config, unet, example)
 
