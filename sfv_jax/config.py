@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # commands read configs before they need JAX
     from sfv_jax.data.worlds import World
     from sfv_jax.models.codec import PatchCodec
     from sfv_jax.models.unet import UNetConfig
+    from sfv_jax.models.vae import VAEConfig
 
 
 def sm3(lr: float, **changes) -> ConfigDict:
@@ -53,6 +54,7 @@ def default() -> ConfigDict:
             method="",  # module of sfv_jax.methods
             init="",  # model folder or workdir to start from; "" initializes at random
             init_weights="ema",  # which weights of a workdir: "ema" or "generator"
+            encoders="",  # model folder with VAE and CLIP tower for a UNet without `init`; "": the patch codec
             seed=0,
             steps=50_000,  # paper
             batch_size=32,  # samples per optimizer step, over all devices and micro-batches; paper
@@ -257,6 +259,26 @@ def teacher() -> ConfigDict:
     return config
 
 
+def vae() -> ConfigDict:
+    """Returns the training of a temporal VAE on short clips; all numbers are choices."""
+    config = default()
+    config.update(
+        dict(
+            method="vae",
+            ema_decay=0.999,
+            generator_optimizer=adamw(1e-3, warmup_steps=100, clip_norm=1.0),
+            autoencoder=dict(),  # changes to vae.VAEConfig, without `init`
+            vae=dict(
+                num_frames=2,  # consecutive frames of a clip; two are the fewest that train the temporal layers
+                gradient_weight=1.0,  # L1 of the differences between neighboring pixels, against blurred edges
+                flicker_weight=1.0,  # L1 of the differences between frames
+                kl_weight=1e-3,  # KL per latent number: noise of about a percent of the latents
+            ),
+        )
+    )
+    return config
+
+
 def finish(config: ConfigDict, arg: str) -> ConfigDict:
     """Ends a `get_config(arg)`: returns `config`, or `tiny(config)` if `arg` is "tiny", locked against typos.
 
@@ -333,6 +355,7 @@ YOUNGER: dict[str, Any] = {
     "sfv.r2_weight": 0.0,
     "sfv.heads_every": 1,
     "backbone_init": "",
+    "encoders": "",
     "alarms.min_adv_to_rec": 0.0,
     "alarms.max_adv_to_rec": 0.0,
     "sfv.probabilities": [],  # as JSON has it
@@ -383,9 +406,12 @@ def same_unet(unet: "UNetConfig", config: ConfigDict) -> "UNetConfig":
     return replace(unet, **{k: config.unet[k] for k in SAME_PARAMETERS if k in config.unet})
 
 
-def plain_unet(unet: "UNetConfig") -> "UNetConfig":
-    """Returns `unet` without recomputation and fused attention, so that its jaxpr shows the FLOPs of the model."""
-    return replace(unet, remat=False, attention_kernel="einsum")
+def plain(network):
+    """Returns the config of a network as its jaxpr shows the model's FLOPs: without recomputation and fused attention.
+
+    Only UNets have these.
+    """
+    return replace(network, remat=False, attention_kernel="einsum") if hasattr(network, "remat") else network
 
 
 def world_of(config: ConfigDict) -> "World":
@@ -419,6 +445,17 @@ def unet_of(config: ConfigDict) -> "UNetConfig":
     from sfv_jax.models.unet import UNetConfig
 
     return _build(UNetConfig, config.unet, "unet")
+
+
+def vae_of(config: ConfigDict) -> "VAEConfig":
+    """Returns SVD's VAE with the changes of `config.autoencoder`.
+
+    Raises:
+      ConfigError: if its fields are wrong.
+    """
+    from sfv_jax.models.vae import VAEConfig
+
+    return _build(VAEConfig, config.autoencoder, "autoencoder")
 
 
 def _build(kind, changes: ConfigDict, name: str):

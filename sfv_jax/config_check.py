@@ -218,13 +218,14 @@ def _impossible_sections(config: ConfigDict, fields: dict[str, Any], wrong: dict
         "data.world": configs.world_of,
         "patch_codec": configs.patch_codec_of,
         "unet": configs.unet_of,
+        "autoencoder": configs.vae_of,
         "discriminator": lambda config: DiscriminatorConfig(**config.discriminator),
     }
     built = {}
     for section, build in sections.items():
         if any(f"{name}.".startswith(f"{section}.") or section.startswith(f"{name}.") for name in wrong):
             continue
-        if section == "discriminator" and section not in config:
+        if section in ("discriminator", "autoencoder") and section not in config:
             continue
         try:
             built[section] = build(config)
@@ -232,7 +233,12 @@ def _impossible_sections(config: ConfigDict, fields: dict[str, Any], wrong: dict
             yield f"{section}: " + str(error).removeprefix(f"config.{section}: ")
         except AttributeError:
             yield f"{section}: the section is missing"
-    if fields.get("init") or not {"data.world", "patch_codec", "unet"} <= built.keys():
+    if (
+        fields.get("init")
+        or fields.get("encoders")
+        or fields.get("method") == "vae"
+        or not {"data.world", "patch_codec", "unet"} <= built.keys()
+    ):
         return  # the model decides
     unet, world, codec = built["unet"], built["data.world"], built["patch_codec"]
     if unet.in_channels != 2 * unet.out_channels:

@@ -141,6 +141,7 @@ GENERAL = {
     "method": choice("training method; each has its own file in `configs/`", *choices.METHODS),
     "init": text("model folder or workdir to start from; empty: random weights, for the procedural world"),
     "init_weights": choice("which weights of a workdir to start from", "ema", "generator"),
+    "encoders": text("model folder with VAE and CLIP tower for a UNet without `init`; empty: the patch codec"),
     "seed": count("seed of weights, order of the data, noise", 0, 2**32 - 1),
     "steps": count("optimizer steps of the whole run"),
     "batch_size": count("samples per optimizer step, over all devices and micro-batches"),
@@ -261,6 +262,12 @@ METHODS = {
         "cond_drop": share("share of samples without each condition, and without both", 1 / 3),
         "sample_steps": count("Euler steps of the pictures made during training", 1, 1000),
     },
+    "vae": {
+        "num_frames": count("consecutive frames of a clip that are trained on together", 1, 4096),
+        "gradient_weight": real("weight of the L1 error of differences between neighboring pixels"),
+        "flicker_weight": real("weight of the L1 error of differences between frames"),
+        "kl_weight": real("weight of the KL term, a mean over latent numbers"),
+    },
 }
 CHANNELS = dict(low=1, high=2**14)
 UNET = {
@@ -280,6 +287,18 @@ UNET = {
     "attention_kernel": choice("attention over the positions of a frame", *choices.ATTENTION_KERNELS),
     "remat": switch("recompute in the backward pass: less memory, more time"),
 }
+AUTOENCODER = {
+    "block_out_channels": count(
+        "channels of each level; each but the last halves height and width", **CHANNELS, length=(1, 8)
+    ),
+    "layers_per_block": count("residual blocks of each level of the encoder; the decoder has one more", 1, 16),
+    "latent_channels": count("channels of the latents", **CHANNELS),
+    "scaling_factor": positive("factor of the latents before diffusion"),
+    "sample_size": count("side of the frames in the model's description; without effect", 1, 2**14),
+    "norm_groups": count("groups of every GroupNorm", 1, 2**14),
+    "temporal_conv": choice("form of the temporal convolutions", "conv", "matmul"),
+    "decode_pixels": count("pixels decoded at a time; 0: all", 0),
+}
 WORLD = {
     "size": count("side of a frame in pixels", 4, 4096),
     "num_frames": count("frames of a clip", 1, 4096),
@@ -290,6 +309,12 @@ WORLD = {
     "speeds": real("speeds in pixels per frame", 0, 4096, length=(1, 64)),
     "radii": positive("smallest and largest radius in pixels", 4096, length=(2, 2)),
     "backgrounds": count("background colors: red, green and blue", 0, 255, length=(3, 3), rows=True),
+    "bodies": count("bodies in a clip, each of another color", 1, len(choices.COLOURS)),
+    "shade": share("brightness of one half of each body; 1: plain bodies"),
+    "rolling": switch("bodies turn as if they rolled along the bottom"),
+    "texture": real("RMS amplitude of the background's texture, in gray levels", 0, 128),
+    "pans": count("directions in which the background drifts", 1, 360),
+    "pan_speed": real("speed of the background in pixels per frame", 0, 4096),
     "seed": count("seed of all clips", 0, 2**32 - 1),
 }
 PATCH_CODEC = {
@@ -311,6 +336,7 @@ SECTIONS = {  # of the fields that not every config has
     "discriminator": DISCRIMINATOR,
     **METHODS,
     "unet": UNET,
+    "autoencoder": AUTOENCODER,
     "data.world": WORLD,
     "patch_codec": PATCH_CODEC,
 }

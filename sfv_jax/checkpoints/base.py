@@ -18,7 +18,7 @@ from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNet, UNetConfig
-from sfv_jax.models.vae import VAEConfig
+from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.runtime.files import FileError, read_json, sha256, write_json
 from sfv_jax.weights.components import make_config
 from sfv_jax.weights.diffusers import load_component
@@ -54,22 +54,62 @@ def describe_run(workdir: Path, unet: UNetConfig, codec: PatchCodec | None, mode
     write_json(workdir / "network.json", content)
 
 
+def describe_vae(workdir: Path, vae: VAEConfig) -> None:
+    """Writes `workdir/network.json` of a run that trains a VAE: its config."""
+    write_json(workdir / "network.json", {"vae": dataclasses.asdict(vae)})
+
+
+REMEDY = "restore it from a copy, or repeat the run's training command, which writes it anew"
+
+
+def load_vae(path: str | Path, *, raw: bool = False) -> tuple[VAEConfig, tree.Params]:
+    """Loads the VAE of a model folder, or of the newest checkpoint of a run that trains one.
+
+    Args:
+      path: model folder, or workdir of the run.
+      raw: load the trained weights of a run instead of their moving average.
+
+    Returns:
+      The config, and the parameters, fp32.
+
+    Raises:
+      WeightsError: if `path` is neither, or the run trains something else.
+      WorkdirError: if the run has no checkpoint yet.
+    """
+    if not is_run(path):
+        params, configs, _ = load_model(path, ("vae",), dtype=jax.numpy.float32)
+        return configs["vae"], params["vae"]
+    file = Path(path) / "network.json"
+    content = read_json(file, REMEDY)
+    if "vae" not in content:
+        raise WeightsError(f"{path} is the run of a generator, not of a VAE")
+    try:
+        config = make_config(VAEConfig, content["vae"], str(file))
+    except WeightsError as error:
+        raise FileError(f"{error}; {REMEDY}") from error
+    _, abstract = tree.abstract(TemporalVAE, config)
+    return config, restore_ema(Path(path), abstract, name="generator" if raw else "ema")[0]
+
+
 def read_run(workdir: Path) -> tuple[UNetConfig, PatchCodec | None, Path | None]:
     """Returns the UNet's config, the patch codec and the model folder that `describe_run` wrote.
 
     Raises:
       FileError: if `network.json` is damaged.
+      WeightsError: if the run trains a VAE.
     """
     path = workdir / "network.json"
-    remedy = "restore it from a copy, or repeat the run's training command, which writes it anew"
-    content = read_json(path, remedy, ("unet", "patch_codec", "model"))
+    content = read_json(path, REMEDY)
+    if set(content) == {"vae"}:
+        raise WeightsError(f"{workdir} is the run of a VAE: make a model folder with `python -m sfv_jax.convert --vae`")
+    content = read_json(path, REMEDY, ("unet", "patch_codec", "model"))
     unet, codec, model = (content[name] for name in ("unet", "patch_codec", "model"))
     if model is not None and not isinstance(model, str):
-        raise FileError(f"{path}: field model is not a path; {remedy}")
+        raise FileError(f"{path}: field model is not a path; {REMEDY}")
     try:
         made = make_config(UNetConfig, unet, str(path)), codec and make_config(PatchCodec, codec, str(path))
     except WeightsError as error:
-        raise FileError(f"{error}; {remedy}") from error
+        raise FileError(f"{error}; {REMEDY}") from error
     return *made, Path(model) if model else None
 
 

@@ -139,6 +139,27 @@ class WorldSource:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class FrameSource:
+    """Pixels of `size` clips of a procedural world, rendered on access; example i is always the same.
+
+    An example is `{"frames": uint8 [num_frames, h, w, 3]}`: consecutive frames from anywhere in a clip.
+    """
+
+    world: World
+    split: str
+    size: int
+    num_frames: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Example:
+        begin = int(np.random.default_rng(index).integers(self.world.num_frames - self.num_frames + 1))
+        label = self.world.label(index, self.split)
+        return {"frames": self.world.render(label, slice(begin, begin + self.num_frames))}
+
+
 def world_source(world: World, split: str, size: int, codec: PatchCodec | SVDCodec) -> WorldSource:
     """Returns the first `size` clips of `split` of a procedural world, encoded by `codec`."""
     return WorldSource(world, split, size, codec)

@@ -7,6 +7,9 @@
 One call computes all scores, world-FVD included; `MEANINGS` describes each of them for the footer of a table.
 """
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 
-from sfv_jax.data.worlds import PALETTE, Label, World
+from sfv_jax.data.worlds import PALETTE, Body, Label, World
 from sfv_jax.evaluation import worldnet
 from sfv_jax.evaluation.frechet import MIN_SAMPLES, Moments, extrapolate, frechet_distance
 
@@ -25,13 +28,14 @@ _GRID = 0.5  # pixels between the candidate positions of the object
 
 MEANINGS = {
     "distance": "RMSE in gray levels (0..255) to the nearest legal continuation, 0 is perfect",
-    "fit": "share of the difference from the background that one shape and color explain, mean over frames; 1 is best",
-    "shape_kept": "share of frames in which the condition's shape fits best",
-    "colour_kept": "share of frames in which the object's color is nearest to the condition's",
-    "path_error": "RMS distance in pixels between the object's path and the nearest legal one, mean over clips",
-    "legal": f"share of clips whose object follows a legal path, within {LEGAL:g} pixel",
-    "directions_covered": "share of the legal directions that at least one legal clip takes",
-    "busiest_direction": "share of the most frequent nearest direction, 1 after mode collapse",
+    "fit": "share of the difference from what lies behind a body that one shape and color explain, mean over frames"
+    " and bodies; 1 is best",
+    "shape_kept": "share of frames in which the condition's shape fits best, mean over bodies",
+    "colour_kept": "share of frames in which a body's color is nearest to the condition's, mean over bodies",
+    "path_error": "RMS distance in pixels between a body's path and the nearest legal one, mean over clips and bodies",
+    "legal": f"share of clips whose bodies all follow a legal path, within {LEGAL:g} pixel",
+    "directions_covered": "share of the legal directions that at least one body of a legal clip takes",
+    "busiest_direction": "share of the most frequent direction of bodies in the nearest futures, 1 after mode collapse",
     "world_fvd": "Frechet distance to all true continuations of the same first frames, on features of a network trained"
     " to classify the world's shapes, colors, directions and speeds; comparable at equal numbers of clips only",
 }
@@ -61,19 +65,22 @@ def score(
     if clips.dtype != np.uint8 or clips.shape != expected:
         raise ValueError(f"{len(labels)} labels need clips uint8 {expected}; got {clips.dtype} {clips.shape}")
     nearest = [nearest_future(world, label, clip) for label, clip in zip(labels, clips, strict=True)]
-    tracks = [track(world, label, clip) for label, clip in zip(labels, clips, strict=True)]
-    paths = [nearest_path(world, label, found.positions) for label, found in zip(labels, tracks, strict=True)]
-    legal = [label.direction for error, label in paths if error < LEGAL]
-    kept = list(zip(labels, tracks, strict=True))
+    tracks = [track(world, scene, clip) for (_, scene), clip in zip(nearest, clips, strict=True)]
+    bodies = [body for label in labels for body in label.bodies]
+    kept = list(zip(bodies, itertools.chain(*tracks), strict=True))
+    paths = [nearest_path(world, body, found.positions) for body, found in kept]
+    clipwise = [paths[n : n + world.bodies] for n in range(0, len(paths), world.bodies)]
+    legal = [moves for moves in clipwise if all(error < LEGAL for error, _ in moves)]
+    directions = {body.direction for moves in legal for _, body in moves}
     result = {
         "clips": len(clips),
         "distance": float(np.mean([error for error, _ in nearest])),
-        "fit": float(np.mean([found.fit for found in tracks])),
-        "shape_kept": float(np.mean([[s == label.shape for s in found.shapes] for label, found in kept])),
-        "colour_kept": float(np.mean([[c == label.colour for c in found.colours] for label, found in kept])),
+        "fit": float(np.mean([found.fit for _, found in kept])),
+        "shape_kept": float(np.mean([[s == body.shape for s in found.shapes] for body, found in kept])),
+        "colour_kept": float(np.mean([[c == body.colour for c in found.colours] for body, found in kept])),
         "path_error": float(np.mean([error for error, _ in paths])),
         "legal": len(legal) / len(clips),
-        "directions_covered": len(set(legal)) / world.directions,
+        "directions_covered": len(directions) / world.directions,
         "busiest_direction": busiest_direction([label for _, label in nearest], world.directions),
         "world_fvd": None,
     }
@@ -95,8 +102,7 @@ def world_fvd(
     """
     features, about = network if isinstance(network, tuple) else _network(world, network)
     fake = features(clips)
-    true = features(np.stack([world.render(future) for label in labels for future in world.futures(label)]))
-    true = true.reshape(len(labels), -1, true.shape[-1])
+    true = np.stack([features(world.render_futures(label)) for label in labels])
 
     def distance(rows) -> float:
         return frechet_distance(Moments.of(np.concatenate(true[rows])), Moments.of(fake[rows]))
@@ -118,12 +124,12 @@ _network = lru_cache(maxsize=8)(worldnet.load)
 
 @dataclass(frozen=True)
 class Track:
-    """The object found in each frame of a clip.
+    """One body as it was found in each frame of a clip.
 
     Attributes:
       positions: float64 `[t, 2]`, (x, y) in pixels, to half a pixel: the position that explains most.
       shapes, colours: names of the shape that explains most and of the nearest color of the world, per frame.
-      fit: `[t]`, share of the squared difference from the background that the object explains; 0 for an empty frame.
+      fit: `[t]`, share of the squared difference from what lies behind that the body explains; 0 for an empty frame.
     """
 
     positions: np.ndarray
@@ -132,25 +138,54 @@ class Track:
     fit: np.ndarray
 
 
-def track(world: World, label: Label, frames: np.ndarray) -> Track:
-    """Finds the object in each of `frames` uint8 `[t, h, w, 3]`; `label` gives its background and size.
+def track(world: World, scene: Label, frames: np.ndarray) -> list[Track]:
+    """Finds each body of `scene` in each of `frames` uint8 `[t, h, w, 3]`.
 
-    Every shape of the world is tried at every position of a grid; its color is a least-squares fit.
+    Every shape of the world is tried at every position of a grid; its color is a least-squares fit. What lies behind
+    a body, and what hides it, is taken from the scene.
+
+    Args:
+      world: the world of the scene.
+      scene: the legal continuation that is nearest to the frames.
+      frames: the clip.
     """
-    low, high = world.bounds(label.radius)
+    drawn = [world.stamp(body, world.positions(body)) for body in scene.bodies]
+    behind = world.background(scene)
+    found = []
+    for n, body in enumerate(scene.bodies):
+        visible = np.prod([1 - coverage for coverage, _ in drawn[n + 1 :]], axis=0) * np.ones(frames.shape[:3])
+        found.append(_find(world, body, frames, behind, visible.astype(np.float32)))
+        behind = world.paint(behind, body)
+    return found
+
+
+def _find(world: World, body: Body, frames: np.ndarray, behind: np.ndarray, visible: np.ndarray) -> Track:
+    """Finds one body in `frames`, before `behind [t, h, w, 3]`, where it is `visible [t, h, w]`.
+
+    A body of color k, coverage a and tone m makes f = (1 - a) b + a m k of what lies behind, b. The weighted squared
+    error over a frame is that of f - b + a b - a m k, which is smallest for k = <f - b + a b, a m> / <a m, a m>.
+    """
+    low, high = world.bounds(body.radius)
     line = np.linspace(low, high, int(np.ceil((high - low) / _GRID)) + 1)
     places = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
-    stamps = np.concatenate([world.stamp(shape, label.radius, places) for shape in world.shapes])
-    stamps = stamps.reshape(len(stamps), -1)
-    background = np.asarray(world.backgrounds[label.background], np.float32)
-    rest = frames.reshape(len(frames), -1, 3).astype(np.float32) - background
-    weight = np.square(stamps).sum(1)
-    overlap = rearrange(stamps @ rearrange(rest, "t k c -> k (t c)"), "n (t c) -> t n c", c=3)
-    explained = np.square(overlap).sum(-1) / weight
+    stamps = [world.stamp(dataclasses.replace(body, shape=shape), places) for shape in world.shapes]
+    a, m = (np.concatenate(x).reshape(-1, world.size**2) for x in zip(*stamps, strict=True))
+    m = a * m
+    w = visible.reshape(len(frames), -1, 1)
+    b = behind.reshape(len(frames), -1, 3)
+    rest = frames.reshape(b.shape).astype(np.float32) - b
+
+    def over(stamp: np.ndarray, x: np.ndarray) -> np.ndarray:  # [p, k], [t, k, c] -> [t, p, c]
+        return rearrange(stamp @ rearrange(x, "t k c -> k (t c)"), "p (t c) -> t p c", c=x.shape[-1])
+
+    weight = np.maximum(over(m * m, w), 1e-6)
+    overlap = over(m, w * rest) + over(a * m, w * b)
+    hidden = over(a, 2 * w * (rest * b).sum(-1, keepdims=True)) + over(a * a, w * (b * b).sum(-1, keepdims=True))
+    explained = np.square(overlap).sum(-1) / weight[..., 0] - hidden[..., 0]
     best = explained.argmax(1)
     rows = np.arange(len(frames))
-    energy = np.square(rest).sum((1, 2))
-    color = background + overlap[rows, best] / weight[best, None]
+    energy = (w * np.square(rest)).sum((1, 2))
+    color = overlap[rows, best] / weight[rows, best]
     palette = np.array([PALETTE[name] for name in world.colours], np.float32)
     nearest = np.square(color[:, None] - palette).sum(-1).argmin(1)
     return Track(
@@ -161,31 +196,29 @@ def track(world: World, label: Label, frames: np.ndarray) -> Track:
     )
 
 
-def nearest_path(world: World, label: Label, positions: np.ndarray) -> tuple[float, Label]:
-    """Returns (RMS distance in pixels, label) of the legal continuation whose path is nearest to `positions [t, 2]`."""
-    futures = world.futures(label)
-    errors = [np.sqrt(np.square(world.positions(future) - positions).sum(-1).mean()) for future in futures]
+def nearest_path(world: World, body: Body, positions: np.ndarray) -> tuple[float, Body]:
+    """Returns (RMS distance in pixels, body) of the legal motion whose path is nearest to `positions [t, 2]`."""
+    motions = world.motions(body)
+    errors = [np.sqrt(np.square(world.positions(moved) - positions).sum(-1).mean()) for moved in motions]
     best = int(np.argmin(errors))
-    return float(errors[best]), futures[best]
+    return float(errors[best]), motions[best]
 
 
 def nearest_future(world: World, label: Label, frames: np.ndarray) -> tuple[float, Label]:
-    """Returns (RMSE in gray levels label) of the legal continuation nearest to `frames`, uint8 `[t, h, w, 3]`.
+    """Returns (RMSE in gray levels, label) of the legal continuation nearest to `frames`, uint8 `[t, h, w, 3]`.
 
     Zero means a perfect video. An average of the futures is far from each of them, so a blur scores badly although it
     minimizes the expected error against any one truth.
     """
-    futures = world.futures(label)
-    errors = [rmse(world.render(future), frames) for future in futures]
+    errors = np.square(world.render_futures(label).astype(np.float32) - frames.astype(np.float32)).mean((1, 2, 3, 4))
     best = int(np.argmin(errors))
-    return errors[best], futures[best]
-
-
-def rmse(a: np.ndarray, b: np.ndarray) -> float:
-    """Returns the root mean squared difference of uint8 arrays of one shape, in gray levels."""
-    return float(np.sqrt(np.mean(np.square(a.astype(np.float32) - b.astype(np.float32)))))
+    return math.sqrt(errors[best]), world.futures(label)[best]
 
 
 def busiest_direction(labels: list[Label], directions: int) -> float:
-    """Returns the largest share of one direction among `labels`: 1 / directions if uniform, 1 after mode collapse."""
-    return float(np.bincount([label.direction for label in labels], minlength=directions).max() / len(labels))
+    """Returns the largest share of one direction among the bodies of `labels`.
+
+    It is 1 / directions if all are taken alike, and 1 after mode collapse.
+    """
+    taken = [body.direction for label in labels for body in label.bodies]
+    return float(np.bincount(taken, minlength=directions).max() / len(taken))

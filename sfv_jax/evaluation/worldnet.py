@@ -1,6 +1,6 @@
 """Small 3-D convolutional network for the procedural world; world-FVD is measured on its features.
 
-It is trained to classify shape, color, direction and speed of true clips, as I3D is trained on Kinetics. Training
+It is trained to classify shapes, colors, directions and speeds of true clips, as I3D is trained on Kinetics. Training
 takes a minute on two CPU cores at the quickstart's size and always gives the same weights on one machine:
 
     python -m sfv_jax.evaluation.worldnet --config configs/quickstart.py:teacher
@@ -32,13 +32,13 @@ from ml_collections import config_flags
 
 from sfv_jax.config import world_of
 from sfv_jax.config_check import check
-from sfv_jax.data.worlds import Label, World
+from sfv_jax.data.worlds import Body, Label, World
 from sfv_jax.models import tree
 from sfv_jax.models.codec import to_signed
 from sfv_jax.runtime import commands
 from sfv_jax.runtime.files import FileError, one_line, parse_json, read_arrays, replacing
 
-TASKS = ("shape", "colour", "direction", "speed")
+BODY_TASKS = ("shape", "colour", "direction", "speed")
 TOLERANCE = 0.01  # of the accuracy: devices round differently, and near the border of two classes that decides
 Program = Callable[[tree.Params, np.ndarray], tuple[jax.Array, list[jax.Array]]]
 
@@ -59,11 +59,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that determine the parameter shapes; `classes` is the number of classes of each of `TASKS`."""
+    """Sizes that determine the parameter shapes; `classes` is the number of classes of each of `tasks`."""
 
     widths: tuple[int, int]
     features: int
-    classes: tuple[int, int, int, int]
+    classes: tuple[int, ...]
 
 
 class Conv(nnx.Module):
@@ -98,7 +98,7 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class WorldNet(nnx.Module):
-    """Maps frames `[b, t, h, w, 3]` in [-1, 1] to features `[b, d]` and logits `[b, classes]` of each of `TASKS`."""
+    """Maps frames `[b, t, h, w, 3]` in [-1, 1] to features `[b, d]` and logits `[b, classes]` of each of `tasks`."""
 
     def __init__(self, config: Shape, *, rngs):
         a, b = config.widths
@@ -116,21 +116,30 @@ class WorldNet(nnx.Module):
         return features, [head(nnx.relu(features)) for head in self.heads]
 
 
+def tasks(world: World) -> tuple[str, ...]:
+    """Returns the names of what is classified: `BODY_TASKS` of each body, and the drift of the background."""
+    bodies = [f"{name} {n + 1}" if world.bodies > 1 else name for n in range(world.bodies) for name in BODY_TASKS]
+    return (*bodies, "pan") if world.pans > 1 else tuple(bodies)
+
+
 def classes(world: World, labels: list[Label]) -> np.ndarray:
-    """Returns int32 `[n, 4]`: the class of each label in each of `TASKS`."""
-    columns = (
-        [world.shapes.index(label.shape) for label in labels],
-        [world.colours.index(label.colour) for label in labels],
-        [label.direction for label in labels],
-        [world.speeds.index(label.speed) for label in labels],
-    )
-    return np.array(columns, np.int32).T
+    """Returns int32 `[n, tasks]`: the class of each label in each of `tasks`; bodies are sorted by color."""
+
+    def of(body: Body) -> list[int]:
+        colour = world.colours.index(body.colour)
+        return [world.shapes.index(body.shape), colour, body.direction, world.speeds.index(body.speed)]
+
+    rows = []
+    for label in labels:
+        bodies = sorted(map(of, label.bodies), key=lambda row: row[1])
+        rows.append([*itertools.chain(*bodies), *([label.pan] if world.pans > 1 else [])])
+    return np.array(rows, np.int32)
 
 
 def shape_of(world: World, settings: Settings) -> Shape:
     """Returns the network's sizes for a world."""
-    counts = (len(world.shapes), len(world.colours), world.directions, len(world.speeds))
-    return Shape(settings.widths, settings.features, counts)
+    counts = (len(world.shapes), len(world.colours), world.directions, len(world.speeds)) * world.bodies
+    return Shape(settings.widths, settings.features, counts + ((world.pans,) if world.pans > 1 else ()))
 
 
 def train(world: World, settings: Settings) -> tuple[tree.Params, np.ndarray, dict[str, float]]:
@@ -179,7 +188,7 @@ def examine(world: World, run: Program, params: tree.Params) -> tuple[np.ndarray
     frames, labels = world.batch(range(1024), "heldout")
     features, logits = _outputs(run, params, frames)
     right = (np.stack([x.argmax(-1) for x in logits], 1) == classes(world, labels)).mean(0)
-    return features, {name: float(value) for name, value in zip(TASKS, right, strict=True)}
+    return features, {name: float(value) for name, value in zip(tasks(world), right, strict=True)}
 
 
 def _outputs(run: Program, params: tree.Params, frames: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -231,7 +240,7 @@ def _read(path: Path, world: World, settings: Settings, run: Program) -> tuple[t
     arrays = read_arrays(path, "it is made again", ("about", "scale"))
     try:
         about = parse_json(str(arrays.pop("about")).encode())
-        accuracy = {name: float(about["accuracy"][name]) for name in TASKS}
+        accuracy = {name: float(about["accuracy"][name]) for name in tasks(world)}
         about["seconds"] = float(about["seconds"])
         if about["sha256"] != _digest(world, settings, arrays, accuracy):
             raise ValueError("its SHA-256 is another")
@@ -240,7 +249,7 @@ def _read(path: Path, world: World, settings: Settings, run: Program) -> tuple[t
     scale = arrays.pop("scale")
     params = tree.unflatten(arrays)
     found = examine(world, run, params)[1]
-    if any(abs(found[name] - accuracy[name]) > TOLERANCE for name in TASKS):
+    if any(abs(found[name] - accuracy[name]) > TOLERANCE for name in accuracy):
         raise FileError(f"{path} has accuracy {found}, not {accuracy}; it is made again")
     return params, scale, about
 

@@ -208,11 +208,16 @@ class TemporalVAE(nnx.Module):
         Raises:
           UserError: if height or width is not a multiple of the downscale.
         """
+        return self.posterior(frames)[0]
+
+    def posterior(self, frames: Array) -> tuple[Array, Array]:
+        """Returns mean and log variance of the unscaled latents, each as the result of `encode`, which raises alike."""
         h, w = frames.shape[2:4]
         step = self.config.downscale
         if h % step or w % step:
             raise UserError(f"frames of {h}x{w}: height and width must be multiples of {step}")
-        return jnp.split(self.quant_conv(self.encoder(frames)), 2, axis=-1)[0]
+        mean, log_variance = jnp.split(self.quant_conv(self.encoder(frames)), 2, axis=-1)
+        return mean, log_variance
 
     def decode(self, latents: Array) -> Array:
         """Returns frames `[b, t, 8h, 8w, 3]`, nominally in [-1, 1], from unscaled `latents [b, t, h, w, 4]`.

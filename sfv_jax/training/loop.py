@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from sfv_jax.checkpoints.base import describe_run
 from sfv_jax.checkpoints.run import BadStateError, Checkpoints, claim_workdir, explained, owned, safe
 from sfv_jax.config import ConfigError, renewed
 from sfv_jax.config_check import check
 from sfv_jax.data.loader import make_loader
 from sfv_jax.errors import UserError
 from sfv_jax.methods import METHODS
-from sfv_jax.models.codec import PatchCodec
 from sfv_jax.runtime.device import peak_flops
 from sfv_jax.runtime.plain_config import flat
 from sfv_jax.runtime.processes import agree, once
@@ -23,10 +21,10 @@ from sfv_jax.runtime.progress import ProgressReport
 from sfv_jax.runtime.sharding import local_rows, make_mesh, on_mesh, param_shardings, put_batch, with_shardings
 from sfv_jax.runtime.stopping import StopRequest
 from sfv_jax.training.clock import Clock, Trace
-from sfv_jax.training.inputs import check_backbone, check_memory, load_backbone, load_base, open_source
+from sfv_jax.training.inputs import check_memory, load_backbone, open_inputs
 from sfv_jax.training.journal import Journal
 from sfv_jax.training.metrics import MetricWriter
-from sfv_jax.training.previews import Previews
+from sfv_jax.training.previews import Pictures
 from sfv_jax.training.step import jit_train_step, step_flops
 
 
@@ -56,24 +54,22 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
         rows = local_rows(mesh, config.batch_size, config.accumulation_steps)
     except UserError as error:
         raise ConfigError(f"config: {error}") from error
-    base = load_base(config, mesh)
-    check_backbone(config, base.unet)
-    source = open_source(config, base, config.data.split)
+    inputs = open_inputs(config, mesh)
     try:
-        networks = method.make_networks(base.unet, config)
+        networks = method.make_networks(inputs.network, config)
     except UserError as error:
         raise ConfigError(f"config: {error}") from error
 
     def init(params):
         return method.init_state(networks, config, params)
 
-    abstract = jax.eval_shape(init, base.params)
+    abstract = jax.eval_shape(init, inputs.params)
     shardings = param_shardings(mesh, abstract)
     check_memory("the state of training", abstract, shardings)
-    params, base = base.params, replace(base, params={})  # the state replaces them
+    params, inputs.params = inputs.params, {}  # the state replaces them
     try:
         loader = make_loader(
-            source,  # pyrefly: ignore[bad-argument-type]  # of a sequence, grain needs only `len` and `[]`
+            inputs.source,  # pyrefly: ignore[bad-argument-type]  # of a sequence, grain needs only `len` and `[]`
             global_batch_size=config.batch_size,
             seed=config.seed,
             rows=rows,
@@ -83,8 +79,7 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
 
     def claim() -> None:  # after all checks of the config
         claim_workdir(workdir, config.to_dict(), renewed)
-        codec = base.codec if isinstance(base.codec, PatchCodec) else None
-        describe_run(workdir, base.unet, codec, base.model.path if base.model else None)
+        inputs.describe(workdir)
 
     once(claim)
     with ExitStack() as stack:  # its end waits for unfinished checkpoints, also after an error
@@ -111,12 +106,11 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
         step_fn = jit_train_step(method, networks, config, mesh, shardings)
         previews = None
         if config.sample_every and (latest or 0) < config.steps:
-            held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
-            previews = Previews(config, base, held_out, workdir, writer, mesh)
+            previews = inputs.previews(workdir, writer)
         report = stack.enter_context(closing(ProgressReport(config.steps, latest or 0, chief, config.method)))
         flops = None  # not reported on CPU
         if jax.default_backend() != "cpu":
-            flops = step_flops(config, base.unet, source[0]) / jax.device_count()
+            flops = step_flops(config, inputs.network, inputs.source[0]) / jax.device_count()
         clock = Clock(report.first, flops, peak_flops(jax.devices()[0].device_kind))
         out = Outputs(
             Journal(config, clock, writer, report, checkpoints.settled),
@@ -141,7 +135,7 @@ class Outputs:
     """Outputs of a run besides its state."""
 
     journal: Journal
-    previews: Previews | None
+    previews: Pictures | None
     checkpoints: Checkpoints
     check_owner: Callable[[], None]
     trace: Trace

@@ -10,6 +10,7 @@ from sfv_jax.config import ConfigDict
 from sfv_jax.methods import METHODS
 from sfv_jax.models.networks import Networks
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.models.vae import VAEConfig
 from sfv_jax.runtime.device import count_flops
 from sfv_jax.runtime.sharding import batch_sharding, replicated_sharding
 
@@ -32,7 +33,7 @@ def jit_train_step(method, networks: Networks, config: ConfigDict, mesh: Mesh, s
     )
 
 
-def step_flops(config: ConfigDict, unet: UNetConfig, example: dict) -> float:
+def step_flops(config: ConfigDict, network: UNetConfig | VAEConfig, example: dict) -> float:
     """Returns the FLOPs of a train step on all devices together: matrix products and convolutions, from its jaxpr.
 
     Recomputation (`remat`) is not counted, as is usual for model FLOPs; a step without an update of the generator
@@ -40,11 +41,11 @@ def step_flops(config: ConfigDict, unet: UNetConfig, example: dict) -> float:
 
     Args:
       config: config of the run.
-      unet: config of the UNet.
+      network: config of the trained network.
       example: one example of the data, numpy arrays.
     """
     method = METHODS[config.method]
-    networks = method.make_networks(configs.plain_unet(unet), config)
+    networks = method.make_networks(configs.plain(network), config)
     state = jax.eval_shape(lambda params: method.init_state(networks, config, params), networks.abstract["generator"])
     batch = {k: jax.ShapeDtypeStruct((config.batch_size, *v.shape), v.dtype) for k, v in example.items()}
     return count_flops(method.make_train_step(networks, config), *state, batch)

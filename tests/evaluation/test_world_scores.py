@@ -29,14 +29,18 @@ def blur(frames: np.ndarray) -> np.ndarray:
     return np.concatenate([frames[:1], soft])
 
 
+def with_bodies(label, **changes):
+    return dataclasses.replace(label, bodies=tuple(dataclasses.replace(body, **changes) for body in label.bodies))
+
+
 @pytest.fixture(scope="module")
 def found(network):
     """Returns `{damage: scores}` on 64 held-out first frames."""
     rng = np.random.default_rng(0)
     true, labels = WORLD.batch(range(64), "heldout")
     names = tuple(PALETTE)
-    other = [dataclasses.replace(x, colour=names[(names.index(x.colour) + 2) % len(names)]) for x in labels]
-    one = [dataclasses.replace(x, direction=0) for x in labels]
+    other = [with_bodies(x, colour=names[(names.index(x.bodies[0].colour) + 2) % len(names)]) for x in labels]
+    one = [with_bodies(x, direction=0) for x in labels]
     flip = {"disc": "square", "square": "disc"}
     clips = {
         "perfect": true,
@@ -46,7 +50,7 @@ def found(network):
         "wrong colour": np.stack([np.r_[x[:1], WORLD.render(y)[1:]] for x, y in zip(true, other, strict=True)]),
         "wrong shape": np.stack(
             [
-                np.r_[x[:1], WORLD.render(dataclasses.replace(y, shape=flip[y.shape]))[1:]]
+                np.r_[x[:1], WORLD.render(with_bodies(y, shape=flip[y.bodies[0].shape]))[1:]]
                 for x, y in zip(true, labels, strict=True)
             ]
         ),

@@ -11,6 +11,7 @@ from sfv_jax import config_rules as rules
 from sfv_jax.data.worlds import World
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.models.vae import VAEConfig
 from sfv_jax.runtime.plain_config import flat
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -107,6 +108,8 @@ def page() -> str:
     changeable = ", ".join(f"`{name}`" for name in defaults.SAME_PARAMETERS)
     lines += ["", "## UNet", "", f"With `init`, only these may change: {changeable}."]
     lines += table(dataclass_fields(UNetConfig), "unet")
+    vae = {k: v for k, v in dataclass_fields(VAEConfig).items() if k not in ("in_channels", "out_channels")}
+    lines += ["", "## VAE", *table(vae, "autoencoder")]
     lines += ["", "## Procedural world", *table(dataclass_fields(World), "data.world")]
     lines += table(dataclass_fields(PatchCodec), "patch_codec")
     return "\n".join(lines) + "\n" + RELATIONS
