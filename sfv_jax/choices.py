@@ -6,7 +6,7 @@ A test compares them with those modules.
 DTYPES = ("float32", "bfloat16", "float16")  # models.networks.DTYPES
 SAMPLERS = ("euler", "sfv", "sfv_euler", "animatelcm")  # diffusion.solvers.SAMPLERS
 VIDEO_FORMATS = ("mp4", "gif", "webp", "png")  # suffixes of data.video.write_video
-EXPORTS = ("pipeline", "unet", "comfyui")  # checkpoints.exporter.WHAT
+EXPORTS = ("pipeline", "unet", "comfyui", "model", "encoders")  # checkpoints.exporter.WHAT
 STORED_DTYPES = ("source", "float32", "float16", "bfloat16")  # checkpoints.importer.DTYPES
 NETWORKS = ("svd", "mid", "small", "tiny")  # performance.measurement.NETWORKS
 TABLES = ("table1", "table2", "table3", "losses", "balance", "noise")  # reproduction.experiments.TABLES

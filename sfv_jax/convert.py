@@ -7,6 +7,7 @@
     python -m sfv_jax.convert --export --src models/svd --dst svd-diffusers --fp16
     python -m sfv_jax.convert --export --src runs/sfv --dst sfv-diffusers
     python -m sfv_jax.convert --export --src runs/sfv --dst sfv.safetensors --what comfyui --fp16
+    python -m sfv_jax.convert --export --src runs/vae --dst models/encoders --what encoders
 
 The export of a training run contains the newest moving average, with the VAE and CLIP tower of the run's base model.
 Every tensor must have a known name and shape; an interrupted conversion leaves nothing behind.
@@ -39,7 +40,13 @@ def define_flags() -> None:
     flags.DEFINE_string("base", None, "model folder with the networks that --src lacks, such as the VAE and CLIP tower")
     flags.DEFINE_bool("allow_pickle", False, "read .bin and .ckpt files too, by torch, tensors only")
     flags.DEFINE_bool("export", False, "convert a model folder or a training run to other formats")
-    flags.DEFINE_enum("what", "pipeline", choices.EXPORTS, "output of --export: pipeline or UNet folder, or one file")
+    flags.DEFINE_enum(
+        "what",
+        "pipeline",
+        choices.EXPORTS,
+        "output of --export: folder of the pipeline or the UNet for diffusers; one file for ComfyUI; a packed model "
+        "folder; or the VAE of a training run with the CLIP tower of --base or a random one",
+    )
     flags.DEFINE_string("max_shard_size", "10GB", "size above which --export splits a folder's weight files")
     flags.DEFINE_bool("fp16", False, "read the fp16 variant of diffusers files, or write it with --export")
     flags.DEFINE_bool("raw", False, "export the trained weights of a run instead of their moving average")
@@ -69,6 +76,7 @@ def check() -> None:
 
 def main() -> None:
     check()
+    from sfv_jax.checkpoints.encoders import export_encoders
     from sfv_jax.checkpoints.exporter import export_model
     from sfv_jax.checkpoints.importer import ReadOptions, import_model
 
@@ -77,7 +85,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("convert: stopped by SIGTERM"))
     variant = "fp16" if args.fp16 else None
     try:
-        if args.export:
+        if args.export and args.what == "encoders":
+            export_encoders(args.src, args.dst, **commands.values("base", "raw", "overwrite"))
+            report(args.dst)
+        elif args.export:
             options = commands.values("what", "raw", "max_shard_size", "overwrite")
             export_model(args.src, args.dst, variant=variant, **options)
         else:

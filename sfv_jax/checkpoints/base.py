@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from sfv_jax.checkpoints import box
 from sfv_jax.checkpoints.model_folder import ModelFolder, encoders_identity, load_codec, load_model, read_model
 from sfv_jax.checkpoints.run import restore_ema
 from sfv_jax.models import tree
@@ -49,7 +50,7 @@ def describe_run(workdir: Path, unet: UNetConfig, codec: PatchCodec | None, mode
     content = {
         "unet": dataclasses.asdict(unet),
         "patch_codec": dataclasses.asdict(codec) if codec else None,
-        "model": str(model.resolve()) if model else None,
+        "model": (box.name_of(model) or str(model.resolve())) if model else None,
     }
     write_json(workdir / "network.json", content)
 
@@ -101,7 +102,9 @@ def read_run(workdir: Path) -> tuple[UNetConfig, PatchCodec | None, Path | None]
     path = workdir / "network.json"
     content = read_json(path, REMEDY)
     if set(content) == {"vae"}:
-        raise WeightsError(f"{workdir} is the run of a VAE: make a model folder with `python -m sfv_jax.convert --vae`")
+        raise WeightsError(
+            f"{workdir} is the run of a VAE: `python -m sfv_jax.convert --export --what encoders` makes a model folder"
+        )
     content = read_json(path, REMEDY, ("unet", "patch_codec", "model"))
     unet, codec, model = (content[name] for name in ("unet", "patch_codec", "model"))
     if model is not None and not isinstance(model, str):
@@ -110,6 +113,8 @@ def read_run(workdir: Path) -> tuple[UNetConfig, PatchCodec | None, Path | None]
         made = make_config(UNetConfig, unet, str(path)), codec and make_config(PatchCodec, codec, str(path))
     except WeightsError as error:
         raise FileError(f"{error}; {REMEDY}") from error
+    if model in box.NAMES and not Path(model).exists():
+        return *made, box.folder(model)
     return *made, Path(model) if model else None
 
 

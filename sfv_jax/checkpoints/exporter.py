@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sfv_jax.checkpoints.base import is_run, read_run
 from sfv_jax.checkpoints.card import ONE_STEP_METHODS, model_card
-from sfv_jax.checkpoints.model_folder import load_model, read_model
+from sfv_jax.checkpoints.model_folder import load_model, read_model, save_model
 from sfv_jax.checkpoints.run import read_config, restore_ema
 from sfv_jax.checkpoints.workflow import Video, workflow
 from sfv_jax.models import tree
@@ -19,7 +19,7 @@ from sfv_jax.weights.pipeline import save_pipeline
 from sfv_jax.weights.single_file import save_single_file
 from sfv_jax.weights.writer import parse_size
 
-WHAT = ("pipeline", "unet", "comfyui")
+WHAT = ("pipeline", "unet", "comfyui", "model", "encoders")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def export_model(
       src: model folder, or workdir of a run.
       dst: folder to write; for "comfyui" a file `NAME.safetensors`, with a card `NAME.md`, a workflow `NAME.json` and
         a checksum next to it.
-      what: "pipeline": a whole diffusers folder; "unet": the UNet's folder alone; "comfyui": one file of all networks.
+      what: "pipeline": a whole diffusers folder; "unet": the UNet's folder alone; "comfyui": one file of all networks;
+        "model": a packed model folder.
       variant: "fp16" for half precision, None for fp32.
       raw: export the trained weights of a run instead of their moving average.
       max_shard_size: limit of each weight file of a folder, in bytes or as "10GB".
@@ -120,6 +121,11 @@ def export_model(
             save_component(partial, "unet", source.load("unet"), unet, **sizes)
             write_sums(sums_of(partial), list(partial.iterdir()))
             (partial / "README.md").write_text(card)
+    elif what == "model":
+        params = {name: source.load(name) for name in COMPONENTS}
+        extra = {name: source.meta[name] for name in ("scheduler", "source") if name in source.meta}
+        packed = "float16" if variant else "float32"
+        save_model(dst, params, source.configs, extra=extra, packed=packed, overwrite=overwrite)
     else:
         scheduler = source.meta["scheduler"]
         save_pipeline(dst, source.load, source.configs, scheduler, card=card, overwrite=overwrite, **sizes)

@@ -5,6 +5,9 @@
     DIR/vae/  DIR/image_encoder/      only with codec "svd"
     DIR/fingerprints.json   checksums of all parameters, which loading verifies
 
+Small networks can instead be packed as one safetensors file each, `DIR/unet.safetensors` and so on, with the paths of
+the parameters as names. The package contains such folders (checkpoints/box.py), which have names instead of paths.
+
 The state of a training run has another format (sfv_jax/checkpoints/run.py).
 """
 
@@ -19,7 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sfv_jax.checkpoints import fingerprints
+from sfv_jax.checkpoints import box, fingerprints
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.runtime.files import write_json
@@ -27,6 +30,8 @@ from sfv_jax.weights.components import COMPONENTS, make_config
 from sfv_jax.weights.folders import WeightsError, new_folder, printable, read_json, shape_problems
 from sfv_jax.weights.lazy import save_tree
 from sfv_jax.weights.pipeline import NOISE, check_noise
+from sfv_jax.weights.reader import open_weights
+from sfv_jax.weights.writer import write_safetensors
 
 FORMAT, VERSION = "sfv_jax", 1
 CODECS = ("svd", "patch")
@@ -49,16 +54,18 @@ class ModelFolder:
 
 
 def resolve_model(path: str | Path) -> Path:
-    """Returns `path` if it is a model folder.
+    """Returns `path` if it is a model folder, or the folder of a model in the package by its name.
 
     Raises:
-      WeightsError: if it is not; the message names what was found instead.
+      WeightsError: if it is neither; the message names what was found instead.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
     if (path / "model.json").is_file():
         return path
+    if not path.exists() and name in box.NAMES:
+        return box.folder(name)
     if not path.exists():
-        raise WeightsError(f"{path} does not exist")
+        raise WeightsError(f"{path} does not exist; the models in the package are {', '.join(box.NAMES)}")
     if (path / "model_index.json").is_file():
         raise WeightsError(
             f"{path} is a diffusers folder. Convert it first: python -m sfv_jax.convert --src {path} --dst NEW_FOLDER"
@@ -73,6 +80,7 @@ def save_model(
     *,
     codec: str = "svd",
     extra: dict | None = None,
+    packed: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a model folder, completely or not at all; for a single process that can read every array.
@@ -84,6 +92,7 @@ def save_model(
       configs: a config for each component; with codec "patch" also `{"codec": PatchCodec(...)}`.
       codec: "svd" (vae and image_encoder) or "patch".
       extra: more fields of `model.json`, such as "scheduler" and "source".
+      packed: "float32" or "float16" for networks as safetensors of this dtype; None for orbax trees as they are.
       overwrite: replace an existing folder.
 
     Raises:
@@ -102,9 +111,20 @@ def save_model(
     prints: dict[str, fingerprints.Prints] = {}
     with new_folder(folder, overwrite=overwrite) as partial:
         for name, params in components.items():
-            if isinstance(params, Path):
+            if isinstance(params, Path) and packed is None and params.is_dir():
                 shutil.copytree(params, partial / name)
                 prints |= {k: v for k, v in fingerprints.recorded(params.parent).items() if k == params.name}
+                continue
+            if isinstance(params, Path):
+                params = load_model(params.parent, (params.name,))[0][params.name]
+            if packed:
+                dtype = np.dtype(packed)
+                meta["components"][name]["dtype"] = packed
+                params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)  # noqa: B023
+                flat = tree.flatten(fingerprints.recording(params, prints.setdefault(name, {})))
+                shapes = {path: tuple(value.shape) for path, value in flat.items()}
+                arrays = ((path, value.read()) for path, value in flat.items())
+                write_safetensors(partial / f"{name}.safetensors", shapes, arrays, dtype)
             else:
                 save_tree(partial / name, fingerprints.recording(params, prints.setdefault(name, {})))
         write_json(partial / fingerprints.FILE, prints)
@@ -226,6 +246,13 @@ def _sound(path: Path, *args) -> tree.Params:
 def _restore(path: Path, name: str, config, dtype, sharding) -> tree.Params:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    packed = path.with_name(f"{name}.safetensors")
+    if packed.is_file():
+        stored = open_weights(packed)
+        shapes = _check(name, {k: stored.shape(k) for k in stored.names()}, config, "stored parameters")
+        params = tree.unflatten({k: stored.read(k) for k in tree.flatten(shapes)})
+        params = params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+        return jax.device_put(params, sharding)
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree
         shapes = _check(name, {k: tuple(v.shape) for k, v in tree.flatten(stored).items()}, config, "stored parameters")

@@ -24,6 +24,7 @@ from sfv_jax.errors import UserError
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 
 Example = dict[str, np.ndarray]
+KEPT = 2**29  # bytes of examples that a `WorldSource` keeps
 REMAKE = "delete that file and run `python -m sfv_jax.prepare` as before: it makes missing files again"
 
 
@@ -117,18 +118,28 @@ def encoders_of(data_dir: str | os.PathLike) -> str:
 class WorldSource:
     """`size` clips of a procedural world, rendered on access; example i is always the same.
 
-    The conditions are 7 fps, motion bucket 127 and no noise on the first frame.
+    The conditions are 7 fps, motion bucket 127 and no noise on the first frame. Examples that a VAE has encoded are
+    kept in memory, up to `KEPT` bytes.
     """
 
     world: World
     split: str
     size: int
     codec: PatchCodec | SVDCodec
+    kept: dict[int, Example] = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> Example:
+        if index in self.kept:
+            return self.kept[index]
+        example = self._encoded(index)
+        if isinstance(self.codec, SVDCodec) and sum(x.nbytes for x in example.values()) * len(self.kept) < KEPT:
+            self.kept[index] = example
+        return example
+
+    def _encoded(self, index: int) -> Example:
         frames, _ = self.world.clip(index, self.split)
         latents = np.asarray(self.codec.encode(frames[None])[0], np.float32)
         return {

@@ -1,0 +1,52 @@
+"""The world in the box: a base model and its one-step SF-V, with SVD's own classes, on frames of 32x32 pixels.
+
+    python -m sfv_jax.train --config configs/world.py:teacher --workdir runs/world_teacher
+    python -m sfv_jax.train --config configs/world.py:sfv --workdir runs/world_sfv
+
+Both take VAE and CLIP tower from the box (configs/vae.py trained the VAE); the second starts from the base model in the
+box, or from `--config.init=runs/world_teacher`. All numbers are choices; docs/world.md tells what was tried.
+"""
+
+from ml_collections import ConfigDict
+
+from sfv_jax import config as defaults
+from sfv_jax.errors import UserError
+from sfv_jax.reproduction.experiments import SCENES
+
+
+def get_config(arg: str = "teacher"):
+    """Returns the config, locked; `arg` is "teacher" or "sfv"."""
+    if arg not in ("teacher", "sfv"):
+        raise UserError(f"configs/world.py takes :teacher or :sfv, not :{arg}")
+    config = defaults.teacher() if arg == "teacher" else defaults.sfv()
+    config.update(dict(dtype="float32", accumulation_steps=1, batch_size=16, keep_checkpoints=1))
+    config.data.update(source="world", world=ConfigDict(SCENES), world_size=10_000)
+    config.unet.temporal_conv = "matmul"
+    if arg == "teacher":
+        config.update(dict(encoders="world", steps=4000, ema_decay=0.998))
+        config.unet = ConfigDict(
+            dict(
+                in_channels=8,
+                out_channels=4,
+                block_out_channels=(48, 96),
+                num_attention_heads=(2, 4),
+                layers_per_block=1,
+                cross_attention_dim=64,
+                addition_time_embed_dim=16,
+                num_frames=14,
+                sample_size=8,
+                norm_groups=8,
+                temporal_conv="matmul",
+            )
+        )
+        config.teacher.update(p_mean=0.5, p_std=1.8)
+        config.generator_optimizer.update(
+            lr=2e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=3900
+        )
+    else:
+        config.update(dict(init="world-teacher", steps=600, batch_size=8, ema_decay=0.98))
+        config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
+        config.generator_optimizer.update(lr=4e-4, delay_steps=20, warmup_steps=20)
+        config.heads_optimizer.update(lr=6e-3, warmup_steps=20)
+    config.update(dict(log_every=50, checkpoint_every=250, sample_every=250))
+    return config.lock()
