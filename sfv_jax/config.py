@@ -406,12 +406,9 @@ def same_unet(unet: "UNetConfig", config: ConfigDict) -> "UNetConfig":
     return replace(unet, **{k: config.unet[k] for k in SAME_PARAMETERS if k in config.unet})
 
 
-def plain(network):
-    """Returns the config of a network as its jaxpr shows the model's FLOPs: without recomputation and fused attention.
-
-    Only UNets have these.
-    """
-    return replace(network, remat=False, attention_kernel="einsum") if hasattr(network, "remat") else network
+def plain_unet(unet: "UNetConfig") -> "UNetConfig":
+    """Returns `unet` without recomputation and fused attention, so that its jaxpr shows the FLOPs of the model."""
+    return replace(unet, remat=False, attention_kernel="einsum")
 
 
 def world_of(config: ConfigDict) -> "World":

@@ -21,6 +21,7 @@ from sfv_jax.models.networks import DTYPES, Params
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 
 Array = jax.Array
+SUBJECT = "vae"
 LOG_VARIANCE = (-30.0, 20.0)  # range of the posterior's log variance, as in latent diffusion
 
 

@@ -150,7 +150,7 @@ def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int,
     optimizer = {name: state[name] for name in state if name.startswith("opt_")}
     parts = {"parameters": {k: v for k, v in state.items() if k != "ema" and k not in optimizer}}
     parts |= {"optimizer": optimizer, "EMA": state["ema"], "frozen": frozen, "batch": batch}
-    plain = configs.plain(unet)
+    plain = configs.plain_unet(unet)
     step: Any = jit_train_step(method, networks, config, mesh, shardings)
     return Program(
         "train step",
@@ -187,7 +187,7 @@ def sample_programs(
         memory=options.memory,
     )
     # Built here, not during tracing: it takes seconds.
-    generators = {config: Generator(config, options.dtype) for config in (unet, configs.plain(unet))}
+    generators = {config: Generator(config, options.dtype) for config in (unet, configs.plain_unet(unet))}
 
     def with_weights(weights) -> SVDCodec | PatchCodec:
         return codec.with_params(weights) if isinstance(codec, SVDCodec) else codec
@@ -215,7 +215,7 @@ def sample_programs(
         image_embed=((batch, unet.cross_attention_dim), f32),
         ids=((batch, 3), f32),
     )
-    plain = lambda weights, noise, condition: denoise(weights, noise, condition, configs.plain(unet))  # noqa: E731
+    plain = lambda weights, noise, condition: denoise(weights, noise, condition, configs.plain_unet(unet))  # noqa: E731
     return [
         _stage("clip", embed, weights, ("image_encoder",), (images["images"],)),
         _stage("encode", encode, weights, ("vae",), tuple(images.values())),

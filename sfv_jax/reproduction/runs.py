@@ -20,7 +20,7 @@ from sfv_jax.reproduction.experiments import BASE, TABLES, Budget, runs_of, svd_
 from sfv_jax.runtime.plain_config import flat
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.training.loop import train
-from sfv_jax.training.step import step_flops
+from sfv_jax.training.step import unet_step_flops
 
 CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, an assumption: see docs/reproduction.md
 CHIP_RATE = 0.4 * 989e12  # FLOP/s of an H100 in bf16 at 40 % of its peak, an assumption
@@ -132,7 +132,7 @@ def cost_of_step(config: ConfigDict, base: Path) -> float:
     else:
         unet = read_unet(base)
         example = latent_source(config.data.path, config.data.split)[0]
-    return step_flops(config, unet, example)
+    return unet_step_flops(config, unet, example)
 
 
 def plan(runs: Runs, tables: Sequence[str], seeds: Sequence[int], jobs: int = 1) -> list[str]:

@@ -1,97 +1,21 @@
-"""Inputs of a training run: the network to start from and the data."""
+"""Inputs of a training run: the base model and the data."""
 
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
-from sfv_jax.checkpoints.base import Base, describe_run, describe_vae, load_generator, load_vae, read_unet
+from sfv_jax.checkpoints.base import Base, load_generator, read_unet
 from sfv_jax.checkpoints.model_folder import encoders_identity, load_codec, read_model
 from sfv_jax.config import ConfigError
-from sfv_jax.data.loader import FrameSource, LatentSource, WorldSource, encoders_of, latent_source, world_source
-from sfv_jax.models import tree
-from sfv_jax.models.codec import PatchCodec
+from sfv_jax.data.loader import LatentSource, WorldSource, encoders_of, latent_source, world_source
 from sfv_jax.models.networks import DTYPES, Networks, Params
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.models.vae import TemporalVAE
 from sfv_jax.runtime.device import memory_per_device
 from sfv_jax.runtime.sharding import param_shardings
-from sfv_jax.training.metrics import MetricWriter
-from sfv_jax.training.previews import Previews, VAEPreviews
-
-
-class GeneratorInputs:
-    """Inputs of a run that trains a UNet.
-
-    Attributes:
-      network: config of the UNet.
-      params: parameters to start from; `take` them.
-      source: examples with random access, as in `data.loader`.
-
-    Raises:
-      ConfigError: see `load_base`, `check_backbone` and `open_source`.
-    """
-
-    def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh):
-        base = load_base(config, mesh)
-        check_backbone(config, base.unet)
-        self.network, self.params, self.config, self.mesh = base.unet, base.params, config, mesh
-        self.base = replace(base, params={})
-        self.source = open_source(config, base, config.data.split)
-
-    def describe(self, workdir: Path) -> None:
-        """Writes `network.json` of the run."""
-        codec = self.base.codec if isinstance(self.base.codec, PatchCodec) else None
-        describe_run(workdir, self.network, codec, self.base.model.path if self.base.model else None)
-
-    def previews(self, workdir: Path, writer: MetricWriter) -> Previews:
-        """Returns the pictures of the run, of held-out clips if there are any."""
-        world = self.config.data.source == "world"
-        held_out = open_source(self.config, self.base, "heldout") if world else self.source
-        return Previews(self.config, self.base, held_out, workdir, writer, self.mesh)
-
-
-class VAEInputs:
-    """Inputs of a run that trains a VAE; members as of `GeneratorInputs`.
-
-    Raises:
-      ConfigError: if `config.init` has no VAE, the data are no world, or frames and VAE do not fit.
-    """
-
-    def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh):
-        if config.data.source != "world":
-            raise ConfigError("config.data.source: a VAE is trained on frames: choose world")
-        world = configs.world_of(config)
-        if config.init:
-            raw = config.init_weights == "generator"
-            self.network, params = load_vae(config.init, raw=raw)
-            self.network = replace(self.network, decode_pixels=0)
-        else:
-            self.network = replace(configs.vae_of(config), decode_pixels=0)
-            params = tree.init(TemporalVAE, self.network, config.seed)
-        if world.size % self.network.downscale:
-            raise ConfigError(f"config.data.world.size={world.size}: a multiple of the VAE's {self.network.downscale}")
-        if config.vae.num_frames > world.num_frames:
-            raise ConfigError(f"config.vae.num_frames={config.vae.num_frames}: clips have {world.num_frames} frames")
-        self.params = jax.device_put(params, param_shardings(mesh, params))
-        self.config, self.mesh, self.world = config, mesh, world
-        self.source = FrameSource(world, config.data.split, config.data.world_size, config.vae.num_frames)
-
-    def describe(self, workdir: Path) -> None:
-        describe_vae(workdir, self.network)
-
-    def previews(self, workdir: Path, writer: MetricWriter) -> VAEPreviews:
-        held_out = FrameSource(self.world, "heldout", self.config.sample_count, self.world.num_frames)
-        return VAEPreviews(self.config, self.network, held_out, workdir, writer, self.mesh)
-
-
-def open_inputs(config: ConfigDict, mesh: jax.sharding.Mesh) -> GeneratorInputs | VAEInputs:
-    """Opens the inputs of a run; raises as they do."""
-    return (VAEInputs if config.method == "vae" else GeneratorInputs)(config, mesh)
 
 
 def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:

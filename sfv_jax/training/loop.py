@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -21,11 +21,12 @@ from sfv_jax.runtime.progress import ProgressReport
 from sfv_jax.runtime.sharding import local_rows, make_mesh, on_mesh, param_shardings, put_batch, with_shardings
 from sfv_jax.runtime.stopping import StopRequest
 from sfv_jax.training.clock import Clock, Trace
-from sfv_jax.training.inputs import check_memory, load_backbone, open_inputs
+from sfv_jax.training.inputs import check_memory, load_backbone
 from sfv_jax.training.journal import Journal
 from sfv_jax.training.metrics import MetricWriter
-from sfv_jax.training.previews import Pictures
-from sfv_jax.training.step import jit_train_step, step_flops
+from sfv_jax.training.previews import Previews
+from sfv_jax.training.step import jit_train_step
+from sfv_jax.training.subjects import open_subject
 
 
 def train(config: ConfigDict, workdir: Path) -> dict:
@@ -54,22 +55,19 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
         rows = local_rows(mesh, config.batch_size, config.accumulation_steps)
     except UserError as error:
         raise ConfigError(f"config: {error}") from error
-    inputs = open_inputs(config, mesh)
-    try:
-        networks = method.make_networks(inputs.network, config)
-    except UserError as error:
-        raise ConfigError(f"config: {error}") from error
+    subject = open_subject(config, mesh)
+    networks = subject.networks
 
     def init(params):
         return method.init_state(networks, config, params)
 
-    abstract = jax.eval_shape(init, inputs.params)
+    abstract = jax.eval_shape(init, subject.params)
     shardings = param_shardings(mesh, abstract)
     check_memory("the state of training", abstract, shardings)
-    params, inputs.params = inputs.params, {}  # the state replaces them
+    params, subject = subject.params, replace(subject, params={})  # the state replaces them
     try:
         loader = make_loader(
-            inputs.source,  # pyrefly: ignore[bad-argument-type]  # of a sequence, grain needs only `len` and `[]`
+            subject.source,  # of a sequence, grain needs only `len` and `[]`
             global_batch_size=config.batch_size,
             seed=config.seed,
             rows=rows,
@@ -79,7 +77,7 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
 
     def claim() -> None:  # after all checks of the config
         claim_workdir(workdir, config.to_dict(), renewed)
-        inputs.describe(workdir)
+        subject.describe(workdir)
 
     once(claim)
     with ExitStack() as stack:  # its end waits for unfinished checkpoints, also after an error
@@ -106,11 +104,11 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
         step_fn = jit_train_step(method, networks, config, mesh, shardings)
         previews = None
         if config.sample_every and (latest or 0) < config.steps:
-            previews = inputs.previews(workdir, writer)
+            previews = subject.previews(workdir, writer)
         report = stack.enter_context(closing(ProgressReport(config.steps, latest or 0, chief, config.method)))
         flops = None  # not reported on CPU
         if jax.default_backend() != "cpu":
-            flops = step_flops(config, inputs.network, inputs.source[0]) / jax.device_count()
+            flops = subject.flops() / jax.device_count()
         clock = Clock(report.first, flops, peak_flops(jax.devices()[0].device_kind))
         out = Outputs(
             Journal(config, clock, writer, report, checkpoints.settled),
@@ -135,7 +133,7 @@ class Outputs:
     """Outputs of a run besides its state."""
 
     journal: Journal
-    previews: Pictures | None
+    previews: Previews | None
     checkpoints: Checkpoints
     check_owner: Callable[[], None]
     trace: Trace

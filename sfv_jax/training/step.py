@@ -8,14 +8,13 @@ from jax.sharding import Mesh
 from sfv_jax import config as configs
 from sfv_jax.config import ConfigDict
 from sfv_jax.methods import METHODS
-from sfv_jax.models.networks import Networks
+from sfv_jax.models.networks import Params
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.models.vae import VAEConfig
 from sfv_jax.runtime.device import count_flops
 from sfv_jax.runtime.sharding import batch_sharding, replicated_sharding
 
 
-def jit_train_step(method, networks: Networks, config: ConfigDict, mesh: Mesh, shardings: tuple) -> Callable:
+def jit_train_step(method, networks, config: ConfigDict, mesh: Mesh, shardings: tuple) -> Callable:
     """Returns the jitted step `(state, frozen, batch) -> (state, metrics)` of a method; it donates the state.
 
     Args:
@@ -33,7 +32,13 @@ def jit_train_step(method, networks: Networks, config: ConfigDict, mesh: Mesh, s
     )
 
 
-def step_flops(config: ConfigDict, network: UNetConfig | VAEConfig, example: dict) -> float:
+def unet_step_flops(config: ConfigDict, unet: UNetConfig, example: dict) -> float:
+    """Returns `step_flops` of a method that trains a UNet."""
+    networks = METHODS[config.method].make_networks(configs.plain_unet(unet), config)
+    return step_flops(config, networks, networks.abstract["generator"], example)
+
+
+def step_flops(config: ConfigDict, networks, params: Params, example: dict) -> float:
     """Returns the FLOPs of a train step on all devices together: matrix products and convolutions, from its jaxpr.
 
     Recomputation (`remat`) is not counted, as is usual for model FLOPs; a step without an update of the generator
@@ -41,11 +46,11 @@ def step_flops(config: ConfigDict, network: UNetConfig | VAEConfig, example: dic
 
     Args:
       config: config of the run.
-      network: config of the trained network.
+      networks: networks of the method; a UNet without recomputation and fused attention (`config.plain_unet`).
+      params: shapes of the parameters that the method's `init_state` starts from.
       example: one example of the data, numpy arrays.
     """
     method = METHODS[config.method]
-    networks = method.make_networks(configs.plain(network), config)
-    state = jax.eval_shape(lambda params: method.init_state(networks, config, params), networks.abstract["generator"])
+    state = jax.eval_shape(lambda params: method.init_state(networks, config, params), params)
     batch = {k: jax.ShapeDtypeStruct((config.batch_size, *v.shape), v.dtype) for k, v in example.items()}
     return count_flops(method.make_train_step(networks, config), *state, batch)
