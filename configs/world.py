@@ -28,14 +28,14 @@ def get_config(arg: str = "teacher"):
             dict(
                 in_channels=8,
                 out_channels=4,
-                block_out_channels=(48, 96),
+                block_out_channels=(64, 128),
                 num_attention_heads=(2, 4),
                 layers_per_block=1,
                 cross_attention_dim=64,
                 addition_time_embed_dim=16,
                 num_frames=14,
                 sample_size=8,
-                norm_groups=8,
+                norm_groups=32,  # as in diffusers
                 temporal_conv="matmul",
             )
         )

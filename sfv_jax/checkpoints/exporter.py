@@ -17,6 +17,7 @@ from sfv_jax.weights.diffusers import save_component
 from sfv_jax.weights.folders import WeightsError, new_folder, read_json, refuse_existing, sums_of, write_sums
 from sfv_jax.weights.pipeline import save_pipeline
 from sfv_jax.weights.single_file import save_single_file
+from sfv_jax.weights.widening import widen, widened
 from sfv_jax.weights.writer import parse_size
 
 WHAT = ("pipeline", "unet", "comfyui", "model", "encoders")
@@ -39,12 +40,14 @@ class Source:
     run: dict | None
 
 
-def open_source(path: str | Path, *, raw: bool = False) -> Source:
+def open_source(path: str | Path, *, raw: bool = False, foreign: bool = True) -> Source:
     """Opens the networks of a model folder or of the newest checkpoint of a training run.
 
     Args:
       path: model folder, or workdir of a run.
       raw: take the trained weights of a run instead of their moving average.
+      foreign: whether other programs are to load the networks. A VAE with fewer groups per norm than they have is then
+        widened, exactly (`weights.widening`).
 
     Raises:
       WeightsError: if the networks are not SVD's, or diffusers cannot express them.
@@ -58,17 +61,25 @@ def open_source(path: str | Path, *, raw: bool = False) -> Source:
     if model is None or model.meta["codec"] != "svd":
         raise WeightsError(f"{path} has a patch codec: diffusers has no pipeline without SVD's VAE and CLIP tower")
     configs = model.configs | ({"unet": unet} if unet else {})
-    for name in COMPONENTS:
-        to_json(name, configs[name])
+    narrow = configs["vae"]
+    if foreign:
+        configs = configs | {"vae": widened(narrow)}
+        for name in COMPONENTS:
+            to_json(name, configs[name])
+
+    def stored(name: str) -> tree.Params:
+        params = load_model(model, (name,))[0][name]
+        return widen(params, narrow) if name == "vae" and configs["vae"] != narrow else params
+
     if unet is None:
-        return Source(configs, model.meta, lambda name: load_model(model, (name,))[0][name], None)
+        return Source(configs, model.meta, stored, None)
     params, step = restore_ema(path, tree.abstract(UNet, unet)[1], name="generator" if raw else "ema")
     loaded = {"unet": params}
     del params
     run = {"step": step, "raw": raw, "config": read_config(path)}
 
     def load(name: str) -> tree.Params:
-        return loaded.pop(name) if name in loaded else load_model(model, (name,))[0][name]
+        return loaded.pop(name) if name in loaded else stored(name)
 
     return Source(configs, model.meta, load, run)
 
@@ -105,7 +116,7 @@ def export_model(
     for path in (dst, *beside):
         refuse_existing(path, overwrite)
     parse_size(max_shard_size)
-    source = open_source(src, raw=raw)
+    source = open_source(src, raw=raw, foreign=what != "model")
     unet = source.configs["unet"]
     video = _video(source.run)
     card = model_card(unet, source.meta, what=what, name=dst.name, variant=variant, run=source.run, video=video)

@@ -1,0 +1,167 @@
+"""From frames to videos with SVD's own classes: VAE, encoders, UNet and a packed model, on a world of 8x8 pixels."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from sfv_jax import config as configs
+from sfv_jax.checkpoints import box
+from sfv_jax.checkpoints.base import load_vae
+from sfv_jax.checkpoints.encoders import export_encoders
+from sfv_jax.checkpoints.exporter import export_model
+from sfv_jax.checkpoints.model_folder import load_model, read_model
+from sfv_jax.config import ConfigDict, ConfigError
+from sfv_jax.data.worlds import World
+from sfv_jax.models import tree
+from sfv_jax.runtime import sharding
+from sfv_jax.sampling.sampler import Sampler
+from sfv_jax.training import loop
+from sfv_jax.weights.folders import WeightsError
+
+RULES = dict(size=8, num_frames=3, radii=(1.5, 2.0), bodies=2, texture=8.0)
+SIZES = dict(block_out_channels=(8, 8), layers_per_block=1, norm_groups=4, temporal_conv="matmul")
+
+
+def vae_config(**changes) -> ConfigDict:
+    config = configs.vae()
+    config.update(dict(dtype="float32", steps=2, batch_size=2, log_every=1, checkpoint_every=2, sample_every=2))
+    config.update(dict(autoencoder=SIZES, sample_count=2))
+    config.data.update(source="world", world=ConfigDict(RULES), world_size=16)
+    config.update(changes)
+    return config.lock()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Eight devices are of no use to batches of two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Returns the folders of a VAE's run, of its decoder's second stage, of the encoders and of a packed model."""
+    place = tmp_path_factory.mktemp("world")
+    loop.train(vae_config(), place / "vae")
+    second = vae_config(init=str(place / "vae"), trainable="^decoder")
+    with second.unlocked():
+        second.vae.num_frames = 3
+    loop.train(second, place / "decoder")
+    export_encoders(place / "decoder", place / "encoders")
+    teacher = configs.teacher()
+    teacher.update(dict(encoders=str(place / "encoders"), dtype="float32", steps=1, batch_size=2, sample_every=0))
+    teacher.data.update(source="world", world=ConfigDict(RULES), world_size=16)
+    unet = dict(in_channels=8, out_channels=4, block_out_channels=(32, 32), num_attention_heads=(1, 1))
+    more = dict(layers_per_block=1, cross_attention_dim=64, addition_time_embed_dim=8, num_frames=3)
+    teacher.unet = ConfigDict(unet | more | dict(temporal_conv="matmul"))
+    loop.train(teacher.lock(), place / "teacher")
+    export_model(place / "teacher", place / "packed", what="model", variant="fp16")
+    return place
+
+
+@pytest.mark.slow
+def test_the_second_stage_starts_from_the_first_and_keeps_its_encoder(folders):
+    first, second = (load_vae(folders / name)[1] for name in ("vae", "decoder"))
+    for part in ("encoder", "quant_conv"):
+        jax.tree.map(np.testing.assert_array_equal, first[part], second[part])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), first["decoder"], second["decoder"])
+    assert any(jax.tree.leaves(moved))
+    lines = [json.loads(line) for line in (folders / "vae" / "metrics.jsonl").read_text().splitlines()]
+    assert any("heldout/psnr" in line for line in lines) and (folders / "vae" / "samples" / "0000002.png").is_file()
+
+
+@pytest.mark.slow
+def test_latents_have_unit_scale(folders):
+    codec = Sampler.load(folders / "packed").codec
+    world = World(**RULES)
+    latents = codec.encode(world.batch(range(256))[0]) * codec.scaling_factor
+    assert float(np.sqrt(np.mean(np.square(latents)))) == pytest.approx(1, abs=1e-2)
+    assert read_model(folders / "encoders").meta["source"]["world"]["size"] == 8
+
+
+@pytest.mark.slow
+def test_a_packed_model_is_the_run_in_half_precision(folders):
+    run, packed = Sampler.load(folders / "teacher"), Sampler.load(folders / "packed")
+    for found, kept in zip(jax.tree.leaves(packed.params), jax.tree.leaves(run.params), strict=True):
+        np.testing.assert_array_equal(found, np.asarray(kept).astype(np.float16).astype(np.float32))
+    image = World(**RULES).clip(0)[0][0]
+    videos = [sampler([image]) for sampler in (run, packed)]
+    assert videos[0].shape == (1, 3, 8, 8, 3)
+    assert np.abs(videos[0].astype(int) - videos[1]).max() <= 2
+    sizes = {file.name for file in (folders / "packed").iterdir()}
+    assert sizes == {"model.json", "fingerprints.json", *(f"{x}.safetensors" for x in ("unet", "vae", "image_encoder"))}
+
+
+@pytest.mark.slow
+def test_diffusers_decodes_the_same(folders, tmp_path):
+    """Although its norms have 32 groups and those of the VAE have 4."""
+    pytest.importorskip("torch")
+    import torch
+    from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
+
+    export_model(folders / "teacher", tmp_path / "out")
+    theirs = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert isinstance(theirs.vae, AutoencoderKLTemporalDecoder)
+    codec = Sampler.load(folders / "teacher").codec
+    latents = np.asarray(codec.encode(World(**RULES).clip(1)[0][None])) * codec.scaling_factor
+    with torch.no_grad():
+        scaled = torch.tensor(latents[0]).permute(0, 3, 1, 2) / theirs.vae.config.scaling_factor
+        frames = theirs.vae.decode(scaled, num_frames=3).sample.permute(0, 2, 3, 1).numpy()
+    found = np.asarray(codec.decode(latents))[0].astype(int)
+    assert np.abs(np.clip(np.round(127.5 * (frames + 1)), 0, 255) - found).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_a_packed_model_is_noticed(folders, tmp_path):
+    for file in (folders / "packed").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "vae.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="vae is damaged: 1 of"):
+        load_model(tmp_path, ("vae",))
+
+
+@pytest.mark.slow
+def test_models_in_the_package_have_names_and_known_files(folders, tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    sums = {}
+    for file in (folders / "packed").iterdir():
+        (tmp_path / "tiny" / file.name).write_bytes(file.read_bytes())
+        sums[file.name] = box.sha256(file)
+    monkeypatch.setattr(box, "ROOT", tmp_path)
+    monkeypatch.setattr(box, "NAMES", {"tiny": sums})
+    box.folder.cache_clear()
+    assert read_model("tiny").path == tmp_path / "tiny" and box.name_of(tmp_path / "tiny") == "tiny"
+    assert tree.count(Sampler.load("tiny").params) == tree.count(Sampler.load(folders / "packed").params)
+    (tmp_path / "tiny" / "model.json").write_text((tmp_path / "tiny" / "model.json").read_text() + " ")
+    box.folder.cache_clear()
+    with pytest.raises(WeightsError, match="model.json is not the published file"):
+        read_model("tiny")
+    (tmp_path / "tiny" / "model.json").unlink()
+    box.folder.cache_clear()
+    with pytest.raises(WeightsError, match="came without the model 'tiny'"):
+        read_model("tiny")
+    box.folder.cache_clear()
+    with pytest.raises(WeightsError, match="other does not exist; the models in the package are tiny"):
+        read_model("other")
+
+
+def test_what_a_vae_cannot_be_trained_on_is_refused(tmp_path):
+    wrong = vae_config()
+    with wrong.unlocked():
+        wrong.vae.num_frames = 4
+    with pytest.raises(ConfigError, match=r"config.vae.num_frames=4: clips have 3 frames"):
+        loop.train(wrong, tmp_path / "frames")
+    world = ConfigDict(RULES | dict(size=9))
+    with pytest.raises(ConfigError, match=r"config.data.world.size=9: give a multiple of the VAE's 2"):
+        loop.train(vae_config(data=dict(world=world)), tmp_path / "size")
+    with pytest.raises(ConfigError, match=r"config.data.source=latents: a VAE is trained on frames"):
+        loop.train(vae_config(data=dict(source="latents")), tmp_path / "source")
+    assert dataclasses.asdict(World(**RULES))["bodies"] == 2 and not any(tmp_path.iterdir())
