@@ -1,6 +1,6 @@
 """How the balance of SF-V's two losses depends on the size of a video: a table over a ladder of sizes.
 
-    python -m tests.loss_balance [--steps 100] [--sizes 768,301056]
+    python -m tests.loss_balance [--steps 100] [--sizes 768,301056] [--plot docs/loss_balance.svg]
 
 A small UNet of two levels is trained by SF-V on moving shapes whose latents have the paper's sizes, up to 14 frames of
 56x96 cells and 4 channels. Each line gives the ratio of the gradients of both losses at the generator's output, before
@@ -10,14 +10,17 @@ size, and the balance of the default recipe.
 
 import argparse
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from sfv_jax import config as configs
 from sfv_jax.data.worlds import World
+from sfv_jax.evaluation.report import line_plot
 from sfv_jax.methods import sfv
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.runtime.files import write_text
 
 SIZES = ((4, 8, 6), (6, 14, 12), (14, 16, 22), (14, 28, 48), (14, 56, 96))  # frames, height, width of latents
 CHANNELS, BATCH = 4, 2
@@ -75,21 +78,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--sizes", default="", help="numbers of a latent, such as 768,301056; default: all")
+    parser.add_argument("--plot", default="", help="SVG of the ratios after the last step over the sizes")
     args = parser.parse_args()
     wanted = {int(size) for size in args.sizes.split(",") if size}
     print("| latents | d | losses | before | last ten | seconds |\n| --- | ---: | --- | ---: | ---: | ---: |")
+    lines: dict[str, list[float]] = {name: [] for name in FORMS}
+    sizes = []
     for shape in SIZES:
         size = int(np.prod(shape)) * CHANNELS
         if wanted and size not in wanted:
             continue
+        sizes.append(f"{size:,}")
         for name, changes in FORMS.items():
             began = time.monotonic()
             found = ratios(shape, args.steps, changes)
             seconds = time.monotonic() - began
+            lines[name].append(float(found[-10:].mean()))
             text = "x".join(map(str, (*shape, CHANNELS)))
             print(
                 f"| {text} | {size} | {name} | {found[0]:.3g} | {found[-10:].mean():.3g} | {seconds:.0f} |", flush=True
             )
+    if args.plot:
+        title = "Adversarial over reconstruction gradient"
+        write_text(Path(args.plot), line_plot(title, lines, f"numbers of a latent: {', '.join(sizes)}", "ratio"))
 
 
 if __name__ == "__main__":
