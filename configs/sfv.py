@@ -6,6 +6,7 @@
 `configs/sfv.py:printed` has the numbers of the paper alone. Its reconstruction loss outweighs the adversarial one the
 more, the larger the videos are; the default holds both in balance, and warms up the optimizers (docs/training.md).
 `configs/sfv.py:tiny` and `:printed,tiny` run on the procedural world, from a random start, on two CPU cores.
+`configs/sfv.py:small` trains a small model on a few clips on a CPU, in minutes.
 
 Below are the numbers of the recipe with their sources; `sfv_jax/config.py` has all fields. "paper" is SF-V; "choice"
 marks what no source states (docs/decisions.md).
@@ -15,14 +16,14 @@ from sfv_jax import config as defaults
 
 
 def get_config(arg: str = ""):
-    """Returns the config, locked; `arg` is "", "printed", "tiny" or "printed,tiny"."""
+    """Returns the config, locked; `arg` is "", "small", "printed", "tiny" or "printed,tiny"."""
     config = defaults.sfv()
     config.steps = 50_000  # paper, section 4.1
     config.batch_size = 32  # paper, section 4.1
     config.accumulation_steps = 4  # paper: 4-step accumulation on 8 GPUs
     config.ema_decay = 0.95  # paper
     config.trainable = "all"  # paper
-    config.dtype = "bfloat16"  # choice: compute dtype; parameters, EMA and optimizer state are fp32
+    config.dtype = "auto"  # choice: compute dtype, bf16 but on CPU; parameters, EMA and optimizer state are fp32
     config.generator_optimizer.update(
         name="sm3",  # paper
         lr=1e-5,  # paper
@@ -81,6 +82,12 @@ def get_config(arg: str = ""):
         generator_every=1,  # choice
         heads_every=1,  # choice
     )
+    if arg == "small":  # a machine without an accelerator: a small model on a few clips, in minutes
+        config.update(dict(steps=60, batch_size=2, accumulation_steps=1, log_every=5, checkpoint_every=20))
+        config.update(dict(sample_every=60, sample_count=2))
+        config.generator_optimizer.update(delay_steps=5, warmup_steps=10)
+        config.heads_optimizer.warmup_steps = 5
+        arg = ""
     if arg in ("printed", "printed,tiny"):
         config.generator_optimizer.update(delay_steps=0, warmup_steps=0)  # the paper mentions none
         config.heads_optimizer.warmup_steps = 0  # the paper mentions none

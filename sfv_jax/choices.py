@@ -20,6 +20,7 @@ MOST_SEED = 2**32 - 1  # JAX uses the lowest 32 bits of a seed
 MOST_MOTION = 1023  # of the motion bucket; SVD was trained on 0 to 255
 MOST_NOISE = 10.0  # standard deviation on the condition, for pixels in [-1, 1]
 METHODS = ("sfv", "teacher", "animatelcm", "ufogen", "ladd", "vae")  # methods.METHODS
+TEMPORAL_CONVS = ("auto", "conv", "matmul")  # models.layers.TemporalConv
 ATTENTION_KERNELS = ("auto", "einsum", "blocked", "looped", "reduce", "cudnn", "splash")  # models.attention.attention
 SHAPES = ("disc", "square", "triangle", "ring")  # data.worlds.SHAPES
 COLOURS = ("red", "orange", "yellow", "green", "blue", "violet")  # data.worlds.PALETTE

@@ -14,6 +14,7 @@ except ImportError:
     from sfv_jax.runtime.plain_config import ConfigDict, placeholder
 
 from sfv_jax.errors import UserError
+from sfv_jax.runtime.plain_config import flat
 
 if TYPE_CHECKING:  # commands read configs before they need JAX
     from sfv_jax.data.worlds import World
@@ -59,7 +60,7 @@ def default() -> ConfigDict:
             steps=50_000,  # paper
             batch_size=32,  # samples per optimizer step, over all devices and micro-batches; paper
             accumulation_steps=1,
-            dtype="bfloat16",  # compute dtype; parameters and optimizer state are fp32
+            dtype="auto",  # compute dtype: fp32 on CPU, else bf16; parameters and optimizer state are fp32
             ema_decay=0.95,  # paper
             # Generator parameters to train: "all" (paper), "temporal", "spatial", or a regular expression on their
             # paths ("up_blocks|conv_out"). The others have no gradient and no optimizer state. Heads always train.
@@ -67,7 +68,7 @@ def default() -> ConfigDict:
             # How the UNet is computed, for any `init`. Without `init`, any other field of UNetConfig may be added.
             unet=dict(
                 remat=False,  # recompute resnets and transformer halves in the backward pass: less memory, more time
-                temporal_conv="conv",  # "matmul" on CPU
+                temporal_conv="auto",  # "matmul" on CPU, else "conv"
                 attention_kernel="auto",
             ),
             data=dict(
@@ -286,7 +287,7 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
       UserError: if `arg` is neither "" nor "tiny".
     """
     if arg not in ("", "tiny"):
-        also = ":printed, :printed,tiny, " if config.method == "sfv" else ""
+        also = ":small, :printed, :printed,tiny, " if config.method == "sfv" else ""
         raise UserError(f"configs/{config.method}.py takes {also}:tiny or nothing, not :{arg}")
     return (tiny(config) if arg else config).lock()
 
@@ -388,6 +389,23 @@ def renewed(recorded: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         print(f"config.{name}={recorded[name]!r} of the recorded run is gone: it did nothing", file=sys.stderr)
     kept = {name: value for name, value in recorded.items() if name not in idle}
     return {name: value for name, value in YOUNGER.items() if name in now} | kept
+
+
+def settled(config: ConfigDict, platform: str, recorded: dict[str, Any] | None = None) -> ConfigDict:
+    """Returns a config in which no choice is left to the platform; a run that goes on keeps those of its start.
+
+    Args:
+      config: the config, which is not changed.
+      platform: "cpu", "gpu" or "tpu".
+      recorded: flat fields of the `config.json` of the run that goes on, as `renewed` returns them.
+    """
+    config = config.copy_and_resolve_references()
+    for name in ("dtype", "unet.temporal_conv"):  # layers choose the latter, for the platform that they run on
+        if flat(config.to_dict()).get(name) == "auto" and (recorded or {}).get(name, "auto") != "auto":
+            config.update_from_flattened_dict({name: (recorded or {})[name]})
+    if config.dtype == "auto":
+        config.dtype = "float32" if platform == "cpu" else "bfloat16"
+    return config
 
 
 # Fields of `config.unet` that may be changed even with `init`, because they do not change the parameters.

@@ -146,7 +146,10 @@ GENERAL = {
     "steps": count("optimizer steps of the whole run"),
     "batch_size": count("samples per optimizer step, over all devices and micro-batches"),
     "accumulation_steps": count("micro-batches per optimizer step"),
-    "dtype": choice("compute dtype; parameters and optimizer state are float32", *choices.DTYPES),
+    "dtype": choice(
+        "compute dtype; auto: float32 on CPU, else bfloat16; parameters and optimizer state are float32",
+        *("auto", *choices.DTYPES),
+    ),
     "ema_decay": decay("decay of the averaged generator"),
     "trainable": text('generator parameters to train: "all", "temporal", "spatial", or a regular expression on paths'),
     "data.source": choice("latents: a cache of `sfv_jax.prepare`; world: the procedural world", "latents", "world"),
@@ -283,7 +286,7 @@ UNET = {
     "norm_groups": count("groups of every GroupNorm", 1, 2**14),
     "resnet_eps": positive("epsilon of the residual blocks' norms", 1),
     "mid_eps": positive("epsilon of the norms of the last down block and the middle", 1),
-    "temporal_conv": choice("form of the temporal convolutions", "conv", "matmul"),
+    "temporal_conv": choice("form of the temporal convolutions; auto: matmul on CPU, else conv", *choices.TEMPORAL_CONVS),
     "attention_kernel": choice("attention over the positions of a frame", *choices.ATTENTION_KERNELS),
     "remat": switch("recompute in the backward pass: less memory, more time"),
 }

@@ -84,21 +84,18 @@ def main() -> None:
     # An exception, so that partial folders are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("convert: stopped by SIGTERM"))
     variant = "fp16" if args.fp16 else None
-    try:
-        if args.export and args.what == "encoders":
-            export_encoders(args.src, args.dst, **commands.values("base", "raw", "overwrite"))
-            report(args.dst)
-        elif args.export:
-            options = commands.values("what", "raw", "max_shard_size", "overwrite")
-            export_model(args.src, args.dst, variant=variant, **options)
-        else:
-            options = ReadOptions(variant, **commands.values("dtype", "num_frames", "allow_pickle"))
-            given = commands.values("base", "overwrite")
-            for note in import_model(args.src, args.dst, options=options, verbose=True, **given):
-                print(note)
-            report(args.dst)
-    except KeyboardInterrupt:
-        raise SystemExit("convert: stopped") from None
+    if args.export and args.what == "encoders":
+        export_encoders(args.src, args.dst, **commands.values("base", "raw", "overwrite"))
+        report(args.dst)
+    elif args.export:
+        options = commands.values("what", "raw", "max_shard_size", "overwrite")
+        export_model(args.src, args.dst, variant=variant, **options)
+    else:
+        options = ReadOptions(variant, **commands.values("dtype", "num_frames", "allow_pickle"))
+        given = commands.values("base", "overwrite")
+        for note in import_model(args.src, args.dst, options=options, verbose=True, **given):
+            print(note)
+        report(args.dst)
     print(f"wrote {args.dst}")
 
 

@@ -53,7 +53,7 @@ def check() -> None:
 def main() -> int:
     check()
     from sfv_jax.performance import plan_report, targets
-    from sfv_jax.performance.job import QUICK, WHAT, Request, fit, plan
+    from sfv_jax.performance.job import QUICK, Request, fit, plan, size_of
     from sfv_jax.performance.programs import SampleOptions
     from sfv_jax.runtime import compilation
 
@@ -63,7 +63,8 @@ def main() -> int:
     if effort is None and target.chip.platform == "tpu":
         effort = QUICK
     compilation.set_up(effort, FLAGS.compile_memory_effort, runs=False)
-    size = (FLAGS.height or WHAT[FLAGS.what][0], FLAGS.width or WHAT[FLAGS.what][1])
+    height, width = size_of(FLAGS.config, FLAGS.what)
+    size = (FLAGS.height or height, FLAGS.width or width)
     request = Request(
         FLAGS.what,
         size,
@@ -94,8 +95,8 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "file for the plan as JSON")
     flags.DEFINE_string("picture", None, "file for a picture of the memory (.png)")
     flags.DEFINE_string("hlo", None, "folder for the text of the compiled programs")
-    commands.define_pixels("height", None, "height in pixels; default 448 (train, prepare), 576 (sample)")
-    commands.define_pixels("width", None, "width in pixels; default 768 (train, prepare), 1024 (sample)")
+    commands.define_pixels("height", None, "height in pixels; default: of the world or cache, else 448, for sample 576")
+    commands.define_pixels("width", None, "width in pixels; default: of the world or cache, else 768, for sample 1024")
     flags.DEFINE_integer("batch_size", None, "sample, prepare: videos per batch; default one per chip", lower_bound=1)
     flags.DEFINE_integer("steps", 1, "sample: calls of the UNet", lower_bound=1)
     flags.DEFINE_enum("dtype", "bfloat16", choices.DTYPES, "sample: dtype of the UNet")

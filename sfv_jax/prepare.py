@@ -37,23 +37,27 @@ def define_flags() -> None:
     flags.DEFINE_integer("workers", 1, "number of processes that share the job", lower_bound=1)
     define: dict[Any, Callable[..., Any]] = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
     for field in _settings_with_flags():
-        define[field.type](field.name, field.default, field.metadata["help"])
+        default = None if field.name == "num_frames" else field.default
+        define[field.type](field.name, default, field.metadata["help"])
     commands.define_compiler_flags()
 
 
 def main() -> None:
-    settings = Settings(**commands.values(*(field.name for field in _settings_with_flags())))
+    given = commands.values(*(field.name for field in _settings_with_flags()))
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
     if FLAGS.worker >= FLAGS.workers:
         raise PrepareError(f"worker {FLAGS.worker} of {FLAGS.workers}: count from 0")
     commands.check_inputs("videos", "svd")
     check_folder(Path(FLAGS.out), f"--out={FLAGS.out}")
 
-    from sfv_jax.checkpoints.base import load_encoders
+    from sfv_jax.checkpoints.base import clip_length, load_encoders
     from sfv_jax.data.preparation import make_encoder, run
     from sfv_jax.runtime import compilation
 
     compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
     codec, model = load_encoders(FLAGS.svd)
+    if FLAGS.num_frames is None:
+        settings = dataclasses.replace(settings, num_frames=clip_length(FLAGS.svd) or settings.num_frames)
     encode = make_encoder(codec, settings.noise_aug_strength, settings.seed)
     sharing = commands.values("batch_size", "threads", "worker", "workers")
     manifest = run(FLAGS.videos, FLAGS.out, encode, dataclasses.replace(settings, model=model), **sharing)

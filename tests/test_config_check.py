@@ -20,6 +20,7 @@ from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.reproduction import experiments
 from sfv_jax.runtime.plain_config import flat
+from sfv_jax.training.loop import recorded_config
 from tests.support import configuration_page, small_run
 from tests.test_configs import get_config
 
@@ -265,17 +266,64 @@ def today(name: str) -> dict:
     return (defaults.tiny(config) if tiny else config).to_dict()
 
 
+def begun(workdir: Path, config: dict) -> None:
+    """Makes a workdir of a run of `config` with a checkpoint."""
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    (workdir / "checkpoints" / "3" / "_CHECKPOINT_METADATA").write_text("{}")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("name", RECORDED)
-def test_runs_of_version_0_1_0_continue(tmp_path, name):
-    """The file holds the configs that this version recorded, and stays as it is."""
-    (tmp_path / "config.json").write_text(json.dumps(RECORDED[name]))
-    claim_workdir(tmp_path, today(name), defaults.renewed)
+def test_runs_of_version_0_1_0_continue(tmp_path, name, platform):
+    """The file holds the configs that this version recorded, and stays as it is.
+
+    What is left to the platform now stays as it was, whatever the platform.
+    """
+    begun(tmp_path, RECORDED[name])
+    config = ConfigDict(today(name))
+    settled = defaults.settled(config, platform, recorded_config(config, tmp_path)).to_dict()
+    claim_workdir(tmp_path, settled, defaults.renewed)
+    for field in ("dtype", "unet.temporal_conv"):
+        assert flat(settled)[field] == (flat(RECORDED[name]) | {"unet.temporal_conv": settled["unet"]["temporal_conv"]})[field]
+
+
+def test_the_platform_decides_once():
+    """What was decided at the start stays on another platform; what is given stays as given."""
+    config = defaults.sfv()
+    assert config.dtype == config.unet.temporal_conv == "auto"
+    for platform, dtype in (("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")):
+        assert defaults.settled(config, platform).dtype == dtype
+    elsewhere = flat(defaults.settled(config, "gpu").to_dict())
+    assert defaults.settled(config, "cpu", elsewhere).dtype == "bfloat16"
+    config.dtype = "float16"
+    assert defaults.settled(config, "cpu", elsewhere).dtype == "float16"
+    assert defaults.sfv().dtype == "auto"
+
+
+def test_a_workdir_without_a_checkpoint_adopts_a_changed_config(tmp_path, capsys):
+    old, new = today("sfv"), today("sfv") | {"batch_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    claim_workdir(tmp_path, new, defaults.renewed)
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 4
+    said = capsys.readouterr().out
+    assert "no checkpoint yet" in said and "batch_size: 32 there, 4 now" in said and said.count("\n") == 2
+    begun(tmp_path, new)
+    with pytest.raises(WorkdirError, match="batch_size: 4 there, 32 now"):
+        claim_workdir(tmp_path, old, defaults.renewed)
+
+
+def test_a_workdir_with_damaged_checkpoints_alone_adopts_nothing(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(today("sfv")))
+    (tmp_path / "damaged" / "3").mkdir(parents=True)
+    with pytest.raises(WorkdirError, match="batch_size"):
+        claim_workdir(tmp_path, today("sfv") | {"batch_size": 4}, defaults.renewed)
 
 
 def test_fields_younger_than_a_run_do_what_was_done_before(tmp_path, capsys):
     old = today("sfv")
     del old["trainable"], old["sfv"]["heads_every"], old["data"]["any_encoders"]
-    (tmp_path / "config.json").write_text(json.dumps(old))
+    begun(tmp_path, old)
     claim_workdir(tmp_path, today("sfv"), defaults.renewed)
     assert json.loads((tmp_path / "config.json").read_text())["trainable"] == "all"
     (tmp_path / "config.json").write_text(json.dumps(old))
@@ -290,7 +338,7 @@ def test_removed_fields_that_did_nothing_are_ignored_with_a_line(tmp_path, capsy
     monkeypatch.setitem(defaults.GONE, "sfv.fog", 0.0)
     old = today("sfv")
     old["sfv"]["fog"] = 0.0
-    (tmp_path / "config.json").write_text(json.dumps(old))
+    begun(tmp_path, old)
     claim_workdir(tmp_path, today("sfv"), defaults.renewed)
     assert capsys.readouterr().err == "config.sfv.fog=0.0 of the recorded run is gone: it did nothing\n"
     old["sfv"]["fog"] = 0.5

@@ -21,9 +21,10 @@ from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.unet import UNet, UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.runtime.files import FileError, read_json, sha256, write_json
-from sfv_jax.weights.components import make_config
+from sfv_jax.weights.components import from_json, make_config
 from sfv_jax.weights.diffusers import load_component
 from sfv_jax.weights.folders import WeightsError
+from sfv_jax.weights.folders import read_json as weights_json
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,15 @@ def load_generator(
         raise WeightsError(f"{path}/network.json names neither a patch codec nor a model folder")
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     return Base(unet, params, codec, model, step)
+
+
+def clip_length(svd: str | os.PathLike) -> int | None:
+    """Returns the frames of a clip of a model folder's or diffusers folder's UNet; None if the latter has none."""
+    folder = Path(svd)
+    if (folder / "model.json").is_file():
+        return read_model(folder).configs["unet"].num_frames
+    path = folder / "unet" / "config.json"
+    return from_json("unet", weights_json(path), str(path)).num_frames if path.is_file() else None
 
 
 def load_encoders(svd: str | os.PathLike) -> tuple[SVDCodec, str]:

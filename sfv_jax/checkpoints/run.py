@@ -28,6 +28,7 @@ from sfv_jax.runtime.files import free_name, read_json, to_disk, write_text
 from sfv_jax.runtime.locks import Lock
 from sfv_jax.runtime.plain_config import flat
 from sfv_jax.runtime.processes import once, tell
+from sfv_jax.runtime.progress import say
 
 MAY_CHANGE = (
     "steps",
@@ -133,7 +134,8 @@ def _not_written(workdir: Path, what: str, cause: str) -> str:
 def claim_workdir(workdir: Path, config: dict, renew: Callable[[dict, dict], dict] = lambda old, new: old) -> None:
     """Records `config` in `workdir`, or checks that it equals the recorded one.
 
-    Fields of `MAY_CHANGE` (length, reporting and mesh) may differ between runs of the same workdir.
+    Fields of `MAY_CHANGE` (length, reporting and mesh) may differ between runs of the same workdir, and any field as
+    long as nothing was saved, which is said.
 
     Args:
       workdir: the workdir.
@@ -148,8 +150,10 @@ def claim_workdir(workdir: Path, config: dict, renew: Callable[[dict, dict], dic
         old, new = flat(read_config(workdir)), flat(json.loads(text))  # JSON turns tuples into lists
         old = renew(old, new)
         names = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE]
-        if names:
-            lines = [f"  {k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} now" for k in names]
+        lines = [f"  {k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} now" for k in names]
+        if names and not (_committed((workdir / "checkpoints").resolve()) or (workdir / DAMAGED).exists()):
+            say("\n".join([f"{workdir} has no checkpoint yet, so the run begins anew with the changed config:", *lines]))
+        elif names:
             raise WorkdirError(
                 f"{workdir} holds a run of another config; use another --workdir, or restore these fields:\n"
                 + "\n".join(lines)

@@ -26,7 +26,7 @@ class Settings:
 
     height: int = _setting(448, "frame height in pixels, a multiple of 8")
     width: int = _setting(768, "frame width in pixels, a multiple of 8")
-    num_frames: int = _setting(14, "frames per clip")
+    num_frames: int = _setting(14, "frames per clip; default: those of a clip of the model")
     fps: float = _setting(7.0, "frames per second the videos are resampled to")
     motion_bucket_id: float = _setting(127.0, "amount of motion in the clips, a condition of the model")
     noise_aug_strength: float = _setting(

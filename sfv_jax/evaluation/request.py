@@ -154,8 +154,10 @@ def _tower(request: Request) -> Tower | None:
 
 
 def _folders(request: Request) -> Report:
-    extractor = _extractor(request)
     folders = _given(request.videos), _given(request.reference)
+    for folder in folders:  # before the network is loaded
+        check_count(Dataset(find_clips(folder), folder.name), request.protocol)
+    extractor = _extractor(request)
     return scoring.folder_against_folder(
         *folders,
         request.protocol,
@@ -175,9 +177,9 @@ def _paired(request: Request) -> Report:
 
 
 def _dataset(request: Request) -> Report:
-    extractor = _extractor(request)
     dataset = dataset_of(request)
-    check_count(dataset, request.protocol)
+    check_count(dataset, request.protocol)  # before a network is loaded
+    extractor = _extractor(request)
     sampler = load_sampler(request)
     model = Model(sampler, origin_of(request, sampler), request.options, request.batch_size)
     codec = sampler.codec

@@ -42,7 +42,7 @@ class DiscriminatorConfig:
     norm_groups: int = 32
     spatial: bool = True
     temporal: bool = True
-    temporal_conv: str = "conv"
+    temporal_conv: str = "auto"
 
     def __post_init__(self):
         if not (self.spatial or self.temporal):

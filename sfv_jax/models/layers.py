@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import lax
 
+from sfv_jax.choices import TEMPORAL_CONVS
 from sfv_jax.errors import UserError
 from sfv_jax.models.partitioning import BATCH, axis_size, gathered, platform, promote, rows, shared_axis
 
@@ -148,27 +149,29 @@ class TemporalConv(nnx.Module):
 
     `form="conv"` is one convolution, the right choice on accelerators: 3-D on TPU; on GPU 2-D over (time, pixels),
     because there XLA moves the channels to the front for a 3-D one. `form="matmul"`, for CPU, sums the shifted products
-    of all taps: about twice as fast as XLA's 3-D convolution, and only `x` is kept for the gradient.
+    of all taps: about twice as fast as XLA's 3-D convolution, and only `x` is kept for the gradient. "auto" is "matmul"
+    on CPU and "conv" elsewhere.
 
     Raises:
-      UserError: if `form` is neither "conv" nor "matmul".
+      UserError: if `form` is none of these.
     """
 
-    def __init__(self, i: int, o: int, kernel_size: int = 3, *, form: str = "conv", dtype, param_dtype, rngs):
+    def __init__(self, i: int, o: int, kernel_size: int = 3, *, form: str = "auto", dtype, param_dtype, rngs):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (kernel_size, 1, 1, i, o), param_dtype))
         self.bias = nnx.Param(jnp.zeros((o,), param_dtype))
-        if form not in ("conv", "matmul"):
-            raise UserError(f"temporal convolution form {form!r}: choose 'conv' or 'matmul'")
+        if form not in TEMPORAL_CONVS:
+            raise UserError(f"temporal convolution form {form!r}: choose one of {', '.join(TEMPORAL_CONVS)}")
         self.form, self.dtype = form, dtype
 
     def __call__(self, x: Array) -> Array:
         x, kernel = x.astype(self.dtype), gathered(self.kernel[...], self.dtype)
         k, (t, h, w) = kernel.shape[0], x.shape[1:4]
         pad = (k // 2, k // 2)
-        if self.form == "conv" and platform() == "gpu" and shared_axis(h, w) != 3:
+        convolve = self.form == "conv" or self.form == "auto" and platform() != "cpu"
+        if convolve and platform() == "gpu" and shared_axis(h, w) != 3:
             y = conv2d(rearrange(x, "b t h w i -> b t (h w) i"), kernel[:, :, 0], (pad, (0, 0)))
             y = rearrange(y, "b t (h w) o -> b t h w o", h=h)
-        elif self.form == "conv":
+        elif convolve:
             y = lax.conv_general_dilated(
                 x, kernel, (1, 1, 1), (pad, (0, 0), (0, 0)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
             )
@@ -204,7 +207,7 @@ class ResnetBlock(nnx.Module):
     """
 
     def __init__(
-        self, i: int, o: int, *, temb_channels: int | None, groups: int, eps: float, temporal=False, form="conv", **kw
+        self, i: int, o: int, *, temb_channels: int | None, groups: int, eps: float, temporal=False, form="auto", **kw
     ):
         norm = partial(GroupNorm, groups=groups, eps=eps, per_frame=not temporal, **kw)
         conv = partial(TemporalConv, form=form, **kw) if temporal else partial(Conv2d, kernel_size=3, padding=1, **kw)

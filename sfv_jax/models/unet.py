@@ -50,7 +50,7 @@ class UNetConfig:
     norm_groups: int = 32
     resnet_eps: float = 1e-6
     mid_eps: float = 1e-5
-    temporal_conv: str = "conv"
+    temporal_conv: str = "auto"
     attention_kernel: str = "auto"
     remat: bool = False
 

@@ -42,7 +42,7 @@ class VAEConfig:
     scaling_factor: float = 0.18215
     sample_size: int = 768
     norm_groups: int = 32
-    temporal_conv: str = "conv"
+    temporal_conv: str = "auto"
     decode_pixels: int = 2**18
 
     @classmethod

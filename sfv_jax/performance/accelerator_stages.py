@@ -147,8 +147,6 @@ def _networks(tiny: bool) -> tuple[Sizes, tuple[int, int], Mesh]:
         unet = UNetConfig.tiny(block_out_channels=(32,), num_attention_heads=(2,), layers_per_block=1, num_frames=2)
         vae = VAEConfig.tiny(block_out_channels=(32, 32), layers_per_block=1)
         sizes = Sizes(unet, vae, CLIPConfig.tiny(projection_dim=32))
-    if jax.default_backend() == "cpu":
-        sizes = replace(sizes, unet=replace(sizes.unet, temporal_conv="matmul"))
     return sizes, (64, 64) if tiny else (576, 1024), make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sfv_jax.config import ConfigError
+from sfv_jax.config import ConfigError, settled, world_of
+from sfv_jax.config_check import check
+from sfv_jax.data import latents
 from sfv_jax.errors import UserError
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.performance import programs, targets
@@ -51,12 +53,32 @@ class Request:
     hlo: Path | None = None
 
 
+def size_of(config: ConfigDict, what: str) -> tuple[int, int]:
+    """Returns (height, width) of the videos of a config in pixels: those of its world or cache, else those of `WHAT`.
+
+    Args:
+      config: config of a run.
+      what: kind of job, a key of `WHAT`.
+
+    Raises:
+      ConfigError: if the fields of the world are wrong.
+      LatentError: if the manifest of the cache is damaged.
+    """
+    if config.data.source == "world":
+        return (world_of(config).size,) * 2
+    if config.data.path and (made := latents.read_json(Path(config.data.path) / latents.MANIFEST, ("settings",))):
+        return made["settings"]["height"], made["settings"]["width"]
+    return WHAT[what]
+
+
 def build(config: ConfigDict, target: Target, devices: list, request: Request) -> tuple[Mesh, list[Program]]:
     """Returns the mesh and the programs of a job on `devices` of `target`.
 
     Raises:
       ConfigError, WeightsError, PlanError: if the job itself would reject these settings.
     """
+    check(config)
+    config = settled(config, target.chip.platform)
     sizes, size = programs.sizes_of(config), request.size
     if size[0] % sizes.downscale or size[1] % sizes.downscale or min(size) < sizes.downscale:
         raise PlanError(f"height {size[0]} and width {size[1]} must be multiples of {sizes.downscale}")

@@ -87,8 +87,6 @@ class Request:
         """
         sizes = NETWORKS[self.networks]
         changes: dict[str, Any] = {"num_frames": self.num_frames} if self.num_frames else {}
-        if jax.default_backend() == "cpu":
-            changes["temporal_conv"] = "matmul"
         sizes = replace(sizes, unet=replace(sizes.unet, remat=self.remat and self.train, **changes))
         if any(side < sizes.downscale or side % sizes.downscale for side in self.size):
             raise UserError(f"--height {self.height} --width {self.width}: both must be multiples of {sizes.downscale}")

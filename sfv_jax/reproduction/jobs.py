@@ -21,6 +21,7 @@ from sfv_jax.reproduction.rows import SHOWN, Bench, ensure_row, svd_bench, world
 from sfv_jax.reproduction.runs import ReproduceError, Runs, plan, svd_runs, world_runs
 from sfv_jax.reproduction.tables import make_report
 from sfv_jax.runtime.locks import Lock
+from sfv_jax.runtime.stopping import CHILDREN
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.training.alarms import TrainingStopped
 
@@ -176,6 +177,7 @@ def side_by_side(arguments: Sequence[str], folder: Path, jobs: int) -> None:
         command = [sys.executable, "-m", "sfv_jax.reproduce", *arguments, f"--share={n}/{jobs}"]
         with (folder / f"job{n}.log").open("w") as log:
             running.append(subprocess.Popen(command, stdout=log, stderr=log))
+            CHILDREN.append(running[-1])
         if mine[n::jobs]:
             os.sched_setaffinity(running[-1].pid, mine[n::jobs])
     try:

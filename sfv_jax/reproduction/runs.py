@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -16,11 +16,15 @@ from sfv_jax.config import world_of
 from sfv_jax.config_check import check
 from sfv_jax.data.loader import latent_source, world_source
 from sfv_jax.errors import UserError
+from sfv_jax.methods.adversarial import per_head
+from sfv_jax.models.discriminator import DiscriminatorConfig
+from sfv_jax.models.networks import Networks
+from sfv_jax.models.unet import UNetConfig
 from sfv_jax.reproduction.experiments import BASE, TABLES, Budget, runs_of, svd_config, world_config
+from sfv_jax.runtime.device import count_flops
 from sfv_jax.runtime.plain_config import flat
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.training.loop import train
-from sfv_jax.training.step import unet_step_flops
 
 CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, an assumption: see docs/reproduction.md
 CHIP_RATE = 0.4 * 989e12  # FLOP/s of an H100 in bf16 at 40 % of its peak, an assumption
@@ -125,14 +129,54 @@ def with_settings(make: Callable[[str, int], ConfigDict], settings: Sequence[str
 
 
 def cost_of_step(config: ConfigDict, base: Path) -> float:
-    """Returns the FLOPs of a train step of `config` on its data; `base` is the folder of its base model."""
+    """Estimates the FLOPs of a train step of `config` on its data; `base` is the folder of its base model.
+
+    It is the forward passes of `forward_flops` times how often a method runs them, a backward pass counting twice, or
+    once where weights are frozen. Tracing the step itself takes a minute at full size.
+    """
     if config.data.source == "world":
         unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
         example = world_source(world_of(config), config.data.split, 1, codec)[0]
     else:
         unet = read_unet(base)
         example = latent_source(config.data.path, config.data.split)[0]
-    return unet_step_flops(config, unet, example)
+    adversarial = "discriminator" in config
+    changes = tuple(config.discriminator.to_dict().items()) if adversarial else None
+    unet_, encoder, heads = forward_flops(unet, changes, example["latents"].shape)
+    times = {"teacher": 3, "animatelcm": 6}.get(config.method, 3)  # student; target, and two branches of the teacher
+    if config.method == "ladd":
+        times += 2 * config.ladd.teacher_steps
+    # Backbone: real, fake, and back to the fake. Heads: 3 for the generator, 3 each for real and fake, 6 for R1.
+    return config.batch_size * (times * unet_ + 3 * encoder + 15 * heads)
+
+
+@cache
+def forward_flops(unet: UNetConfig, discriminator: tuple | None, shape: tuple[int, ...]) -> tuple[float, float, float]:
+    """Returns the FLOPs of UNet, discriminator's backbone and heads for one video, forward; 0 for those not there.
+
+    Args:
+      unet: config of the UNet.
+      discriminator: items of `config.discriminator`; None for a method without one.
+      shape: `(t, h, w, c)` of the latents.
+    """
+    unet = configs.plain_unet(unet)
+    heads = None if discriminator is None else DiscriminatorConfig.for_unet(unet, **dict(discriminator))
+    networks = Networks(unet, heads)
+    shapes = dict(x=(*shape[:3], unet.in_channels), level=(), embed=(unet.cross_attention_dim,), ids=(3,))
+    x, level, embed, ids = (jax.ShapeDtypeStruct((1, *s), jax.numpy.float32) for s in shapes.values())
+    found = [count_flops(lambda p, *a: networks.generator(p)(*a), networks.abstract["generator"], x, level, embed, ids)]
+    if heads is None:
+        return found[0], 0.0, 0.0
+
+    def encode(params, *inputs):
+        return networks.encode(params)(*inputs)
+
+    backbone = networks.abstract["backbone"], x, level, embed, ids
+    features = per_head(heads, jax.eval_shape(encode, *backbone))
+    found.append(count_flops(encode, *backbone))
+    judge = lambda params, *inputs: networks.heads(params)(*inputs)  # noqa: E731
+    found.append(count_flops(judge, networks.abstract["heads"], features, embed, level))
+    return found[0], found[1], found[2]
 
 
 def plan(runs: Runs, tables: Sequence[str], seeds: Sequence[int], jobs: int = 1) -> list[str]:

@@ -3,10 +3,14 @@
 This module does not import JAX, and commands import it only when they run: `--help` and wrong flags answer at once.
 """
 
+import difflib
 import io
+import itertools
 import math
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,8 @@ from absl import app, flags, logging
 from sfv_jax import choices
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import one_line
+from sfv_jax.runtime.plain_config import flat
+from sfv_jax.runtime.stopping import Interrupt
 
 NUMBERS = {  # list flags: allowed lengths, type and least value of the numbers, advice
     "guidance": ((2,), float, 0, "two numbers from 0, e.g. 1.0,3.0"),
@@ -86,22 +92,34 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
     def guarded(_) -> int | None:
         logging.set_verbosity(logging.WARNING)  # orbax reports every rename
         try:
-            return main()
+            with Interrupt():
+                return main()
         except UserError as error:
             sys.exit(f"{command}: {_lines(error)}")
+        except KeyboardInterrupt:
+            print(f"{command}: interrupted; what is finished stays", file=sys.stderr)
+            return 128 + signal.SIGINT
 
     def parse(argv: list[str]) -> list[str]:
         try:
             define_flags()
+            _check_config_files(argv)
             left = flags.FLAGS(argv)[1:]
             for name in flags.FLAGS:  # a config file is read, or found unreadable, at the first access to its flag
                 getattr(flags.FLAGS[name].value, "to_dict", None)
             _check_finite()
+        except _BrokenConfig as error:
+            sys.exit(f"{command}: {error}")
         except AttributeError as error:  # ml_collections, wrapping its KeyError
             while error.args and isinstance(error.args[0], Exception):
                 error = error.args[0]
             sys.exit(f"{command}: no such config field: " + " ".join(str(error.args[0]).split()))
+        except flags.UnrecognizedFlagError as error:
+            hint = _near(error.flagname)
+            sys.exit(f"{command}: no flag --{error.flagname}; {hint and f'did you mean --{hint}? '}see --help")
         except flags.Error as error:
+            if missing := re.findall(r"Flag --(\w+) must have a value other than None", str(error)):
+                sys.exit(f"{command}: missing: {', '.join(f'--{name}' for name in missing)}; see --help")
             lines = [line.strip() for line in str(error).splitlines()]
             if "Traceback (most recent call last):" in lines:  # of a config file; the last line contains the message
                 lines = [lines[0], lines[-1].removeprefix("sfv_jax.errors.UserError: ")]
@@ -117,6 +135,56 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
         return argv
 
     app.run(guarded, argv=sys.argv, flags_parser=parse)
+
+
+class _BrokenConfig(UserError):
+    """Config file that cannot be used."""
+
+
+def _config_flags() -> dict[str, Any]:
+    """Returns the flags that take a config file, by name."""
+    return {name: flag for name in flags.FLAGS if hasattr(type(flag := flags.FLAGS[name]), "config_filename")}
+
+
+def _check_config_files(argv: list[str]) -> None:
+    """Reads the config files that the command line names.
+
+    Raises:
+      _BrokenConfig: if one does not exist, or anything but a `UserError` stops it.
+    """
+    words = argv[1:]
+    for name, flag in _config_flags().items():
+        given = [word.partition("=")[2] for word in words if re.match(rf"--?{name}=", word)]
+        given += [value for word, value in itertools.pairwise(words) if re.fullmatch(rf"--?{name}", word)]
+        for text in given[-1:]:
+            path = Path(text.partition(":")[0])
+            if not path.is_file():
+                known = {file.stem: str(file) for file in sorted(Path("configs").glob("*.py"))}
+                near = [known[stem] for stem in difflib.get_close_matches(path.stem, known, 1)]
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise _BrokenConfig(f"--{name}={one_line(text)}: there is no config file {one_line(path)}{hint}")
+            try:
+                flag.parser.parse(text)
+            except flags.Error:
+                raise
+            except UserError:
+                continue  # said when the flag is parsed
+            except Exception as error:  # of any kind: the file is a program
+                frames = traceback.extract_tb(error.__traceback__)
+                lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+                line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+                where = f"{one_line(path)}, line {line}" if line else one_line(path)
+                raise _BrokenConfig(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _near(unknown: str) -> str:
+    """Returns the flag or config field whose name is like that of a flag that does not exist; "" if none is."""
+    fields = {}
+    for name, flag in _config_flags().items():
+        if flag.value is not None:
+            fields |= {f"{name}.{field}": None for field in flat(flag.value.to_dict())}
+    tails = [field for field in fields if field.endswith(f".{unknown}")]
+    return next(iter(tails or difflib.get_close_matches(unknown, [*flags.FLAGS, *fields], 1, 0.75)), "")
 
 
 def _lines(error: UserError) -> str:

@@ -1,6 +1,7 @@
 """Progress of long jobs on the terminal."""
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -14,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+LONG = 1.0  # seconds of a compilation that is reported before its program runs
 
 
 @contextlib.contextmanager
@@ -41,6 +44,60 @@ def progress(total: int, what: str) -> Generator[Callable[[int], None], None, No
             print(f"{done} of {total} {what}", file=sys.stderr, flush=True)
 
     yield advance
+
+
+def say(text: str) -> None:
+    """Prints a line at once on process 0, also where nothing shows before a buffer is full (a file, a pipe)."""
+    if _is_chief():
+        print(text, flush=True)
+
+
+def _is_chief() -> bool:
+    import jax  # commands import this module before they need JAX
+
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def compiling(what: str) -> Generator[None, None, None]:
+    """Says that a block compiles `what`, and how long that took: after a long compilation before its program runs.
+
+    A program that JAX has in memory is not compiled, and nothing more is said.
+    """
+    say(f"compiling {what} ...")
+    began, found, said = time.monotonic(), False, False
+
+    def compiled(seconds: float) -> None:
+        nonlocal found, said
+        found = True
+        if seconds >= LONG and not said:
+            said = True
+            say(f"compiled in {time.monotonic() - began:.0f} s")
+
+    _listen()
+    _compiled.append(compiled)
+    try:
+        yield
+    finally:
+        _compiled.remove(compiled)
+    if found and not said:
+        say(f"compiled in {time.monotonic() - began:.1f} s")
+
+
+_compiled: list[Callable[[float], None]] = []  # called with the seconds of each compilation
+
+
+@functools.cache
+def _listen() -> None:
+    """Makes JAX call `_compiled`; once, since older versions have no public function that removes a listener."""
+    import jax
+
+    def hear(event: str, seconds: float, **_) -> None:
+        if event.endswith("backend_compile_duration"):
+            for hears in _compiled:
+                hears(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
 
 
 class ProgressReport:
@@ -82,7 +139,7 @@ class ProgressReport:
     def print(self, text: str) -> None:
         """Prints a line above the bar."""
         if self.active:
-            (self.bar.console.print if self.bar else print)(text)
+            print(text, flush=True)  # the bar moves such lines above itself
 
     def close(self) -> None:
         """Ends the bar."""

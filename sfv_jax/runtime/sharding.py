@@ -139,10 +139,13 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int, accumulation_steps: int
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (accumulation_steps * shares):
         step = accumulation_steps * shares
+        near = [n for n in (batch_size // step * step, (batch_size // step + 1) * step) if n]
+        parts = [n for n in range(accumulation_steps, 0, -1) if batch_size % (n * shares) == 0][:1]
+        remedy = [f"--config.accumulation_steps={n}" for n in parts]
+        remedy += [f"--config.batch_size={' or '.join(map(str, near))}"]
         raise UserError(
             f"batch_size={batch_size} does not divide into accumulation_steps={accumulation_steps} times "
-            f"data x fsdp = {shares} devices of the mesh; nearest: {max(batch_size // step, 1) * step} and "
-            f"{max(batch_size // step + 1, 2) * step}"
+            f"data x fsdp = {shares} devices of the mesh; set {', or '.join(remedy)}"
         )
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))

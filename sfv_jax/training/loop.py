@@ -1,27 +1,29 @@
 """Training loop, from a config to the last checkpoint."""
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from sfv_jax.checkpoints.run import BadStateError, Checkpoints, claim_workdir, explained, owned, safe
-from sfv_jax.config import ConfigError, renewed
+from sfv_jax.checkpoints.run import BadStateError, Checkpoints, claim_workdir, explained, owned, read_config, safe
+from sfv_jax.config import ConfigError, renewed, settled
 from sfv_jax.config_check import check
 from sfv_jax.data.loader import make_loader
 from sfv_jax.errors import UserError
 from sfv_jax.methods import METHODS
+from sfv_jax.models.partitioning import platform
 from sfv_jax.runtime.device import peak_flops
 from sfv_jax.runtime.plain_config import flat
 from sfv_jax.runtime.processes import agree, once
-from sfv_jax.runtime.progress import ProgressReport
+from sfv_jax.runtime.progress import ProgressReport, compiling, say
 from sfv_jax.runtime.sharding import local_rows, make_mesh, on_mesh, param_shardings, put_batch, with_shardings
 from sfv_jax.runtime.stopping import StopRequest
 from sfv_jax.training.clock import Clock, Trace
 from sfv_jax.training.inputs import check_memory, load_backbone
+from sfv_jax.training.startup import describe_devices, describe_job
 from sfv_jax.training.journal import Journal
 from sfv_jax.training.metrics import MetricWriter
 from sfv_jax.training.previews import Previews
@@ -39,10 +41,18 @@ def train(config: ConfigDict, workdir: Path) -> dict:
       ProcessError: if the processes were started with different settings.
       TrainingStopped: if a number is not finite, or an alarm stops the run.
     """
-    agree(flat(config.to_dict()))
     check(config)
+    config = settled(config, platform(), recorded_config(config, workdir))
+    agree(flat(config.to_dict()))
     with owned(workdir) as check_owner, explained(workdir):
         return train_owned(config, workdir, check_owner)
+
+
+def recorded_config(config: ConfigDict, workdir: Path) -> dict | None:
+    """Returns the flat fields of the run that `config` continues, in today's form; None if nothing was saved."""
+    if not (workdir / "config.json").exists() or not (workdir / "checkpoints").exists():
+        return None
+    return renewed(flat(read_config(workdir)), flat(config.to_dict()))
 
 
 def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], None]) -> dict:
@@ -55,6 +65,7 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
         rows = local_rows(mesh, config.batch_size, config.accumulation_steps)
     except UserError as error:
         raise ConfigError(f"config: {error}") from error
+    say(describe_devices(config, mesh))
     subject = open_subject(config, mesh)
     networks = subject.networks
 
@@ -80,6 +91,7 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
         subject.describe(workdir)
 
     once(claim)
+    say(describe_job(config, abstract[0], subject.source))
     with ExitStack() as stack:  # its end waits for unfinished checkpoints, also after an error
         stop = stack.enter_context(StopRequest(lambda: safe(workdir)))  # outlives the wait for the last checkpoint
         checkpoints = stack.enter_context(
@@ -95,8 +107,7 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
             frozen = jax.jit(lambda params: init(params)[1], out_shardings=shardings[1])(params)
             _, state, position = restored
             loader.set_state(position)
-            if chief:
-                print(f"continuing {workdir} at step {latest}" if latest < config.steps else f"{workdir} is finished")
+            say(f"continuing {workdir} at step {latest}" if latest < config.steps else f"{workdir} is finished")
         del params
         if config.get("backbone_init"):
             frozen["backbone"] = load_backbone(config, networks, shardings[1]["backbone"], mesh)
@@ -177,8 +188,12 @@ def loop(config, step_fn, state, loader, put, out: Outputs, stop: StopRequest) -
         with journal.clock.measure("data_wait"):
             batch = put(next(loader))
         out.trace.at(step, state)
-        with journal.clock.measure("device"):
+        first = step == report.first + 1
+        with journal.clock.measure("device"), compiling("the train step") if first else nullcontext():
             state, metrics = step_fn(state, batch)
+        if first:  # which is long; later steps never wait for the device
+            jax.block_until_ready(metrics)
+            say(f"step {step} of {config.steps} is done")
         journal.add(metrics)
         report.advance(step)
         stopped = step < config.steps and stop.asked(step)

@@ -10,7 +10,8 @@ import pytest
 
 from sfv_jax import config as configs
 from sfv_jax.checkpoints.run import WorkdirError
-from sfv_jax.config import patch_codec_of, unet_of, world_of
+from sfv_jax.config import patch_codec_of, settled, unet_of, world_of
+from sfv_jax.data.loader import world_source
 from sfv_jax.data.video import write_video
 from sfv_jax.errors import UserError
 from sfv_jax.evaluation.protocol import Protocol
@@ -22,6 +23,7 @@ from sfv_jax.reproduction.experiments import BASE, Row
 from sfv_jax.reproduction.runs import Runs
 from sfv_jax.runtime import commands
 from sfv_jax.training.alarms import TrainingStopped
+from sfv_jax.training.step import step_flops
 from tests.support import small_run
 
 ROWS = [Row("base, 1 step", BASE, published=2.0), Row("lcm, 2 steps", "animatelcm", 2, "animatelcm", published=1.0)]
@@ -177,6 +179,13 @@ def test_the_plan_counts_steps_and_flops(tmp_path):
     lines = "\n".join(trainings.plan(runs, ["table1"], [0, 1]))
     assert "teacher" not in lines and "4 training runs (2 seeds), 5 are there" in lines
     one, two = (trainings.cost_of_step(config(run, 0), tmp_path) for run in (BASE, "animatelcm"))
+    for run in (BASE, "animatelcm", "sfv"):
+        small = configs.tiny(configs.sfv()) if run == "sfv" else small_config(run, 0, "")
+        if run == "sfv":
+            small.update({name: small_config(BASE, 0, "")[name].to_dict() for name in ("data", "patch_codec", "unet")})
+        example = world_source(world_of(small), "train", 1, patch_codec_of(small))[0]
+        exact = step_flops(settled(small, "cpu"), unet_of(small), example)
+        assert 0.9 < trainings.cost_of_step(small, tmp_path) / exact < 1.1, run
     assert one > 1e6 and 1.5 * one < two < 2.5 * one  # student (3 passes), guided teacher (2) and target (1)
 
 
