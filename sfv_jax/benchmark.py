@@ -1,4 +1,4 @@
-"""Times the networks, warm and without compilation, and the matrix-product speed of the same device in the same run.
+r"""Times the networks, warm and without compilation, and the matrix-product speed of the same device in the same run.
 
     python -m sfv_jax.benchmark                                              # SVD, 14 x 576 x 1024, bf16
     python -m sfv_jax.benchmark --train --height 448 --width 768             # the SF-V step and its parts

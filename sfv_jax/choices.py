@@ -14,6 +14,16 @@ DATASETS = ("ucf101", "folder", "world")  # evaluation.request.COUNTS
 UCF101_SPLITS = (*(f"{kind}list0{n}" for kind in ("train", "test") for n in (1, 2, 3)), "all")  # data.ucf101.SPLITS
 JOBS = ("train", "sample", "prepare")  # performance.job.WHAT
 
+SIZES = {  # (height, width) of videos by name
+    "svd": (576, 1024),  # SVD and SVD-XT
+    "sfv": (448, 768),  # SF-V's training
+    "portrait": (1024, 576),
+    "sfv-portrait": (768, 448),
+    "square": (768, 768),
+    "small": (128, 192),
+}
+FITS = ("crop", "pad", "stretch")  # data.images.fitted
+
 MOST_PIXELS = 2**14  # of a side: the limit of H.264 encoders
 FPS = (0.01, 1000.0)  # range of frame rates: WebP counts milliseconds
 MOST_SEED = 2**32 - 1  # JAX uses the lowest 32 bits of a seed

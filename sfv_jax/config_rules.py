@@ -286,7 +286,9 @@ UNET = {
     "norm_groups": count("groups of every GroupNorm", 1, 2**14),
     "resnet_eps": positive("epsilon of the residual blocks' norms", 1),
     "mid_eps": positive("epsilon of the norms of the last down block and the middle", 1),
-    "temporal_conv": choice("form of the temporal convolutions; auto: matmul on CPU, else conv", *choices.TEMPORAL_CONVS),
+    "temporal_conv": choice(
+        "form of the temporal convolutions; auto: matmul on CPU, else conv", *choices.TEMPORAL_CONVS
+    ),
     "attention_kernel": choice("attention over the positions of a frame", *choices.ATTENTION_KERNELS),
     "remat": switch("recompute in the backward pass: less memory, more time"),
 }

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from sfv_jax import choices
+from sfv_jax.data.listing import VIDEO_SUFFIXES, list_videos
 from sfv_jax.errors import UserError
 from sfv_jax.evaluation.protocol import CROPS, FILTERS, Protocol
 from sfv_jax.runtime import commands
@@ -64,6 +65,7 @@ def check() -> None:
     Raises:
       UserError: if a value is impossible, a file to read is missing, or the results cannot be written.
     """
+    commands.apply_size()
     protocol(0)
     for name in ("guidance", "mesh"):
         commands.numbers(name, FLAGS[name].value)
@@ -71,6 +73,9 @@ def check() -> None:
     if FLAGS.statistics:
         check_file(Path(FLAGS.statistics), f"--statistics={FLAGS.statistics}")
     commands.check_inputs("videos", "reference", "data", "i3d", "images", "svd", "checkpoint")
+    for name in ("videos", "reference"):
+        if (folder := FLAGS[name].value) and not list_videos(folder):
+            raise UserError(f"--{name}={folder}: no video files ({', '.join(VIDEO_SUFFIXES)})")
 
 
 def protocol(n: int) -> Protocol:
@@ -144,10 +149,14 @@ def _define_protocol_flags() -> None:
     commands.define_fps(d.fps, "frames per second of a clip; real videos are resampled by time")
     commands.define_pixels("height", d.height, "height of generated clips in pixels", least=8)
     commands.define_pixels("width", d.width, "width of generated clips in pixels", least=8)
+    commands.define_size()
     commands.define_pixels("score_height", d.score_height, "height at which features are computed", least=8)
     commands.define_pixels("score_width", d.score_width, "width at which features are computed", least=8)
     flags.DEFINE_enum(
-        "crop", d.crop, CROPS, "conditions are stretched to the generated shape (none) or cropped (centre)"
+        "crop",
+        d.crop,
+        CROPS,
+        "conditions are stretched to the generated shape (none), as in diffusers, or cropped (centre)",
     )
     flags.DEFINE_enum("filter", d.filter, [*FILTERS], "filter for resizing to the score size")
     flags.DEFINE_integer("ddof", d.ddof, "covariances divide by n - ddof", lower_bound=0, upper_bound=1)

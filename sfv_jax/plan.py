@@ -51,6 +51,7 @@ def check() -> None:
 
 
 def main() -> int:
+    commands.apply_size()
     check()
     from sfv_jax.performance import plan_report, targets
     from sfv_jax.performance.job import QUICK, Request, fit, plan, size_of
@@ -97,6 +98,7 @@ def define_flags() -> None:
     flags.DEFINE_string("hlo", None, "folder for the text of the compiled programs")
     commands.define_pixels("height", None, "height in pixels; default: of the world or cache, else 448, for sample 576")
     commands.define_pixels("width", None, "width in pixels; default: of the world or cache, else 768, for sample 1024")
+    commands.define_size()
     flags.DEFINE_integer("batch_size", None, "sample, prepare: videos per batch; default one per chip", lower_bound=1)
     flags.DEFINE_integer("steps", 1, "sample: calls of the UNet", lower_bound=1)
     flags.DEFINE_enum("dtype", "bfloat16", choices.DTYPES, "sample: dtype of the UNet")

@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import flags
 
+from sfv_jax.data.listing import VIDEO_SUFFIXES, list_videos
 from sfv_jax.data.settings import PrepareError, Settings
 from sfv_jax.runtime import commands
 from sfv_jax.runtime.files import check_folder, one_line
@@ -35,20 +36,28 @@ def define_flags() -> None:
     flags.DEFINE_integer("threads", os.cpu_count() or 1, "number of decoding threads", lower_bound=1)
     flags.DEFINE_integer("worker", 0, "index of this worker, from 0", lower_bound=0)
     flags.DEFINE_integer("workers", 1, "number of processes that share the job", lower_bound=1)
-    define: dict[Any, Callable[..., Any]] = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    define: dict[Any, Callable[..., Any]] = {
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }
     for field in _settings_with_flags():
         default = None if field.name == "num_frames" else field.default
         define[field.type](field.name, default, field.metadata["help"])
+    commands.define_size()
     commands.define_compiler_flags()
 
 
 def main() -> None:
+    commands.apply_size()
     given = commands.values(*(field.name for field in _settings_with_flags()))
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     if FLAGS.worker >= FLAGS.workers:
         raise PrepareError(f"worker {FLAGS.worker} of {FLAGS.workers}: count from 0")
     commands.check_inputs("videos", "svd")
     check_folder(Path(FLAGS.out), f"--out={FLAGS.out}")
+    if not list_videos(FLAGS.videos):
+        raise PrepareError(f"{FLAGS.videos}: no video files ({', '.join(VIDEO_SUFFIXES)})")
 
     from sfv_jax.checkpoints.base import clip_length, load_encoders
     from sfv_jax.data.preparation import make_encoder, run

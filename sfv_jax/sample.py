@@ -22,21 +22,27 @@ FLAGS = flags.FLAGS
 def main() -> None:
     from sfv_jax.sampling import files
 
+    commands.apply_size()
     todo = files.jobs(Path(FLAGS.image), Path(FLAGS.out), FLAGS.format)
     commands.check_seeds(FLAGS.seed, len(todo))
     files.check_outputs(todo, FLAGS.fps, FLAGS.overwrite)
     commands.check_inputs("checkpoint")
     guidance, sizes = (commands.numbers(name, FLAGS[name].value) for name in ("guidance", "mesh"))
 
+    from sfv_jax.checkpoints.base import downscale_of
     from sfv_jax.runtime import compilation
+    from sfv_jax.runtime.progress import say
     from sfv_jax.runtime.sharding import first_devices
     from sfv_jax.sampling.generator import check
-    from sfv_jax.sampling.sampler import Sampler
+    from sfv_jax.sampling.sampler import Sampler, check_side
 
     compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
     check(FLAGS.sampler, FLAGS.steps, guidance)
+    for name in ("height", "width"):
+        check_side(name, FLAGS[name].value, downscale_of(FLAGS.checkpoint))
     mesh = first_devices(sizes)
     load = commands.values("dtype", "vae_dtype", "decode_pixels", "raw", "check_finite")
+    say(f"loading {FLAGS.checkpoint} for {len(todo)} {'images' if len(todo) > 1 else 'image'}")
     sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
     settings = files.Settings(
         options=commands.values(*files.OPTIONS) | {"guidance": guidance},
@@ -65,6 +71,14 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_frames", None, "frames per video; default: the clip length of the model", lower_bound=1)
     commands.define_pixels("height", None, "pixels; default: height of the image in whole latent cells")
     commands.define_pixels("width", None, "pixels; default: width of the image in whole latent cells")
+    commands.define_size()
+    flags.DEFINE_enum(
+        "fit",
+        "crop",
+        choices.FITS,
+        "what is done with an image of another shape than the video: crop its edges, pad it with black, or stretch it,"
+        " as diffusers does",
+    )
     commands.define_fps(7, "frame rate of the video; the condition of the model is fps - 1")
     commands.define_micro_conditions()
     flags.DEFINE_list("guidance", None, "first,last weight of the guidance ramp (1.0,3.0 for SVD); default: none")

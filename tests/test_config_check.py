@@ -285,7 +285,10 @@ def test_runs_of_version_0_1_0_continue(tmp_path, name, platform):
     settled = defaults.settled(config, platform, recorded_config(config, tmp_path)).to_dict()
     claim_workdir(tmp_path, settled, defaults.renewed)
     for field in ("dtype", "unet.temporal_conv"):
-        assert flat(settled)[field] == (flat(RECORDED[name]) | {"unet.temporal_conv": settled["unet"]["temporal_conv"]})[field]
+        assert (
+            flat(settled)[field]
+            == (flat(RECORDED[name]) | {"unet.temporal_conv": settled["unet"]["temporal_conv"]})[field]
+        )
 
 
 def test_the_platform_decides_once():

@@ -37,7 +37,7 @@ def test_printed_has_the_numbers_of_the_paper_alone():
     printed = defaults.printed()
     assert get_config("sfv")("printed").to_dict() == printed.to_dict()
     assert get_config("sfv")("printed,tiny").to_dict() == defaults.tiny(printed).to_dict()
-    with pytest.raises(UserError, match="takes :printed, .*, not :printedtiny"):
+    with pytest.raises(UserError, match="takes :small, :printed, .*, not :printedtiny"):
         get_config("sfv")("printedtiny")
     assert (printed.sfv.recon_weight, printed.sfv.recon_reduction, printed.sfv.balance) == (0.1, "video", 0.0)
     optimizers = printed.generator_optimizer, printed.heads_optimizer

@@ -171,6 +171,15 @@ def load_generator(
     return Base(unet, params, codec, model, step)
 
 
+def downscale_of(path: str | Path) -> int:
+    """Returns the pixels per latent cell of a model folder or run; raises as `load_generator` does."""
+    _, patch, folder = read_run(Path(path)) if is_run(path) else (None, None, Path(path))
+    if patch or folder is None:
+        return patch.downscale if patch else 1
+    found = read_model(folder).configs
+    return found["codec"].downscale if "codec" in found else found["vae"].downscale
+
+
 def clip_length(svd: str | os.PathLike) -> int | None:
     """Returns the frames of a clip of a model folder's or diffusers folder's UNet; None if the latter has none."""
     folder = Path(svd)

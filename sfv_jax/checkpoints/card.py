@@ -1,6 +1,7 @@
 """Model card (`README.md`) of an export. It contains only facts recorded by the run and the model folder."""
 
 import json
+import re
 from pathlib import Path
 
 from sfv_jax.checkpoints.workflow import PIXEL_RANGE, Video
@@ -8,15 +9,9 @@ from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime.files import in_code, in_markdown
 from sfv_jax.weights.folders import printable
 
-FRONT_MATTER = """---
-library_name: diffusers
-pipeline_tag: image-to-video
-license: other
-tags:
-- image-to-video
-- stable-video-diffusion
----
-"""
+# Repositories of the networks that this package converts, as they appear in the origin of a model folder.
+_KNOWN = re.compile(r"stable-video-diffusion-img2vid(-xt)?(-1-1)?(?![\w-])")
+LINK = "https://huggingface.co/{}/blob/main/LICENSE.md"
 LICENSE = """## License
 
 These are the networks of Stable Video Diffusion. If they come from Stability AI's weights, as those of an imported
@@ -80,14 +75,29 @@ def model_card(
     method = run["config"].get("method") if run else None
     title = f"# {in_markdown(Path(name).stem if what == 'comfyui' else name)}"
     sections = [
-        FRONT_MATTER + title,
+        _front_matter(meta, run) + title,
         _summary(method, run),
-        _usage(unet, what, name, variant, method, video or Video()),
+        _usage(unet, what, name, variant, method, video or Video(), base_model(meta)),
     ]
     if run:
         sections.append(_training(run))
     sections += [_origin(meta), LICENSE]
     return "\n".join(section.rstrip() + "\n" for section in sections)
+
+
+def base_model(meta: dict) -> str | None:
+    """Returns the repository of the base model, if the recorded origin of a model folder names it; else None."""
+    found = _KNOWN.search(str(meta.get("source", {}).get("folder", "")))
+    return f"stabilityai/{found[0]}" if found else None
+
+
+def _front_matter(meta: dict, run: dict | None) -> str:
+    lines = ["library_name: diffusers", "pipeline_tag: image-to-video", "license: other"]
+    if base := base_model(meta):
+        lines += ["license_name: stable-video-diffusion-community", f"license_link: {LINK.format(base)}"]
+        lines += [f"base_model: {base}", *(["base_model_relation: finetune"] if run else [])]
+    tags = "".join(f"\n- {tag}" for tag in ("image-to-video", "stable-video-diffusion"))
+    return "\n".join(["---", *lines, f"tags:{tags}", "---", ""])
 
 
 def _summary(method: str | None, run: dict | None) -> str:
@@ -101,7 +111,15 @@ def _summary(method: str | None, run: dict | None) -> str:
     )
 
 
-def _usage(unet: UNetConfig, what: str, name: str, variant: str | None, method: str | None, video: Video) -> str:
+def _usage(
+    unet: UNetConfig,
+    what: str,
+    name: str,
+    variant: str | None,
+    method: str | None,
+    video: Video,
+    base: str | None,
+) -> str:
     one_step = method in ONE_STEP_METHODS
     if what == "comfyui":
         return _comfyui(unet, name, one_step, video)
@@ -113,16 +131,26 @@ def _usage(unet: UNetConfig, what: str, name: str, variant: str | None, method: 
     ids = f"fps={video.fps:g}, motion_bucket_id={video.motion_bucket_id:g}"
     ids += f", noise_aug_strength={video.noise_aug_strength:g}"
     half = ', variant="fp16", torch_dtype=torch.float16' if variant else ""
+    names = ["StableVideoDiffusionPipeline"]
     if what == "unet":
+        names.append("UNetSpatioTemporalConditionModel")
         load = (
             f"unet = UNetSpatioTemporalConditionModel.from_pretrained({_quoted(name)}{half})\n"
-            f"pipe = StableVideoDiffusionPipeline.from_pretrained(BASE_MODEL, unet=unet{half})"
+            f"pipe = StableVideoDiffusionPipeline.from_pretrained({_quoted(base or 'BASE_MODEL')}, unet=unet{half})"
         )
     else:
         load = f"pipe = StableVideoDiffusionPipeline.from_pretrained({_quoted(name)}{half})"
     size = f"height={video.height}, width={video.width}, num_frames={unet.num_frames}"
-    run = f"frames = pipe(\n    image, {size},\n    {call},\n    {ids},\n).frames[0]"
-    return f"## Use in diffusers\n\n```python\n{load}\n{run}\n```\n"
+    lines = [
+        *(["import torch"] if variant else []),
+        f"from diffusers import {', '.join(names)}",
+        "from diffusers.utils import export_to_video, load_image\n",
+        load,
+        'image = load_image("in.png")  # another shape than the video\'s is stretched',
+        f"frames = pipe(\n    image, {size},\n    {call},\n    {ids},\n).frames[0]",
+        f'export_to_video(frames, "out.mp4", fps={round(video.fps)})',
+    ]
+    return "## Use in diffusers\n\n```python\n" + "\n".join(lines) + "\n```\n"
 
 
 def _comfyui(unet: UNetConfig, name: str, one_step: bool, video: Video) -> str:

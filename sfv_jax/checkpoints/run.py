@@ -152,7 +152,7 @@ def claim_workdir(workdir: Path, config: dict, renew: Callable[[dict, dict], dic
         names = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE]
         lines = [f"  {k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} now" for k in names]
         if names and not (_committed((workdir / "checkpoints").resolve()) or (workdir / DAMAGED).exists()):
-            say("\n".join([f"{workdir} has no checkpoint yet, so the run begins anew with the changed config:", *lines]))
+            say("\n".join([f"{workdir} has no checkpoint yet, so the changed config replaces the old one:", *lines]))
         elif names:
             raise WorkdirError(
                 f"{workdir} holds a run of another config; use another --workdir, or restore these fields:\n"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError, features
 
+from sfv_jax.choices import FITS
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import one_line
 
@@ -61,6 +62,53 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         raise ImageError(f"{one_line(path)}: {error}") from error
     except Exception as error:  # decoders raise errors of every kind on damaged files
         raise ImageError(f"{one_line(path)}: cannot read the image: {_reason(error)}") from error
+
+
+def readable(path: Path) -> bool:
+    """Returns whether the beginning of a file is that of an image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _open(path).close()
+    except Exception:  # of every kind, as in `read_image`, which tells the reason
+        return False
+    return True
+
+
+def fitted(frames: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
+    """Brings frames to a size by Lanczos, antialiased when shrinking. The one rule of all commands.
+
+    Args:
+      frames: uint8 `[..., h, w, 3]`.
+      height, width: size of the result in pixels.
+      fit: what is done if the result has another shape: "crop" fills it at the frames' aspect ratio and cuts what
+        sticks out, half on either side; "pad" shows the whole frame between black bars; "stretch" changes the aspect
+        ratio, as diffusers' StableVideoDiffusionPipeline does.
+    Returns:
+      uint8 `[..., height, width, 3]`.
+    Raises:
+      UserError: if `fit` is unknown.
+    """
+    if fit not in FITS:
+        raise UserError(f"fit {fit!r}: choose one of {', '.join(FITS)}")
+    h, w = frames.shape[-3:-1]
+    if (h, w) == (height, width):
+        return frames
+    box, inner = (0.0, 0.0, float(w), float(h)), (height, width)
+    if fit == "crop":
+        scale = max(height / h, width / w)
+        left, top = max(0.0, (w - width / scale) / 2), max(0.0, (h - height / scale) / 2)
+        box = (left, top, w - left, h - top)
+    elif fit == "pad":
+        scale = min(height / h, width / w)
+        inner = max(1, min(height, round(h * scale))), max(1, min(width, round(w * scale)))
+    flat = frames.reshape(-1, h, w, 3)
+    resized = np.stack([Image.fromarray(f).resize(inner[::-1], Image.Resampling.LANCZOS, box) for f in flat])
+    rows, columns = height - inner[0], width - inner[1]
+    if rows or columns:
+        bars = ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0))
+        resized = np.pad(resized, bars)
+    return resized.reshape(*frames.shape[:-3], height, width, 3)
 
 
 def _open(path: Path) -> Image.Image:

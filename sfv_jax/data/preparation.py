@@ -29,6 +29,9 @@ from sfv_jax.runtime.progress import progress
 Encode = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
+YOUNGER = {"fit": "crop"}  # settings that caches may lack, with the value that does what was done then
+
+
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """Part of a video: `source` is the video's path below the folder, `start` is in seconds."""
@@ -196,7 +199,9 @@ def _claim(out: Path, plan: dict[str, list[Clip]], settings: Settings) -> dict:
     if earlier is None:
         write_json(out / latents.MANIFEST, manifest)
         return manifest
-    then, now = ({**m["settings"], "schema": m["schema"], "videos": m["videos"]} for m in (earlier, manifest))
+    then, now = (
+        {**YOUNGER, **m["settings"], "schema": m["schema"], "videos": m["videos"]} for m in (earlier, manifest)
+    )
     changed = [f"{name} (was {then.get(name)}, is {now[name]})" for name in now if then.get(name) != now[name]]
     if changed:
         raise LatentError(f"{out} was begun differently: {', '.join(changed)}; use another --out or the same settings")
@@ -225,7 +230,7 @@ def _decode(
     """Yields the usable clips in order, decoded ahead on threads; appends the others to `skipped`."""
 
     def read(clip):
-        size = {"height": settings.height, "width": settings.width}
+        size = {"height": settings.height, "width": settings.width, "fit": settings.fit}
         return video.read_clip(folder / clip.source, settings.num_frames, settings.fps, clip.start, **size)
 
     todo, pending = iter(clips), collections.deque()

@@ -26,6 +26,7 @@ class Settings:
 
     height: int = _setting(448, "frame height in pixels, a multiple of 8")
     width: int = _setting(768, "frame width in pixels, a multiple of 8")
+    fit: str = _setting("crop", "how frames of another shape get this one: crop, pad or stretch")
     num_frames: int = _setting(14, "frames per clip; default: those of a clip of the model")
     fps: float = _setting(7.0, "frames per second the videos are resampled to")
     motion_bucket_id: float = _setting(127.0, "amount of motion in the clips, a condition of the model")
@@ -47,6 +48,8 @@ class Settings:
                 raise PrepareError(f"{name} {side} is not a positive multiple of 8; nearest: {nearest}")
             if side > choices.MOST_PIXELS:
                 raise PrepareError(f"{name} {side} is more than {choices.MOST_PIXELS}")
+        if self.fit not in choices.FITS:
+            raise PrepareError(f"fit {self.fit!r}: choose one of {', '.join(choices.FITS)}")
         if min(self.num_frames, self.clips_per_video, self.shard_size) < 1:
             raise PrepareError("num_frames, clips_per_video and shard_size must be positive")
         for name, least, most in (

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sfv_jax.data import decoding
 from sfv_jax.data.colors import to_rgb
+from sfv_jax.data.images import fitted
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import one_line, replacing
 
@@ -42,6 +43,7 @@ def read_clip(
     start: float = 0.0,
     height: int | None = None,
     width: int | None = None,
+    fit: str = "crop",
     each: Callable[[np.ndarray], np.ndarray] = lambda frame: frame,
 ) -> np.ndarray:
     """Reads a clip at a fixed rate. Damage of its frames that a player would hide is an error here.
@@ -52,7 +54,8 @@ def read_clip(
       fps: rate of the frames. Frame k is the one on screen at `start + k / fps` seconds by timestamp, so the rate of
         the file does not matter and may vary.
       start: beginning of the clip in seconds.
-      height, width: size of the frames, by `cover_resize_crop`; None for both keeps that of the clip's first frame.
+      height, width: size of the frames; None for both keeps that of the clip's first frame.
+      fit: how frames of another shape are brought to that size, see `images.fitted`.
       each: function of such a frame uint8 `[h, w, 3]`, applied as the frames come: no clip is in memory at the size of
         the file if `height` and `width` or this function shrink it.
     Returns:
@@ -71,7 +74,7 @@ def read_clip(
             nonlocal size
             rgb = to_rgb(frame, aspect)
             size = size or rgb.shape[:2]  # it may change amid a video
-            return each(cover_resize_crop(rgb, *size))
+            return each(fitted(rgb, *size, fit))
 
         return convert
 
@@ -83,29 +86,7 @@ def read_clip(
         return np.stack(frames)
 
 
-def cover_resize_crop(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scales frames to cover height x width at their aspect ratio, and crops the center.
-
-    The filter is Lanczos, antialiased when shrinking.
-
-    Args:
-      frames: uint8 `[..., h, w, 3]`.
-      height, width: size of the result in pixels.
-    Returns:
-      uint8 `[..., height, width, 3]`.
-    """
-    h, w = frames.shape[-3:-1]
-    if (h, w) == (height, width):
-        return frames
-    scale = max(height / h, width / w)
-    left, top = max(0.0, (w - width / scale) / 2), max(0.0, (h - height / scale) / 2)
-    box = (left, top, w - left, h - top)
-    flat = frames.reshape(-1, h, w, 3)
-    resized = [Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS, box) for f in flat]
-    return np.stack([np.asarray(image) for image in resized]).reshape(*frames.shape[:-3], height, width, 3)
-
-
-def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 7.0) -> None:
+def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 7.0, comment: str = "") -> None:
     """Writes frames as .mp4, .gif, .webp or .png (all frames side by side), complete or not at all.
 
     Missing folders are created. mp4 is H.264 with BT.709 color, which needs even sides: the last row or column of an
@@ -115,6 +96,7 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 7.0) -
       path: the file; its suffix selects the format.
       frames: uint8 `[t, h, w, 3]` RGB.
       fps: frames per second.
+      comment: text that an .mp4 contains as its comment, see `read_comment`; other formats omit it.
     Raises:
       UserError: if the suffix is unknown.
       ValueError: if `frames` have another shape or dtype.
@@ -126,7 +108,17 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 7.0) -
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"{path}: frames must be uint8 [t, h, w, 3], got {frames.dtype} {list(frames.shape)}")
     with replacing(path) as temporary:
-        writer(temporary, frames, fps)
+        writer(temporary, frames, fps, comment)
+
+
+def read_comment(path: str | os.PathLike) -> str:
+    """Returns the comment of an .mp4, "" if it has none.
+
+    Raises:
+      VideoError: if the file cannot be read.
+    """
+    with _naming(path), av.open(f"file:{Path(path)}") as container:
+        return container.metadata.get("comment", "")
 
 
 @contextlib.contextmanager
@@ -145,10 +137,12 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
     t, h, w, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
     with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        if comment:
+            container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.options = {"crf": "16"}
@@ -169,16 +163,15 @@ def _write_animation(path: Path, frames: np.ndarray, fps: float, kind: str, tick
     first.save(path, kind, save_all=True, append_images=rest, duration=np.diff(times).tolist(), loop=0, **options)
 
 
-def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+def _write_gif(path: Path, frames: np.ndarray, fps: float, _: str) -> None:
     _write_animation(path, frames, fps, "GIF", tick=10)
 
 
-def _write_webp(path: Path, frames: np.ndarray, fps: float) -> None:
+def _write_webp(path: Path, frames: np.ndarray, fps: float, _: str) -> None:
     _write_animation(path, frames, fps, "WEBP", tick=1, quality=90)
 
 
-def _write_strip(path: Path, frames: np.ndarray, fps: float) -> None:
-    del fps  # a still image has no rate
+def _write_strip(path: Path, frames: np.ndarray, *_) -> None:  # a still image has no rate
     Image.fromarray(np.concatenate(frames, axis=1)).save(path, "PNG")
 
 

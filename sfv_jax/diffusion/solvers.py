@@ -57,15 +57,36 @@ def sample(
       keys: `[b]` random keys of the fresh noise (`step_noise`); None for Euler steps.
     """
 
+    sigmas = jnp.asarray(sigmas, jnp.float32)
+    return walk(network, begin(noise, sigmas[0]), condition, sigmas, guidance, keys)
+
+
+def begin(noise: Array, sigma: Array | float) -> Array:
+    """Returns the start of sampling from `sigma`, fp32, for standard normal `noise`."""
+    return noise.astype(jnp.float32) * jnp.sqrt(sigma**2 + 1)
+
+
+def walk(
+    network: Callable,
+    x: Array,
+    condition: dict,
+    sigmas: Array,
+    guidance: Array | None = None,
+    keys: Array | None = None,
+    first: Array | int = 0,
+) -> Array:
+    """Samples like `sample` from the noised `x` at `sigmas[0]` through the levels `sigmas`, the first of number `first`.
+
+    `sigmas` need not end at 0: `walk` over parts of the levels, one after another, is `walk` over all of them.
+    """
+
     def step(x: Array, level: tuple):
         n, sigma, following = level
         x0 = guided(network, x, jnp.full((len(x),), sigma), condition, guidance)
         eps = (x - x0) / sigma if keys is None else step_noise(keys, n, x.shape[1:])
         return x0 + following * eps, None
 
-    sigmas = jnp.asarray(sigmas, jnp.float32)
-    start = noise.astype(jnp.float32) * jnp.sqrt(sigmas[0] ** 2 + 1)
-    return jax.lax.scan(step, start, (jnp.arange(len(sigmas) - 1), sigmas[:-1], sigmas[1:]))[0]
+    return jax.lax.scan(step, x, (first + jnp.arange(len(sigmas) - 1), sigmas[:-1], sigmas[1:]))[0]
 
 
 def guided(network: Callable, x: Array, sigma: Array, condition: dict, guidance: Array | None) -> Array:

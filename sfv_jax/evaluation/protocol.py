@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image
 
-from sfv_jax.data.video import cover_resize_crop
+from sfv_jax.data.images import fitted
 from sfv_jax.errors import UserError
 from sfv_jax.evaluation.frechet import MIN_SAMPLES
 
@@ -70,7 +70,7 @@ class Protocol:
         h, w = frames.shape[-3:-1]
         ratio = self.width / self.height
         height, width = (round(w / ratio), w) if w / h < ratio else (h, round(h * ratio))
-        return cover_resize_crop(frames, height, width)
+        return fitted(frames, height, width, "crop")
 
     def score(self, frames: np.ndarray) -> np.ndarray:
         """Stretches frames uint8 `[..., h, w, 3]` to the score size with `filter`."""

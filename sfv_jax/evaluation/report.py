@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sfv_jax.data.video import cover_resize_crop, write_video
+from sfv_jax.data.images import fitted
+from sfv_jax.data.video import write_video
 from sfv_jax.runtime.files import in_markdown, one_line, replacing
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -236,7 +237,7 @@ def _picture(frames: np.ndarray, fps: float) -> str:
     t, h, w, _ = frames.shape
     tall, least = CLIP_HEIGHT
     if h > tall:
-        frames = cover_resize_crop(frames, tall, round(w * tall / h / 2) * 2)
+        frames = fitted(frames, tall, round(w * tall / h / 2) * 2, "crop")
     elif h < least:
         frames = frames.repeat(-(-least // h), axis=1).repeat(-(-least // h), axis=2)
     kind = "image/png" if t == 1 else "video/mp4"

@@ -206,8 +206,13 @@ class SVDCodec:
         """
         return self.decode_checked(latents, chunk_size)[0]
 
-    def decode_checked(self, latents: Array, chunk_size: int | None = None) -> tuple[Array, Array]:
-        """Returns the frames of `decode`, and bool `[b]`: whether they were finite before conversion to pixels."""
+    def decode_checked(
+        self, latents: Array, chunk_size: int | None = None, advance: Callable[[int], None] | None = None
+    ) -> tuple[Array, Array]:
+        """Returns the frames of `decode`, and bool `[b]`: whether they were finite before conversion to pixels.
+
+        `advance` is called with the frames of each of several chunks when they are there.
+        """
         t = latents.shape[1]
         size = t if chunk_size is None else chunk_size
         if size < 1:
@@ -216,7 +221,11 @@ class SVDCodec:
         if pixels is None:
             shape = latents.shape[0], min(size, t), *latents.shape[2:]
             pixels = decode_pixels(self.vae_config, shape, self.decode_dtype, self.memory or device_memory())
-        chunks = [self._decode(self.params["vae"], latents[:, n : n + size], pixels) for n in range(0, t, size)]
+        chunks = []
+        for n in range(0, t, size):
+            chunks.append(self._decode(self.params["vae"], latents[:, n : n + size], pixels))
+            if advance and size < t:
+                advance(jax.block_until_ready(chunks[-1])[0].shape[1])
         frames, sound = zip(*chunks, strict=True)
         return (frames[0], sound[0]) if len(chunks) == 1 else (jnp.concatenate(frames, 1), jnp.stack(sound).all(0))
 

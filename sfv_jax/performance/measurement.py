@@ -28,6 +28,11 @@ from sfv_jax.performance.timing import Timing
 from sfv_jax.runtime.device import count_flops, peak_flops, peak_memory
 from sfv_jax.runtime.sharding import make_mesh, on_mesh
 
+BUSY = (
+    "More than 100 % of the limit: the machine was busy while it was measured, or became idle since. Repeat on an idle "
+    "machine."
+)
+
 
 def scaled(*channels: int) -> Sizes:
     """Returns SVD's networks with a UNet of these `channels`, a VAE of half as many and a tiny CLIP tower."""
@@ -206,7 +211,9 @@ def sampling(
     yield Row("image to frames", total, sum(row.flops for row in rows)), None, None
 
 
-def training(config: configs.ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int, int], repeats: int) -> list[Row]:
+def training(
+    config: configs.ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int, int], repeats: int
+) -> Iterator[Row]:
     """Measures the SF-V step and programs of growing parts of it, each compiled alone.
 
     `split` computes the parts that are no programs themselves as differences of medians. XLA may fuse these parts
@@ -219,7 +226,7 @@ def training(config: configs.ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[i
       size: (height, width) of the videos in pixels.
       repeats: timed warm calls.
 
-    Returns:
+    Yields:
       Rows in the order that `split` takes: generator forward; forward and backward; gradients of both networks without
       R1; with R1; the whole step.
     """
@@ -249,8 +256,9 @@ def training(config: configs.ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[i
         "gradients": (gradients(config.sfv.r1_weight or 1e-5), everything),
     }
     parts = [Program(name, jax.jit(function), args, {}, function) for name, (function, args) in calls.items()]
-    rows = [measure(part, part.args, build(part, mesh), repeats) for part in parts]
-    return [*rows, measure(program, (state, frozen, batch), build(program, mesh), repeats)]
+    for part in parts:
+        yield measure(part, part.args, build(part, mesh), repeats)
+    yield measure(program, (state, frozen, batch), build(program, mesh), repeats)
 
 
 def split(rows: list[Row]) -> dict[str, float]:
@@ -286,6 +294,8 @@ def table(rows: list[Row], limit: float) -> str:
             compiled,
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if any(row.flops / row.timing.median > limit for row in rows):
+        lines += ["", BUSY]
     return "\n".join(lines)
 
 
@@ -346,12 +356,19 @@ def run(request: Request) -> dict:
 
 
 def _rows(request: Request, mesh: Mesh, sizes: Sizes) -> list[Row]:
-    """Measures sampling or the SF-V step."""
+    """Measures sampling or the SF-V step; prints each time as it is measured."""
+
+    def said(row: Row) -> Row:
+        print(f"{row.name}: {row.timing}", flush=True)
+        return row
+
+    print("compiling and measuring ...", flush=True)
     if not request.train:
         options = SampleOptions(dtype=request.dtype, vae_dtype=request.dtype)
-        return [row for row, *_ in sampling(mesh, sizes, request.size, request.batch_size, options, request.repeats)]
+        made = sampling(mesh, sizes, request.size, request.batch_size, options, request.repeats)
+        return [said(row) for row, *_ in made]
     config = configs.sfv()
     config.update(dict(batch_size=request.batch_size, accumulation_steps=1, dtype=request.dtype))
     if request.networks == "tiny":
         config.discriminator.update(temporal_kernel=3, projection_dim=8, sinusoid_dim=16)
-    return training(config, mesh, sizes, request.size, request.repeats)
+    return [said(row) for row in training(config, mesh, sizes, request.size, request.repeats)]

@@ -4,16 +4,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from einops import rearrange
-from PIL import Image, ImageDraw
 
+from sfv_jax.data.pictures import board, sheet
 from sfv_jax.data.video import write_video
 from sfv_jax.data.worlds import World
 from sfv_jax.evaluation.world import busiest_direction, nearest_future
 from sfv_jax.performance.timing import warm
 from sfv_jax.sampling.sampler import Sampler
 
-CLIPS, SHOWN, HEIGHT = 64, 4, 64  # held-out clips that are scored, clips in the picture, their minimum height there
+CLIPS, SHOWN = 64, 4  # held-out clips that are scored, clips in the picture
 
 
 def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray, float]:
@@ -84,19 +83,7 @@ def picture(clips: dict[str, np.ndarray], path: Path) -> None:
       clips: `{method: uint8 [n, t, h, w, 3]}`, "truth" among them.
       path: PNG with the frames of a clip side by side, one row per clip and method. The animation has the suffix .gif.
     """
-    names = [name for name in clips if name != "still image"]
-    rows = [(name, clips[name][n]) for n in range(SHOWN) for name in names]
-    t, h, w = clips["truth"].shape[1:4]
-    scale, gap, label = max(HEIGHT // h, 1), 6, max(140, 7 * max(map(len, names)))
-    h, w = scale * h, scale * w
-    canvas = Image.new("RGB", (label + t * (w + 2), len(rows) * (h + 2) + gap * SHOWN), "white")
-    draw = ImageDraw.Draw(canvas)
-    for n, (name, frames) in enumerate(rows):
-        y = n * (h + 2) + gap * (n // len(names))
-        draw.text((4, y + h // 2 - 6), name, fill="black")
-        for k, frame in enumerate(frames):
-            canvas.paste(Image.fromarray(frame).resize((w, h), Image.Resampling.NEAREST), (label + k * (w + 2), y))
-    write_video(path, np.asarray(canvas)[None])
-    grid = np.stack([clips[name][:SHOWN] for name in names])
-    movie = rearrange(grid, "m n t h w c -> t (n h) (m w) c").repeat(scale, axis=1).repeat(scale, axis=2)
-    write_video(path.with_suffix(".gif"), movie, fps=4)
+    shown = {name: clip[:SHOWN] for name, clip in clips.items() if name != "still image"}
+    rows = [(name, clip[n]) for n in range(len(clips["truth"][:SHOWN])) for name, clip in shown.items()]
+    write_video(path, sheet(rows, len(shown))[None])
+    write_video(path.with_suffix(".gif"), board([*shown.items()]), fps=4)

@@ -57,6 +57,34 @@ def define_pixels(name: str, default: int | None, help: str, least: int = 1) -> 
     flags.DEFINE_integer(name, default, help, **bounds, module_name=sys.argv[0])
 
 
+def define_size() -> None:
+    """Defines `--size`, see `apply_size`."""
+    names = ", ".join(f"{name} ({height}x{width})" for name, (height, width) in choices.SIZES.items())
+    text = f"HEIGHTxWIDTH of the videos in pixels, in place of --height and --width, or one of {names}"
+    flags.DEFINE_string("size", None, text, module_name=sys.argv[0])
+
+
+def apply_size() -> None:
+    """Gives `--height` and `--width` the values of `--size`.
+
+    Raises:
+      UserError: if they are given, too, or the size is neither a name of `choices.SIZES` nor HEIGHTxWIDTH.
+    """
+    text = flags.FLAGS.size
+    if text is None:
+        return
+    if flags.FLAGS["height"].present or flags.FLAGS["width"].present:
+        raise UserError(f"--size={one_line(text)}: leave out --height and --width, or give both in its place")
+    found = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text)
+    size = choices.SIZES.get(text) or (found and (int(found[1]), int(found[2])))
+    if not size or not 0 < min(size) <= max(size) <= choices.MOST_PIXELS:
+        near = difflib.get_close_matches(text, choices.SIZES, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        names = ", ".join(choices.SIZES)
+        raise UserError(f"--size={one_line(text)}: {hint}give HEIGHTxWIDTH, such as 576x1024, or one of {names}")
+    flags.FLAGS.height, flags.FLAGS.width = size
+
+
 def define_fps(default: float, help: str) -> None:
     """Defines `--fps`."""
     least, most = choices.FPS

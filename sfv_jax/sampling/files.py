@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sfv_jax.choices import VIDEO_FORMATS
-from sfv_jax.data.images import ImageError, read_image
+from sfv_jax.data.images import ImageError, read_image, readable
 from sfv_jax.data.listing import IMAGE_SUFFIXES, list_images
 from sfv_jax.data.video import write_video
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import FileError, check_folder, one_line, read_json, replacing, sha256
+from sfv_jax.runtime.progress import progress
 from sfv_jax.runtime.versions import package_versions
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ OPTIONS = (  # arguments of `Sampler.__call__` that are flags
     "num_frames",
     "height",
     "width",
+    "fit",
     "fps",
     "motion_bucket_id",
     "noise_aug_strength",
@@ -110,6 +112,8 @@ def jobs(image: Path, out: Path, kind: str) -> list[Job]:
     images = list_images(image)
     if not images:
         raise SampleError(f"{image} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    if not any(map(readable, images)):
+        read_image(images[0])
     names = _names([path.relative_to(image) for path in images])
     return [Job(n, path, out / f"{name}.{kind}") for n, (path, name) in enumerate(zip(images, names, strict=True))]
 
@@ -210,7 +214,7 @@ def _batches(
         try:
             pixels = read_image(job.image)
         except ImageError as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
             unreadable.append(str(error))
             continue
         own = sampler.size(pixels, settings.options["height"], settings.options["width"])
@@ -227,13 +231,15 @@ def _sample(sampler: "Sampler", batch: list[tuple[Job, np.ndarray]], size: tuple
     """Writes one video and its record for each image of a batch, all of one video size `(height, width)`."""
     for job, pixels in batch:
         if size != pixels.shape[:2]:
+            alike = abs(pixels.shape[0] * size[1] / (pixels.shape[1] * size[0]) - 1) < 0.01
+            how = "" if alike else f" by --fit={settings.options['fit']}"
             shape = f"{pixels.shape[0]}x{pixels.shape[1]}"
-            print(f"{one_line(job.image)}: {shape} resized to {size[0]}x{size[1]} (height x width)")
+            print(f"{one_line(job.image)}: {shape} to {size[0]}x{size[1]} (height x width){how}", flush=True)
     times: dict[str, float] | None = {} if settings.timed else None
     began = time.monotonic()
     options = settings.options | {"height": size[0], "width": size[1]}
     seeds = [settings.seed + job.number for job, _ in batch]
-    videos = sampler([pixels for _, pixels in batch], seed=seeds, times=times, **options)
+    videos = sampler([pixels for _, pixels in batch], seed=seeds, times=times, watch=progress, **options)
     seconds = time.monotonic() - began
     about = settings.origin | {"packages": package_versions("jax", "flax")}
     about |= {"batch_size": len(batch), "seconds": seconds, "times": times}
@@ -241,7 +247,7 @@ def _sample(sampler: "Sampler", batch: list[tuple[Job, np.ndarray]], size: tuple
     for (job, _), seed, frames in zip(batch, seeds, videos, strict=True):
         _write(job, frames, {"seed": seed} | options | {"num_frames": len(frames)} | about)
         made = f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} in {seconds:.2f} s{together}"
-        print(f"{one_line(job.video)}: {made}")
+        print(f"{one_line(job.video)}: {made}", flush=True)
     if times is not None:
         print("seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in times.items()))
 
@@ -249,7 +255,7 @@ def _sample(sampler: "Sampler", batch: list[tuple[Job, np.ndarray]], size: tuple
 def _write(job: Job, frames: np.ndarray, settings: dict) -> None:
     """Writes a video between two writes of its record: a video without a record would count as someone else's.
 
-    The second adds `video_sha256`, by which a change of the video is noticed before it is replaced.
+    An .mp4 contains the first record as its comment. The second adds `video_sha256`, by which a change of the video is noticed before it is replaced.
 
     Raises:
       SampleError: if a file cannot be written.
@@ -257,7 +263,8 @@ def _write(job: Job, frames: np.ndarray, settings: dict) -> None:
     made = {"video": job.video.name, "image": str(job.image), "image_sha256": sha256(job.image)} | settings
     try:
         _write_json(job.record, made)
-        write_video(job.video.absolute(), frames, fps=settings["fps"])  # FFmpeg takes "a:" of "a:b.mp4" for a protocol
+        # An absolute path: FFmpeg takes "a:" of "a:b.mp4" for a protocol.
+        write_video(job.video.absolute(), frames, fps=settings["fps"], comment=json.dumps(made))
         _write_json(job.record, made | {"video_sha256": sha256(job.video)})
     except OSError as error:
         raise SampleError(f"{one_line(job.video)}: cannot write: {error.strerror or error}") from error

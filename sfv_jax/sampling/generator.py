@@ -1,10 +1,12 @@
 """Generator as a pure function of its parameters: conditions and noise to latents, by any sampler."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sfv_jax.diffusion.solvers import SAMPLERS, guidance_ramp, sample
+from sfv_jax.diffusion.solvers import SAMPLERS, begin, guidance_ramp, sample, walk
 from sfv_jax.errors import UserError
 from sfv_jax.models import tree
 from sfv_jax.models.networks import Networks
@@ -33,7 +35,11 @@ class Generator:
         def generate(params, noise, condition, sigmas, guidance, keys):
             return sample(networks.generator(params), noise, condition, sigmas, guidance, keys)
 
-        self._generate = generate if mesh is None else on_mesh(mesh, generate)
+        @jax.jit
+        def step(params, x, condition, sigmas, guidance, keys, first):
+            return walk(networks.generator(params), x, condition, sigmas, guidance, keys, first)
+
+        self._generate, self._step = (f if mesh is None else on_mesh(mesh, f) for f in (generate, step))
 
     def __call__(
         self,
@@ -45,6 +51,7 @@ class Generator:
         guidance: tuple[float, float] | None = None,
         sampler: str = "euler",
         keys: Array | None = None,
+        advance: Callable[[int], None] | None = None,
     ) -> Array:
         """Returns scaled latents fp32 `[b, t, h, w, c]`.
 
@@ -56,6 +63,8 @@ class Generator:
           guidance: first and last weight of the ramp over frames; None for no guidance.
           sampler: a key of `SAMPLERS`, see `Sampler.__call__`.
           keys: `[b]` typed keys of the fresh noise; required if the sampler adds any, with more than one step.
+          advance: called with 1 after each of several steps. These are then calls of one program, whose results differ
+            from those of the program of all steps by rounding.
 
         Raises:
           UserError: if the sampler is unknown, does not support this number of steps or lacks keys, or if the guidance
@@ -68,7 +77,14 @@ class Generator:
             raise UserError(f"sampler {sampler!r} adds fresh noise: it needs one random key per video")
         ramp = guidance_ramp(guidance, noise.shape[1])
         noise, condition, keys = share(self.mesh, (noise, condition, keys))
-        return self._generate(params, noise, condition, sigmas, ramp, keys)
+        if advance is None or steps == 1:
+            return self._generate(params, noise, condition, sigmas, ramp, keys)
+        sigmas = np.asarray(sigmas, np.float32)
+        x = begin(noise, sigmas[0])
+        for n in range(steps):
+            x = jax.block_until_ready(self._step(params, x, condition, sigmas[n : n + 2], ramp, keys, n))
+            advance(1)
+        return x
 
 
 def levels(sampler: str, steps: int) -> tuple[np.ndarray, bool]:

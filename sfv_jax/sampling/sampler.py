@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise, finite
 from sfv_jax.models.networks import DTYPES
 from sfv_jax.models.unet import UNetConfig
+from sfv_jax.runtime.progress import compiling
 from sfv_jax.runtime.sharding import on_mesh, param_shardings
 from sfv_jax.sampling.generator import Generator, share
 
@@ -25,6 +27,7 @@ Array = jax.Array
 # Kinds of calls whose programs a process keeps. On a CPU the programs of one take about 350 memory maps, and Linux
 # allows a process 65,530.
 MOST_KINDS = 64
+STAGES = {"clip": "image encoder", "encode": "VAE encoder", "denoise": "UNet", "decode": "VAE decoder"}
 
 
 class NonFiniteError(UserError):
@@ -153,17 +156,19 @@ class Sampler:
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        fit: str = "stretch",
         fps: float = 7,
         motion_bucket_id: float = 127,
         noise_aug_strength: float = 0.02,
         guidance: tuple[float, float] | None = None,
         decode_chunk_size: int | None = None,
         times: dict[str, float] | None = None,
+        watch: Callable[[int, str], AbstractContextManager[Callable[[int], None]]] | None = None,
     ) -> np.ndarray:
         """Returns videos uint8 `[b, t, height, width, 3]`, one per image.
 
         Args:
-          images: uint8 `[h, w, 3]` each; they are stretched to height x width.
+          images: uint8 `[h, w, 3]` each.
           steps: calls of the UNet; 1 is one forward pass from sigma 700, the same with every sampler.
           sampler: "euler": SVD's deterministic sampler, any number of steps. "sfv": for SF-V generators, up to 3 steps
             at their training levels 700, 70.54, 2.269, with fresh noise in between as in training. "sfv_euler": the
@@ -176,11 +181,16 @@ class Sampler:
           height, width: pixels, multiples of d (8 for SVD). SVD was trained at multiples of 64; at other sizes the
             UNet's levels are resized to fit, exactly as in diffusers. Default: the size of the first image, rounded
             down.
+          fit: how images of another shape are brought to height x width, see `data.images.fitted`. "stretch" is what
+            diffusers does: the VAE gets the stretched image, CLIP the original. With "crop" and "pad" both get the
+            same picture, as in training caches.
           fps, motion_bucket_id, noise_aug_strength: SVD's micro-conditions; the model receives fps - 1.
           guidance: first and last weight of the ramp over frames, e.g. (1.0, 3.0) for SVD; None for no guidance.
           decode_chunk_size: frames decoded at a time, default all; chunks change the result, see `SVDCodec.decode`.
           times: receives the seconds of the stages "clip", "encode", "denoise", "decode", with compilation, if any.
             Without it, the host does not wait for the device between stages.
+          watch: shows the progress of several steps, and of frames decoded in chunks, such as `progress.progress`; then
+            compilations are said, too. Pixels may differ by rounding from those without it.
 
         Raises:
           UserError: if an image is no uint8 `[h, w, 3]`, the codec cannot represent the size, seeds do not match the
@@ -189,9 +199,13 @@ class Sampler:
         """
         checks: dict[str, Array] = {}
 
+        def watched(count: int, what: str):
+            return watch(count, what) if watch and count > 1 else nullcontext()
+
         def stage(name: str, fn: Callable, *args, **kw) -> Any:
             began = time.perf_counter()
-            result = (fn if self.mesh is None else on_mesh(self.mesh, fn))(*args, **kw)
+            with compiling(f"{STAGES[name]}, {about}") if watch and new else nullcontext():
+                result = (fn if self.mesh is None else on_mesh(self.mesh, fn))(*args, **kw)
             if times is not None:
                 jax.block_until_ready(result)
                 times[name] = time.perf_counter() - began
@@ -204,11 +218,16 @@ class Sampler:
 
         images = checked_images(images)
         count, size = len(images), self.size(images[0], height, width)
+        if fit != "stretch":
+            from sfv_jax.data.images import fitted
+
+            images = [fitted(image, *size, fit) for image in images]
         seeds = checked_seeds(seed, count)
         shape = self.latent_shape(size, num_frames)
         if noise is not None and noise.shape != (count, *shape):
             raise UserError(f"noise has shape {noise.shape}, these images need {(count, *shape)}")
-        self._keep_room(
+        about = f"{shape[0]} frames of {size[0]}x{size[1]}" + (f" in {steps} steps" if steps > 1 else "")
+        new = self._keep_room(
             (shape, steps, sampler, guidance is None, decode_chunk_size, *(image.shape for image in images))
         )
         rows = self._rows(count)
@@ -221,19 +240,26 @@ class Sampler:
         latent = stage("encode", self._cond_latent, images, size, keys[:, 0], noise_aug_strength)
         condition = self._condition(embed, checked("conditioning latent", latent), ids)
         options = dict(steps=steps, guidance=guidance, sampler=sampler, keys=keys[:, 2])
-        latents = checked("denoised latents", stage("denoise", self.latents, condition, noise, **options))
-        frames, sound = stage("decode", self.codec.decode_checked, latents, decode_chunk_size)
+        with watched(steps, "sampling steps") as advance:
+            denoised = stage("denoise", self.latents, condition, noise, **options, advance=advance)
+        latents = checked("denoised latents", denoised)
+        chunks = isinstance(self.codec, SVDCodec) and (decode_chunk_size or shape[0]) < shape[0]
+        with watched(shape[0] if chunks else 1, "decoded frames") as advance:
+            more = (advance,) if advance else ()
+            frames, sound = stage("decode", self.codec.decode_checked, latents, decode_chunk_size, *more)
         frames = np.asarray(frames)[:count]
         if self.check_finite:
             self._raise_nonfinite(checks | {"decoded frames": sound}, count)
         return frames
 
-    def _keep_room(self, kind: tuple) -> None:
-        """Notes a kind of call; forgets all programs before there are more than `MOST_KINDS`."""
-        if kind not in self._kinds and len(self._kinds) >= MOST_KINDS:
+    def _keep_room(self, kind: tuple) -> bool:
+        """Notes a kind of call; forgets all programs before there are more than `MOST_KINDS`. Returns if it is new."""
+        new = kind not in self._kinds
+        if new and len(self._kinds) >= MOST_KINDS:
             jax.clear_caches()
             self._kinds.clear()
         self._kinds.add(kind)
+        return new
 
     def latent_shape(self, size: tuple[int, int], num_frames: int | None = None) -> tuple[int, int, int, int]:
         """Returns `(t, h, w, c)`, the shape of one video's latents, for `size (height, width)` in pixels."""
@@ -250,9 +276,7 @@ class Sampler:
         own_height, own_width = (max(n // down, 1) * down for n in image.shape[:2])
         size = (height or own_height, width or own_width)
         for name, n in zip(("height", "width"), size, strict=True):
-            if n % down or n < down:
-                near = [m for m in (n // down * down, n // down * down + down) if m > 0]
-                raise UserError(f"{name} {n} is not a multiple of {down}; nearest: {' and '.join(map(str, near))}")
+            check_side(name, n, down)
         return size
 
     def _embed(self, images: Sequence[np.ndarray], size: tuple[int, int]) -> Array:
@@ -303,6 +327,17 @@ class Sampler:
 
     def _vae_dtype(self) -> str:
         return jnp.dtype(getattr(self.codec, "decode_dtype", jnp.float32)).name
+
+
+def check_side(name: str, pixels: int | None, down: int) -> None:
+    """Checks that a side of a video, if given, is a multiple of the codec's downscale `down`.
+
+    Raises:
+      UserError: if it is not.
+    """
+    if pixels is not None and (pixels % down or pixels < down):
+        near = [m for m in (pixels // down * down, pixels // down * down + down) if m > 0]
+        raise UserError(f"{name} {pixels} is not a multiple of {down}; nearest: {' and '.join(map(str, near))}")
 
 
 def checked_seeds(seed: int | Sequence[int], count: int) -> list[int]:

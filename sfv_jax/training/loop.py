@@ -23,10 +23,10 @@ from sfv_jax.runtime.sharding import local_rows, make_mesh, on_mesh, param_shard
 from sfv_jax.runtime.stopping import StopRequest
 from sfv_jax.training.clock import Clock, Trace
 from sfv_jax.training.inputs import check_memory, load_backbone
-from sfv_jax.training.startup import describe_devices, describe_job
 from sfv_jax.training.journal import Journal
 from sfv_jax.training.metrics import MetricWriter
 from sfv_jax.training.previews import Previews
+from sfv_jax.training.startup import describe_devices, describe_job
 from sfv_jax.training.step import jit_train_step
 from sfv_jax.training.subjects import open_subject
 

@@ -7,16 +7,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from einops import rearrange
 from ml_collections import ConfigDict
 
 from sfv_jax.checkpoints.base import Base
+from sfv_jax.data.pictures import board, sheet
 from sfv_jax.data.video import write_video
 from sfv_jax.runtime.processes import whole
 from sfv_jax.runtime.seeds import stream
 from sfv_jax.runtime.sharding import on_mesh
 from sfv_jax.sampling.generator import Generator
 from sfv_jax.training.metrics import MetricWriter
+
+ROWS = ("real", "raw weights", "average")  # of each condition
 
 
 class Previews:
@@ -61,12 +63,11 @@ class Previews:
             names = ("heldout/psnr_raw", "heldout/psnr")
             self.writer.scalars(step, {k: psnr(x, self.truth) for k, x in zip(names, clips[1:], strict=True)})
         self.folder.mkdir(exist_ok=True)
-        frames = rearrange(np.stack(clips, axis=1), "b n t h w c -> t (b h) (n w) c")
-        write_video(self.folder / f"{step:07d}.gif", enlarge(frames, clips[0].shape[2]))
-        strip = rearrange(np.stack(clips, axis=1), "b n t h w c -> (b n h) (t w) c")
-        strip = enlarge(strip[None], clips[0].shape[2])
-        write_video(self.folder / f"{step:07d}.png", strip)
-        self.writer.image(step, "samples/truth_raw_ema", strip[0])
+        write_video(self.folder / f"{step:07d}.gif", board([*zip(ROWS, clips, strict=True)]))
+        rows = [(name, clip[n]) for n in range(len(clips[0])) for name, clip in zip(ROWS, clips, strict=True)]
+        strip = sheet(rows, len(ROWS))
+        write_video(self.folder / f"{step:07d}.png", strip[None])
+        self.writer.image(step, "samples/truth_raw_ema", strip)
 
 
 def unet_previews(
@@ -107,9 +108,3 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Returns the peak signal-to-noise ratio of uint8 arrays of one shape, in dB; infinity if they are equal."""
     error = float(np.mean(np.square(a.astype(np.float32) - b.astype(np.float32))))
     return 10 * math.log10(255**2 / error) if error else math.inf
-
-
-def enlarge(frames: np.ndarray, height: int) -> np.ndarray:
-    """Repeats the pixels of `frames [t, h, w, 3]` until the videos of `height` in them are about 64 pixels high."""
-    factor = max(64 // height, 1)
-    return frames.repeat(factor, axis=1).repeat(factor, axis=2)

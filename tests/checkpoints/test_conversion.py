@@ -102,7 +102,7 @@ def test_source_dtype_can_be_changed(pipeline_folder, tmp_path):
 def test_model_folder_knows_its_origin(model_folder):
     model = store.read_model(model_folder)
     configs, meta = model.configs, model.meta
-    assert configs["unet"] == dataclasses.replace(CONFIGS["unet"], temporal_conv="conv")
+    assert configs["unet"] == dataclasses.replace(CONFIGS["unet"], temporal_conv="auto")
     assert meta["codec"] == "svd" and meta["scheduler"] == {"sigma_min": 0.002, "sigma_max": 700.0, "rho": 7.0}
     assert meta["source"]["folder"] == "svd-tiny" and len(meta["source"]["sha256"]["unet/config.json"]) == 64
     assert meta["components"]["unet"]["parameters"] == tree.count(tree.abstract(UNet, configs["unet"])[1])

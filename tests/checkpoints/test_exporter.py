@@ -1,5 +1,6 @@
 """Exports: files that stock libraries load, in shards of any size and any dtype, and cards with their origin."""
 
+import ast
 import dataclasses
 import gc
 import json
@@ -126,7 +127,7 @@ def test_bfloat16_models_leave_as_fp16_and_fp32(half_folder, params, tmp_path):
         exporter.export_model(half_folder, tmp_path / str(variant), what="unet", variant=variant)
         found, config, _ = load_component(tmp_path / str(variant), "unet")
         dtype = np.float16 if variant else np.float32
-        assert config == dataclasses.replace(CONFIGS["unet"], temporal_conv="conv")
+        assert config == dataclasses.replace(CONFIGS["unet"], temporal_conv="auto")
         cast = jax.tree.map(lambda x: x.astype(dtype), expected)  # noqa: B023
         assert jax.tree.all(jax.tree.map(np.array_equal, found, cast))
     assert sorted(p.name for p in (tmp_path / "None").iterdir()) == ["README.md", "SHA256SUMS", "config.json", WEIGHTS]
@@ -214,6 +215,33 @@ def test_cards_of_models_that_need_many_steps(model_folder):
     assert "method `teacher`" in teacher and "the procedural world" in teacher
     unknown = model_card(unet, {}, what="unet", name="u", variant=None)
     assert "Not recorded" in unknown and "UNetSpatioTemporalConditionModel.from_pretrained" in unknown
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("what", ["pipeline", "unet"])
+def test_the_snippet_of_a_card_imports_what_it_uses(what, variant):
+    card = model_card(CONFIGS["unet"], {}, what=what, name="out", variant=variant)
+    tree = ast.parse(card.split("```python\n")[1].split("```")[0])
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    imported = {
+        alias.name for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
+    }
+    assert names <= bound | imported and imported <= names
+    assert {"load_image", "export_to_video"} <= imported
+
+
+def test_a_card_names_the_base_model_only_if_its_origin_does():
+    run = dict(step=7, raw=False, config=dict(method="sfv", steps=7, data={}))
+    meta = {"source": {"folder": "/models/stable-video-diffusion-img2vid-xt", "sha256": {}}}
+    front = model_card(CONFIGS["unet"], meta, what="unet", name="u", variant=None, run=run).split("---\n")[1]
+    assert "\nbase_model: stabilityai/stable-video-diffusion-img2vid-xt\nbase_model_relation: finetune\n" in front
+    assert "\nlicense: other\nlicense_name: stable-video-diffusion-community\nlicense_link: " in front
+    alone = model_card(CONFIGS["unet"], meta, what="unet", name="u", variant=None).split("---\n")[1]
+    assert "base_model:" in alone and "relation" not in alone
+    for folder in ("/models/mine", "stable-video-diffusion-img2vid-mine"):
+        other = {"source": {"folder": folder, "sha256": {}}}
+        assert "base_model" not in model_card(CONFIGS["unet"], other, what="unet", name="u", variant=None, run=run)
 
 
 def test_a_run_whose_model_is_gone(tmp_path):

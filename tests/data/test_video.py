@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from sfv_jax.data import video
-from sfv_jax.data.video import VideoError, cover_resize_crop, read_clip, write_video
+from sfv_jax.data.images import fitted
+from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
 from sfv_jax.runtime import platforms
 
@@ -221,12 +222,12 @@ def test_impossible_writes_are_refused(tmp_path):
 
 def test_cover_resize_crop_keeps_the_centre_and_the_aspect():
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))
-    out = cover_resize_crop(ramp, 50, 50)
+    out = fitted(ramp, 50, 50, "crop")
     assert out.shape == (50, 50, 3)
     np.testing.assert_allclose(out[25, :, 0], 50.5 + 2 * np.arange(50), atol=1)
-    stack = cover_resize_crop(np.stack([ramp, ramp]), 64, 96)
+    stack = fitted(np.stack([ramp, ramp]), 64, 96, "crop")
     assert stack.shape == (2, 64, 96, 3)
-    assert cover_resize_crop(ramp, 100, 200) is ramp
+    assert fitted(ramp, 100, 200, "crop") is ramp
 
 
 @pytest.mark.skipif(platforms.peak_memory() is None, reason="no account of memory")

@@ -117,6 +117,8 @@ def test_parts_of_a_step_are_differences():
     ]
     assert list(measurement.split(rows).values()) == [1.0, 2.0, 1.5, 0.5, 1.0]
     assert "| G forward | 1000.0 (500.0 to 2000.0) | 1 | 1 | 50% | 1.00 | 1.0 |" in measurement.table(rows, 2e12)
+    assert measurement.BUSY not in measurement.table(rows, max(row.flops / row.timing.median for row in rows))
+    assert measurement.BUSY in measurement.table(rows, 0.9e12)
 
 
 def test_sizes_that_cannot_be(tmp_path):

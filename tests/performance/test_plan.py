@@ -235,6 +235,16 @@ def test_jobs_that_cannot_be(what, changes, options, message):
         planning.build(tiny("sfv", **changes), target, targets.devices(target), asked(what, **options))
 
 
+def test_sizes_come_from_the_world_and_the_cache(tmp_path):
+    assert planning.size_of(tiny("sfv"), "train") == (16, 16) == planning.size_of(tiny("teacher"), "sample")
+    config = configs.sfv()
+    assert planning.size_of(config, "train") == (448, 768) and planning.size_of(config, "sample") == (576, 1024)
+    config.data.path = str(tmp_path)
+    assert planning.size_of(config, "train") == (448, 768)  # a cache that is not there yet
+    (tmp_path / "manifest.json").write_text(json.dumps({"settings": {"height": 128, "width": 192}}))
+    assert planning.size_of(config, "train") == (128, 192)
+
+
 def test_the_command_says_in_one_line_what_is_wrong():
     command = [sys.executable, "-m", "sfv_jax.plan", "--config", "configs/sfv.py", "--target", "v5e:4x4", "--what=fly"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -63,7 +63,12 @@ def place(tmp_path_factory) -> Path:
     (place / "file").touch()
     (place / "folder").mkdir()
     (place / "images").mkdir()
-    for name in ("image.png", "images/a.png"):
+    (place / "pair").mkdir()
+    (place / "clips").mkdir()
+    (place / "clips" / "a.mp4").touch()
+    (place / "broken").mkdir()
+    (place / "broken" / "a.png").write_text("no image")
+    for name in ("image.png", "images/a.png", "pair/a.png", "pair/b.png"):
         Image.new("RGB", (16, 16)).save(place / name)
     return place
 
@@ -73,8 +78,8 @@ GOOD = {
     "train": ["--config=configs/sfv.py", "--workdir={}/new"],
     "sample": ["--checkpoint={}/folder", "--image={}/image.png", "--out={}/out.mp4"],
     "convert": ["--src={}/folder", "--dst={}/new"],
-    "prepare": ["--videos={}/folder", "--svd={}/folder", "--out={}/new"],
-    "evaluate": ["--videos={}/folder", "--out={}/new"],
+    "prepare": ["--videos={}/clips", "--svd={}/folder", "--out={}/new"],
+    "evaluate": ["--videos={}/clips", "--out={}/new"],
     "plan": ["--config=configs/sfv.py", "--target=cpu:1"],
     "benchmark": [],
     "reproduce": ["--workdir={}/new"],
@@ -86,6 +91,7 @@ MICRO = [f"--{name}={x}" for name in ("motion_bucket_id", "noise_aug_strength") 
 SIDES = [f"--{name}={x}" for name in ("height", "width") for x in (0, -8, 10**9, "nan")]
 LONG = "9" * 5000  # digits that Python refuses to convert
 EFFORT = [f"--{name}={x}" for name in ("compile_effort", "compile_memory_effort") for x in ("nan", "2", "-1.5")]
+SIZE = ["--size=0x0", "--size=huge", "--size=576", "--size=576x1024 --height=576", "--size=99999x8", "--size="]
 MESH = ["--mesh=0,1", "--mesh=1", "--mesh=-1,1", "--mesh=1,1,1,1", "--mesh=a,b", "--mesh=1.5,1"]
 GUIDANCE = ["--guidance=nan,3", "--guidance=1", "--guidance=1,inf", "--guidance=-1,3", "--guidance=1,2,3"]
 PLACES = ["={}/file", "={}/file/below/it", "=", "= "]
@@ -98,7 +104,8 @@ WRONG = {
         *("--out={}/x.mov", "--out={}/x", "--out={}/folder", "--out={}/file/x.mp4", "--out={}/image.png"),
         *("--out={}/out.gif --fps=60", "--image={}/absent.png", "--image={}/file", "--image={}/folder"),
         *("--image={}/images", "--image={}/images --out={}/images --format=png", "--checkpoint={}/absent"),
-        "--image={} --out={}/new --seed=4294967295",  # two images
+        "--image={}/pair --out={}/new --seed=4294967295",  # two images
+        *(*SIZE, "--fit=zoom", "--fit=", "--image={}/broken --out={}/new"),
     ],
     "convert": [
         *("--src=", "--src={}/absent", "--base={}/absent", *(f"--dst{x}" for x in PLACES), "--dst={}/folder"),
@@ -109,12 +116,14 @@ WRONG = {
     ],
     "prepare": [
         *(*FPS, *SEED, *MICRO, *SIDES, *EFFORT, *(f"--out{x}" for x in PLACES), "--height=50"),
+        *(*SIZE, "--fit=zoom", "--fit=", "--videos={}/folder"),
         *("--videos=", "--videos={}/absent", "--svd=", "--svd={}/absent", "--batch_size=0", "--threads=0"),
         *("--worker=-1", "--worker=1", "--workers=0", "--num_frames=0", "--clips_per_video=0", "--shard_size=0"),
         *("--heldout_fraction=nan", "--heldout_fraction=1", "--heldout_fraction=-0.1"),
     ],
     "evaluate": [
         *(*FPS, *SEED, *MICRO, *SIDES, *EFFORT, *MESH, *GUIDANCE, *SAMPLING, *(f"--out{x}" for x in PLACES)),
+        *(*SIZE, "--videos={}/folder", "--reference={}/folder"),
         *("--videos={}/absent", "--reference={}/absent", "--i3d={}/absent", "--images={}/absent", "--svd={}/absent"),
         *("--checkpoint={}/absent", "--data={}/absent", "--statistics={}/folder", "--statistics={}/file/x.npz"),
         *("--n=-1", "--n=7", "--num_frames=1", "--score_height=0", "--score_width=nan", "--crop=center"),
@@ -122,7 +131,7 @@ WRONG = {
         *("--batch_norm_eps=nan", "--batch_norm_eps=0", "--batch_norm_eps=-1"),
     ],
     "plan": [
-        *(*SIDES, *EFFORT, "--efficiency=0", "--efficiency=nan", "--efficiency=1.5", "--memory_gib=nan"),
+        *(*SIDES, *SIZE, *EFFORT, "--efficiency=0", "--efficiency=nan", "--efficiency=1.5", "--memory_gib=nan"),
         *("--memory_gib=0", "--memory_gib=-1", "--batch_size=0", "--steps=0", "--what=dream", "--dtype=int8"),
         *("--json={}/folder", "--json={}/file/x.json", "--picture={}/folder", "--picture={}/x.svg", "--hlo={}/file"),
         *("--decode_pixels=-1", "--decode_chunk_size=0", "--config=none.py"),

@@ -1,13 +1,16 @@
 """Common behavior of all commands: exit codes, one line for errors the user can correct, and values of enum flags."""
 
+import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
+from sfv_jax import __main__ as main
 from sfv_jax import choices
 from sfv_jax.checkpoints import exporter, importer
 from sfv_jax.config_rules import RULES
@@ -55,15 +58,64 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (["--fail=user"], 1, "paint: mend this\n"),
         (["--config.sfv.p_maen=1"], 1, "paint: no such config field: "),
         (["--config=configs/sfv.py:huge"], 1, "paint: flag --config=configs/sfv.py:huge: "),
-        (["--config=configs/none.py"], 1, "paint: Configuration is not available"),
-        (["--fial=x"], 1, "paint: Unknown command line flag 'fial'. Did you mean: fail"),
+        (["--config=configs/none.py"], 1, "paint: --config=configs/none.py: there is no config file configs/none.py\n"),
+        (
+            ["--config", "configs/svf.py"],
+            1,
+            "paint: --config=configs/svf.py: there is no config file configs/svf.py; did",
+        ),
+        (["--config=configs"], 1, "paint: --config=configs: there is no config file configs\n"),
+        (["--config={}/divides.py"], 1, "paint: {}/divides.py, line 2: ZeroDivisionError: division by zero\n"),
+        (["--config={}/unread.py"], 1, "paint: {}/unread.py, line 1: SyntaxError: "),
+        (["--config={}/empty.py"], 1, "paint: {}/empty.py: AttributeError: "),
+        (["--fial=x"], 1, "paint: no flag --fial; did you mean --fail? see --help\n"),
+        (["--confg.seed=1"], 1, "paint: no flag --confg.seed; did you mean --config.seed? see --help\n"),
+        (["--p_mean=1"], 1, "paint: no flag --p_mean; did you mean --config.sfv.p_mean? see --help\n"),
+        (["--qqq=1"], 1, "paint: no flag --qqq; see --help\n"),
         (["left", "over"], 1, "paint: flags only, but got 'left over'; see --help\n"),
     ],
 )
-def test_exit_codes_and_one_line(arguments, code, said):
-    done = run(*arguments)
+def test_exit_codes_and_one_line(arguments, code, said, tmp_path):
+    for name, text in (
+        ("divides", "def get_config():\n    return 1 / 0"),
+        ("unread", "def get_config(:"),
+        ("empty", ""),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+    done, said = run(*(argument.format(tmp_path) for argument in arguments)), said.format(tmp_path)
     assert done.returncode == code
     assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 0, "usage: sfv COMMAND"),
+        (["--help"], 0, "usage: sfv COMMAND"),
+        (["trian"], 1, "sfv: no command 'trian'; did you mean train? "),
+        (["train"], 1, "train: missing: --config, --workdir; see --help\n"),
+        (["train", "--help"], 0, "Trains a model.\n"),
+    ],
+)
+def test_one_command_with_all_others(arguments, code, said):
+    command = [sys.executable, "-m", "sfv_jax", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == code and (done.stderr or done.stdout).startswith(said)
+    if arguments in ([], ["--help"]):
+        assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == [*main.COMMANDS]
+
+
+def test_every_command_is_listed_and_installed():
+    assert {*main.COMMANDS} == {*COMMANDS}
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"sfv": "sfv_jax.__main__:main"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_keeps_the_lines_of_its_examples(name):
+    """A backslash at the end of a line of an example is no continuation of the docstring."""
+    text = (Path(main.__file__).parent / f"{name}.py").read_text()
+    assert max(map(len, ast.get_docstring(ast.parse(text)).splitlines())) <= 120
 
 
 def test_a_bug_keeps_its_traceback():

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from sfv_jax.runtime.platforms import is_alive
 from sfv_jax.runtime.stopping import StopRequest
 
 ROOT = Path(__file__).parents[2]
 # A computation without Python instructions, as a compilation is, and one second after it.
 BUSY = """
 import hashlib, sys, time
+from sfv_jax.runtime.platforms import is_alive
 from sfv_jax.runtime.stopping import StopRequest
 with StopRequest(lambda: "the checkpoint of step 8 is intact") as stop:
     print("begun", flush=True)
@@ -59,6 +61,50 @@ def test_a_second_ctrl_c_ends_at_once_and_names_what_is_saved():
         assert process.stderr.read() == "Ctrl-C again: ended at once; the checkpoint of step 8 is intact\n"
         assert process.stdout.read() == ""
     assert process.returncode == 130
+
+
+# A command that computes without Python instructions, with a process of its own.
+COMMAND = """
+import hashlib, subprocess, sys
+from sfv_jax.runtime import commands, stopping
+
+def main():
+    child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"])
+    stopping.CHILDREN.append(child)
+    print("begun", child.pid, flush=True)
+    try:
+        hashlib.pbkdf2_hmac("sha512", b"", b"", rounds)
+    finally:
+        print("cleaned", flush=True)
+        child.kill()
+        child.wait()
+
+sys.argv[0] = "paint.py"
+rounds = int(sys.argv.pop())
+commands.run(main, lambda: None)
+"""
+
+
+@pytest.mark.parametrize("rounds", [1_000_000, 1_000_000_000])
+def test_every_command_answers_ctrl_c_at_once_and_leaves_no_process(rounds):
+    """A computation of a second ends and is cleaned up after; one of minutes is ended by the second Ctrl-C."""
+    program = [sys.executable, "-c", COMMAND, str(rounds)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(program, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        lines = sorted(process.stdout.readline() for _ in range(2))
+        child = int(lines[0].split()[1])
+        assert lines[1] == "up\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline().startswith("SIGINT: stopping as soon as the current computation ends")
+        if rounds > 1_000_000:
+            time.sleep(0.7)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.read() == "Ctrl-C again: ended at once\n" and process.stdout.read() == ""
+        else:
+            assert process.stdout.read() == "cleaned\n"
+            assert process.stderr.read() == "paint: interrupted; what is finished stays\n"
+    assert process.returncode == 130
+    assert not is_alive(child)
 
 
 def test_handlers_are_restored_and_nohup_is_respected():

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sfv_jax.data.images import ImageError
+from sfv_jax.data.video import read_comment
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import sha256
 from sfv_jax.sampling import files
@@ -39,7 +40,7 @@ def sample(image, out, kind="mp4", *, overwrite=False, batch_size=1, fps=7) -> S
     """What the command does after its flags are read, with another sampler."""
     todo, sampler = files.jobs(Path(image), Path(out), kind), Still()
     files.check_outputs(todo, fps, overwrite)
-    options = dict(height=None, width=None, fps=fps)
+    options = dict(height=None, width=None, fit="crop", fps=fps)
     files.run(sampler, todo, files.Settings(options, 5, batch_size, False, {"checkpoint": "c"}))
     return sampler
 
@@ -55,6 +56,9 @@ def test_a_video_and_its_record(tmp_path):
     made = json.loads((tmp_path / "new/out.json").read_text())
     assert made["video"] == "out.mp4" and made["video_sha256"] == sha256(tmp_path / "new/out.mp4")
     assert made["image"] == str(image) and made["image_sha256"] == sha256(image)
+    inside = json.loads(read_comment(tmp_path / "new/out.mp4"))  # the settings travel with the video
+    assert inside == {name: value for name, value in made.items() if name != "video_sha256"}
+    assert made["fit"] == "crop"
     assert (made["seed"], made["num_frames"], made["height"], made["checkpoint"]) == (5, 2, 16, "c")
 
 

@@ -1,5 +1,6 @@
 """Guarantees of the sampler: seeds, compilation, and errors with a remedy."""
 
+import contextlib
 import re
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sfv_jax.data.images import fitted
 from sfv_jax.diffusion import edm
 from sfv_jax.diffusion.solvers import guidance_ramp, sample, step_noise
 from sfv_jax.errors import UserError
@@ -238,6 +240,38 @@ def test_images_are_stretched_to_the_size_asked_for(sampler):
     large = [np.repeat(np.repeat(image, 3, axis=0), 2, axis=1) for image in IMAGES]
     assert sampler(large, height=8, width=8, seed=[7, 40]).shape == (2, 3, 8, 8, 3)
     assert sampler.size(np.zeros((9, 13, 3)), None, None) == (8, 12)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_images_of_another_shape(sampler, fit):
+    """CLIP and the VAE get the same picture, that of the video; `stretch` is the default."""
+    image = np.random.default_rng(3).integers(0, 256, (16, 12, 3), np.uint8)
+    size = dict(height=8, width=8)
+    shown = fitted(image, 8, 8, fit)
+    np.testing.assert_array_equal(sampler([image], fit=fit, **size), sampler([shown], **size))
+    plain = sampler([image], **size)
+    np.testing.assert_array_equal(plain, sampler([image], fit="stretch", **size))
+    assert (plain != sampler([image], fit=fit, **size)).any()
+
+
+def test_watched_sampling_is_the_same_and_shows_each_step(sampler, pair, capsys):
+    """The step that a watcher counts is one program, whatever the number of steps."""
+    seen: list[tuple[str, int]] = []
+
+    @contextlib.contextmanager
+    def watch(count, what):
+        seen.append((what, count))
+        yield lambda done: seen.append(("done", done))
+
+    for kind in ("sfv", "euler"):
+        call = dict(seed=[7, 40], steps=3, sampler=kind, guidance=(1.0, 2.0))
+        assert_same_frames(sampler(IMAGES, watch=watch, **call), sampler(IMAGES, **call))
+        assert seen == [("sampling steps", 3), *[("done", 1)] * 3]
+        seen.clear()
+    said = capsys.readouterr().out
+    assert said.count("compiling UNet, 3 frames of 8x8 in 3 steps ...") == 2
+    sampler(IMAGES, watch=watch, **call)
+    assert not capsys.readouterr().out  # known programs
 
 
 def test_given_noise_replaces_the_seed(sampler):

@@ -174,7 +174,7 @@ def edit(source, target, change):
 
 def test_round_trip(single_file, params):
     single = open_single_file(open_weights(single_file))
-    plain = {"unet": dict(temporal_conv="conv"), "vae": dict(temporal_conv="conv"), "image_encoder": {}}
+    plain = {"unet": dict(temporal_conv="auto"), "vae": dict(temporal_conv="auto"), "image_encoder": {}}
     assert single.configs == {name: dataclasses.replace(CONFIGS[name], **plain[name]) for name in CONFIGS}
     assert single.notes == [] and differences(single, params) == []
 
