@@ -391,7 +391,7 @@ def renewed(recorded: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in YOUNGER.items() if name in now} | kept
 
 
-def settled(config: ConfigDict, platform: str, recorded: dict[str, Any] | None = None) -> ConfigDict:
+def settled(config: Any, platform: str, recorded: dict[str, Any] | None = None) -> Any:
     """Returns a config in which no choice is left to the platform; a run that goes on keeps those of its start.
 
     Args:

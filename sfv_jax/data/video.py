@@ -73,7 +73,7 @@ def read_clip(
         def convert(frame: av.VideoFrame) -> np.ndarray:
             nonlocal size
             rgb = to_rgb(frame, aspect)
-            size = size or rgb.shape[:2]  # it may change amid a video
+            size = size or (rgb.shape[0], rgb.shape[1])  # it may change amid a video
             return each(fitted(rgb, *size, fit))
 
         return convert

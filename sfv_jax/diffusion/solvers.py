@@ -75,7 +75,7 @@ def walk(
     keys: Array | None = None,
     first: Array | int = 0,
 ) -> Array:
-    """Samples like `sample` from the noised `x` at `sigmas[0]` through the levels `sigmas`, the first of number `first`.
+    """Samples like `sample` from the noised `x` at `sigmas[0]` through these levels, the first of number `first`.
 
     `sigmas` need not end at 0: `walk` over parts of the levels, one after another, is `walk` over all of them.
     """

@@ -92,7 +92,7 @@ def _listen() -> None:
     """Makes JAX call `_compiled`; once, since older versions have no public function that removes a listener."""
     import jax
 
-    def hear(event: str, seconds: float, **_) -> None:
+    def hear(event: str, seconds: float, **_: str | int) -> None:
         if event.endswith("backend_compile_duration"):
             for hears in _compiled:
                 hears(seconds)

@@ -255,7 +255,8 @@ def _sample(sampler: "Sampler", batch: list[tuple[Job, np.ndarray]], size: tuple
 def _write(job: Job, frames: np.ndarray, settings: dict) -> None:
     """Writes a video between two writes of its record: a video without a record would count as someone else's.
 
-    An .mp4 contains the first record as its comment. The second adds `video_sha256`, by which a change of the video is noticed before it is replaced.
+    An .mp4 contains the first record as its comment. The second adds `video_sha256`, by which a change of the video is
+    noticed before it is replaced.
 
     Raises:
       SampleError: if a file cannot be written.

@@ -242,13 +242,13 @@ def test_a_batch_arrives_whole_and_in_order(shape):
 
 def test_batches_and_meshes_that_do_not_fit():
     mesh = sharding.make_mesh(4, 2, 1)
-    alone = make_mesh(devices=jax.devices()[:1])
+    alone = sharding.make_mesh(devices=jax.devices()[:1])
     for batch, steps, remedy in (
         (2, 4, "set --config.accumulation_steps=2, or --config.batch_size=4$"),
         (6, 4, "set --config.accumulation_steps=3, or --config.batch_size=4 or 8$"),
     ):
-        with pytest.raises(UserError, match=remedy):
-            local_rows(alone, batch, steps)
+        with pytest.raises(ValueError, match=remedy):
+            sharding.local_rows(alone, batch, steps)
     with pytest.raises(ValueError, match="batch_size=8 does not divide into accumulation_steps=2 times .* = 8"):
         sharding.local_rows(mesh, 8, 2)
     with pytest.raises(ValueError, match="data=-1 fsdp=3 spatial=1 does not cover 8|data=2 fsdp=3"):
