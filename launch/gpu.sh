@@ -4,16 +4,14 @@
 #     launch/gpu.sh [--dry-run] --config configs/sfv.py --workdir runs/sfv --config.init=models/svd ...
 #
 # Add --config.mesh.fsdp=8 to store an eighth of the parameters, optimizer state and EMA on each of eight GPUs.
-# PYTHON names the interpreter; the default is .venv/bin/python of this repository, then python3.
+# PYTHON names the interpreter; the default is that of .venv in this repository, or of the active environment.
 # --dry-run prints the command instead of running it.
 set -euo pipefail
 if [ "${1:-}" = --help ]; then sed -nE '2,/^[^#]/s/^#( |$)//p' "$0"; exit; fi
 dry=
 if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
 here=$(cd "$(dirname "$0")/.." && pwd)
-python=$here/.venv/bin/python
-[ -x "$python" ] || python=python3
-python=${PYTHON:-$python}
+. "$here/launch/python.sh"
 
 flags=(
   --xla_gpu_enable_latency_hiding_scheduler=true  # gathers the next layers' weights while the current layers compute

@@ -5,7 +5,7 @@
 #
 # Each process has DEVICES fake CPU devices. The output of process 0 is shown; that of the others goes to
 # $LOGS/process-I.log (default: a new temporary folder). If one process fails, all are stopped and the logs are shown.
-# PYTHON names the interpreter; the default is .venv/bin/python of this repository, then python3.
+# PYTHON names the interpreter; the default is that of .venv in this repository, or of the active environment.
 # --dry-run prints the command instead of running it.
 set -euo pipefail
 processes=2 devices=4 dry=
@@ -20,9 +20,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 here=$(cd "$(dirname "$0")/.." && pwd)
-python=$here/.venv/bin/python
-[ -x "$python" ] || python=python3
-python=${PYTHON:-$python}
+. "$here/launch/python.sh"
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
 export JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo  # exchanges data between processes over TCP

@@ -5,17 +5,14 @@
 #
 # VIDEOS is a folder of video files, OUT a new folder. SVD is a diffusers folder of Stable Video Diffusion; without it
 # the script writes one of the same structure with small random networks, in fp32 and fp16 (needs the [test] extra).
-# PYTHON names the interpreter; the default is .venv/bin/python of this repository, then python3.
+# PYTHON names the interpreter; the default is that of .venv in this repository, or of the active environment.
 set -euo pipefail
 if [ "${1:-}" = --help ]; then sed -nE '2,/^[^#]/s/^#( |$)//p' "$0"; exit; fi
 videos=${1:?give VIDEOS, a folder of videos; see --help} out=${2:?give OUT, a new folder; see --help}
 svd=${3:-}
 here=$(cd "$(dirname "$0")/.." && pwd)
-python=$here/.venv/bin/python
-[ -x "$python" ] || python=python3
-python=${PYTHON:-$python}
-# shellcheck disable=SC2086
-size="--height=64 --width=128"
+. "$here/launch/python.sh"
+size=(--height=64 --width=128)
 mkdir -p "$out"
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 
@@ -25,11 +22,11 @@ if [ -z "$svd" ]; then
   run "$python" -m sfv_jax.convert --src "$svd-fp16" --dst "$out/model-fp16"
 fi
 run "$python" -m sfv_jax.convert --src "$svd" --dst "$out/model"
-run "$python" -m sfv_jax.prepare --videos "$videos" --svd "$out/model" --out "$out/cache" $size --batch_size=4
+run "$python" -m sfv_jax.prepare --videos "$videos" --svd "$out/model" --out "$out/cache" "${size[@]}" --batch_size=4
 
 train=("$python" -m sfv_jax.train --config "$here/configs/sfv.py:printed" --workdir "$out/run" --config.init="$out/model"
   --config.data.path="$out/cache" --config.steps=60 --config.batch_size=2 --config.accumulation_steps=2
-  --config.dtype=float32 --config.unet.temporal_conv=matmul --config.log_every=10 --config.checkpoint_every=10 --config.sample_every=30)
+  --config.log_every=10 --config.checkpoint_every=10 --config.sample_every=30)
 printf '\n$ %s   (killed by SIGKILL after step 20 is saved)\n' "${train[*]}"
 "${train[@]}" & pid=$!
 until [ -d "$out/run/checkpoints/20" ]; do sleep 1; kill -0 $pid; done
@@ -43,7 +40,7 @@ from sfv_jax.data.listing import list_videos
 from sfv_jax.data.video import read_clip, write_video
 write_video(sys.argv[2], read_clip(list_videos(sys.argv[1])[0], num_frames=1))
 PY
-run "$python" -m sfv_jax.sample --checkpoint "$out/run" --image "$image" --out "$out/video.mp4" $size
+run "$python" -m sfv_jax.sample --checkpoint "$out/run" --image "$image" --out "$out/video.mp4" "${size[@]}"
 run "$python" -m sfv_jax.convert --export --src "$out/run" --dst "$out/exported"
 printf '\n$ StableVideoDiffusionPipeline.from_pretrained("%s")\n' "$out/exported"
 "$python" - "$out/exported" "$image" <<'PY'

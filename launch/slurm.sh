@@ -4,9 +4,9 @@
 #     sbatch --nodes=4 launch/slurm.sh --config configs/sfv.py --workdir /shared/runs/sfv --config.init=/shared/svd ...
 #
 # The workdir, the model and the data must be on a disk that all nodes share. SLURM sends SIGTERM five minutes before
-# the time limit: the run saves and stops; submit the same command again to continue. Submit from the repository: its
-# .venv/bin/python is the interpreter unless PYTHON names another. `launch/slurm.sh --dry-run ...` prints the command
-# of each task.
+# the time limit: the run saves and stops; submit the same command again to continue. Submit from the repository: the
+# interpreter is that of its .venv, or of the active environment, unless PYTHON names another.
+# `launch/slurm.sh --dry-run ...` prints the command of each task.
 #SBATCH --job-name=sfv
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8

@@ -6,7 +6,7 @@
 #
 # With TPU set, the command runs on every host in the folder REPO (default: sfv_jax in the home folder), a clone of this
 # repository with its own .venv. The hosts find each other through JAX. The workdir must be on a disk all hosts share.
-# PYTHON names the interpreter; the default is .venv/bin/python of this repository, then python3.
+# PYTHON names the interpreter; the default is that of .venv in this repository, or of the active environment.
 # --dry-run prints the command instead of running it.
 set -euo pipefail
 if [ "${1:-}" = --help ]; then sed -nE '2,/^[^#]/s/^#( |$)//p' "$0"; exit; fi
@@ -18,10 +18,9 @@ if [ -n "${TPU:-}" ]; then
   command=(gcloud compute tpus tpu-vm ssh "$TPU" --zone="${ZONE:?name the zone}" --worker=all "--command=$remote")
 else
   here=$(cd "$(dirname "$0")/.." && pwd)
-  python=$here/.venv/bin/python
-  [ -x "$python" ] || python=python3
+  . "$here/launch/python.sh"
   # The TPU compiler overlaps collectives without flags.
-  command=("${PYTHON:-$python}" -m sfv_jax.train --coordinator=auto "$@")
+  command=("$python" -m sfv_jax.train --coordinator=auto "$@")
 fi
 if [ -n "$dry" ]; then
   printf '%q' "${command[0]}"

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from sfv_jax.config import ConfigError, settled, world_of
 from sfv_jax.config_check import check
-from sfv_jax.data import latents
 from sfv_jax.errors import UserError
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.performance import programs, targets
@@ -66,7 +65,11 @@ def size_of(config: ConfigDict, what: str) -> tuple[int, int]:
     """
     if config.data.source == "world":
         return (world_of(config).size,) * 2
-    if config.data.path and (made := latents.read_json(Path(config.data.path) / latents.MANIFEST, ("settings",))):
+    if not config.data.path:
+        return WHAT[what]
+    from sfv_jax.data import latents  # loads TFDS
+
+    if made := latents.read_json(Path(config.data.path) / latents.MANIFEST, ("settings",)):
         return made["settings"]["height"], made["settings"]["width"]
     return WHAT[what]
 

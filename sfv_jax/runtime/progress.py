@@ -1,20 +1,10 @@
-"""Progress of long jobs on the terminal."""
+"""Progress of long jobs on the terminal. Only bars need rich, which bare accelerator images lack."""
 
 import contextlib
 import functools
 import sys
 import time
 from collections.abc import Callable, Generator
-
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 LONG = 1.0  # seconds of a compilation that is reported before its program runs
 
@@ -92,10 +82,10 @@ def _listen() -> None:
     """Makes JAX call `_compiled`; once, since older versions have no public function that removes a listener."""
     import jax
 
-    def hear(event: str, seconds: float, **_: str | int) -> None:
+    def hear(event: str, duration_secs: float, **_: str | int) -> None:
         if event.endswith("backend_compile_duration"):
             for hears in _compiled:
-                hears(seconds)
+                hears(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(hear)
 
@@ -115,6 +105,8 @@ class ProgressReport:
         self.began, self.first = time.monotonic(), start
         self.bar = None
         if active and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, TextColumn("{task.fields[note]}"))
             self.task = self.bar.add_task(label, total=total, completed=start, note="compiling")
@@ -163,6 +155,9 @@ class ByteReport:
         self.began = self.printed = time.monotonic()
         self.bar = None
         if active and sys.stdout.isatty():
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+            from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
             self.bar = Progress(*columns, TimeRemainingColumn())
             self.task = self.bar.add_task(label, total=total)
