@@ -155,8 +155,14 @@ class ByteReport:
         self.began = self.printed = time.monotonic()
         self.bar = None
         if active and sys.stdout.isatty():
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-            from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
 
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
             self.bar = Progress(*columns, TimeRemainingColumn())
