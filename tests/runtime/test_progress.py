@@ -21,8 +21,8 @@ class Pipe(io.StringIO):
         self.shown = self.getvalue()
 
 
-@pytest.fixture
-def pipe(monkeypatch) -> Pipe:
+def piped(monkeypatch) -> Pipe:
+    """Replaces the standard output; called by tests, because pytest replaces it, too, before it calls them."""
     stream = Pipe()
     monkeypatch.setattr(sys, "stdout", stream)
     return stream
@@ -33,7 +33,8 @@ def report(text: str) -> None:
 
 
 @pytest.mark.parametrize("say", [progress.say, report])
-def test_a_line_is_shown_at_once_and_by_process_0_alone(pipe, monkeypatch, say):
+def test_a_line_is_shown_at_once_and_by_process_0_alone(monkeypatch, say):
+    pipe = piped(monkeypatch)
     say("hello")
     assert pipe.shown == "hello\n"
     monkeypatch.setattr(jax, "process_index", lambda: 1)
@@ -43,7 +44,8 @@ def test_a_line_is_shown_at_once_and_by_process_0_alone(pipe, monkeypatch, say):
     assert pipe.getvalue() == "hello\n"
 
 
-def test_a_compilation_is_announced_and_its_end_said_before_the_program_has_run(pipe, monkeypatch):
+def test_a_compilation_is_announced_and_its_end_said_before_the_program_has_run(monkeypatch):
+    pipe = piped(monkeypatch)
     monkeypatch.setattr(progress, "LONG", 0.0)
     function = jax.jit(lambda x: jnp.cos(x) * 7)
     with progress.compiling("a cosine"):
@@ -57,7 +59,8 @@ def test_a_compilation_is_announced_and_its_end_said_before_the_program_has_run(
     assert pipe.shown.endswith("compiling it again ...\n")
 
 
-def test_a_short_compilation_is_said_once(pipe):
+def test_a_short_compilation_is_said_once(monkeypatch):
+    pipe = piped(monkeypatch)
     with progress.compiling("two sums"):
         for n in (2, 3):
             jax.jit(lambda x: jnp.sum(x) * 11)(jnp.ones(n))
