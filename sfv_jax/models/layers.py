@@ -144,6 +144,11 @@ def conv3x3_by_matmul(x: Array, kernel: Array) -> Array:
     return matmul(taps, rearrange(kernel, "j k i o -> (j k i) o"))
 
 
+def temporal_form(form: str) -> str:
+    """Returns "conv" or "matmul" for a form of `TemporalConv`, on the platform at hand."""
+    return ("matmul" if platform() == "cpu" else "conv") if form == "auto" else form
+
+
 class TemporalConv(nnx.Module):
     """Convolution of odd length k along time, zero padded: `[b, t, h, w, i] -> [b, t, h, w, o]` (torch Conv3d, kx1x1).
 
@@ -167,7 +172,7 @@ class TemporalConv(nnx.Module):
         x, kernel = x.astype(self.dtype), gathered(self.kernel[...], self.dtype)
         k, (t, h, w) = kernel.shape[0], x.shape[1:4]
         pad = (k // 2, k // 2)
-        convolve = self.form == "conv" or self.form == "auto" and platform() != "cpu"
+        convolve = temporal_form(self.form) == "conv"
         if convolve and platform() == "gpu" and shared_axis(h, w) != 3:
             y = conv2d(rearrange(x, "b t h w i -> b t (h w) i"), kernel[:, :, 0], (pad, (0, 0)))
             y = rearrange(y, "b t (h w) o -> b t h w o", h=h)

@@ -129,9 +129,10 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
             return 128 + signal.SIGINT
 
     def parse(argv: list[str]) -> list[str]:
+        fields: list[str] = []
         try:
             define_flags()
-            _check_config_files(argv)
+            fields = _check_config_files(argv)
             left = flags.FLAGS(argv)[1:]
             for name in flags.FLAGS:  # a config file is read, or found unreadable, at the first access to its flag
                 getattr(flags.FLAGS[name].value, "to_dict", None)
@@ -141,7 +142,10 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
         except AttributeError as error:  # ml_collections, wrapping its KeyError
             while error.args and isinstance(error.args[0], Exception):
                 error = error.args[0]
-            sys.exit(f"{command}: no such config field: " + " ".join(str(error.args[0]).split()))
+            text = " ".join(str(error.args[0]).split())
+            near = "" if "Did you mean" in text else _same_end(argv, fields)
+            hint = f"; did you mean --{near}?" if near else ""
+            sys.exit(f"{command}: no such config field: {text}{hint}")
         except flags.UnrecognizedFlagError as error:
             hint = _near(error.flagname)
             sys.exit(f"{command}: no flag --{error.flagname}; {hint and f'did you mean --{hint}? '}see --help")
@@ -174,13 +178,13 @@ def _config_flags() -> dict[str, Any]:
     return {name: flag for name in flags.FLAGS if hasattr(type(flag := flags.FLAGS[name]), "config_filename")}
 
 
-def _check_config_files(argv: list[str]) -> None:
-    """Reads the config files that the command line names.
+def _check_config_files(argv: list[str]) -> list[str]:
+    """Reads the config files that the command line names, and returns their fields, such as "config.sfv.p_mean".
 
     Raises:
       _BrokenConfig: if one does not exist, or anything but a `UserError` stops it.
     """
-    words = argv[1:]
+    words, fields = argv[1:], []
     for name, flag in _config_flags().items():
         given = [word.partition("=")[2] for word in words if re.match(rf"--?{name}=", word)]
         given += [value for word, value in itertools.pairwise(words) if re.fullmatch(rf"--?{name}", word)]
@@ -192,7 +196,7 @@ def _check_config_files(argv: list[str]) -> None:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise _BrokenConfig(f"--{name}={one_line(text)}: there is no config file {one_line(path)}{hint}")
             try:
-                flag.parser.parse(text)
+                fields += [f"{name}.{field}" for field in flat(flag.parser.parse(text).to_dict())]
             except flags.Error:
                 raise
             except UserError:
@@ -203,6 +207,14 @@ def _check_config_files(argv: list[str]) -> None:
                 line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
                 where = f"{one_line(path)}, line {line}" if line else one_line(path)
                 raise _BrokenConfig(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+    return fields
+
+
+def _same_end(argv: list[str], fields: list[str]) -> str:
+    """Returns the field that ends like one of the command line that does not exist; "" if none does."""
+    given = [word.partition("=")[0].lstrip("-") for word in argv if word.startswith("-")]
+    ends = [f".{word.rpartition('.')[2]}" for word in given if "." in word and word not in fields]
+    return next((field for end in ends for field in fields if field.endswith(end)), "")
 
 
 def _near(unknown: str) -> str:

@@ -7,6 +7,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sfv_jax.models.layers import temporal_form
+
 
 def describe_devices(config: ConfigDict, mesh: Mesh) -> str:
     """Returns a line on the devices of a run and the fields that were chosen for them."""
@@ -14,8 +16,9 @@ def describe_devices(config: ConfigDict, mesh: Mesh) -> str:
     devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     mesh_ = "x".join(map(str, mesh.devices.shape))
+    form = {"conv": "convolutions", "matmul": "sums of products"}[temporal_form(config.unet.temporal_conv)]
     shape = f", mesh {mesh_} ({', '.join(mesh.axis_names)})" if mesh.size > 1 else ""
-    return f"devices: {devices}{hosts}{shape}; computing in {config.dtype}, {config.unet.temporal_conv} for time"
+    return f"devices: {devices}{hosts}{shape}; computing in {config.dtype}, {form} along time"
 
 
 def describe_job(config: ConfigDict, state: dict, source) -> str:

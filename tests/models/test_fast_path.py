@@ -158,9 +158,12 @@ def test_temporal_convolution_on_gpu_is_two_dimensional(monkeypatch):
         args = jnp.asarray(noise(0, 2, 5, 3, 4, 2), jnp.float64), jnp.asarray(noise(1, 3, 1, 1, 2, 3), jnp.float64)
         expected = value_and_gradients(partial(convolve, "conv"), *args)
         assert_equal(value_and_gradients(partial(convolve, "matmul"), *args), expected, 1e-12)
+        assert_equal(value_and_gradients(partial(convolve, "auto"), *args), expected, 1e-12)
+        assert not convolutions(partial(convolve, "auto"), *args)  # on CPU
         monkeypatch.setattr(layers, "platform", lambda: "gpu")
         assert_equal(value_and_gradients(partial(convolve, "conv"), *args), expected, 1e-12)
-        assert convolutions(partial(convolve, "conv"), *args) == [((3, 1, 2, 3), (1, 1))]
+        for form in ("conv", "auto"):
+            assert convolutions(partial(convolve, form), *args) == [((3, 1, 2, 3), (1, 1))]
 
 
 # ---- group norms ----

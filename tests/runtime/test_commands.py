@@ -56,7 +56,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     [
         ([], 3, ""),
         (["--fail=user"], 1, "paint: mend this\n"),
-        (["--config.sfv.p_maen=1"], 1, "paint: no such config field: "),
+        (["--config=configs/sfv.py", "--config.sfv.p_maen=1"], 1, "paint: no such config field: 'p_maen' Did you mean"),
+        (["--config=configs/sfv.py", "--config.p_mean=1"], 1, "paint: no such config field: "),
         (["--config=configs/sfv.py:huge"], 1, "paint: flag --config=configs/sfv.py:huge: "),
         (["--config=configs/none.py"], 1, "paint: --config=configs/none.py: there is no config file configs/none.py\n"),
         (
