@@ -301,7 +301,7 @@ AUTOENCODER = {
     "scaling_factor": positive("factor of the latents before diffusion"),
     "sample_size": count("side of the frames in the model's description; without effect", 1, 2**14),
     "norm_groups": count("groups of every GroupNorm", 1, 2**14),
-    "temporal_conv": choice("form of the temporal convolutions", "conv", "matmul"),
+    "temporal_conv": choice("form of the temporal convolutions; auto: matmul on CPU", *choices.TEMPORAL_CONVS),
     "decode_pixels": count("pixels decoded at a time; 0: all", 0),
 }
 WORLD = {

@@ -172,19 +172,20 @@ def load_generator(
 
 
 def downscale_of(path: str | Path) -> int:
-    """Returns the pixels per latent cell of a model folder or run; raises as `load_generator` does."""
+    """Returns the pixels per latent cell of a model folder or run; 1 for a run without its model folder."""
     _, patch, folder = read_run(Path(path)) if is_run(path) else (None, None, Path(path))
-    if patch or folder is None:
+    if patch or folder is None or is_run(path) and not folder.is_dir():
         return patch.downscale if patch else 1
     found = read_model(folder).configs
     return found["codec"].downscale if "codec" in found else found["vae"].downscale
 
 
 def clip_length(svd: str | os.PathLike) -> int | None:
-    """Returns the frames of a clip of a model folder's or diffusers folder's UNet; None if the latter has none."""
+    """Returns the frames of a clip of a model folder's or diffusers folder's UNet; None if there is no UNet."""
     folder = Path(svd)
     if (folder / "model.json").is_file():
-        return read_model(folder).configs["unet"].num_frames
+        unet = read_model(folder).configs.get("unet")
+        return unet.num_frames if unet else None
     path = folder / "unet" / "config.json"
     return from_json("unet", weights_json(path), str(path)).num_frames if path.is_file() else None
 

@@ -16,7 +16,9 @@ def describe_devices(config: ConfigDict, mesh: Mesh) -> str:
     devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     mesh_ = "x".join(map(str, mesh.devices.shape))
-    form = {"conv": "convolutions", "matmul": "sums of products"}[temporal_form(config.unet.temporal_conv)]
+    section = config.autoencoder if "autoencoder" in config else config.unet
+    form = temporal_form(section.get("temporal_conv", "auto"))
+    form = {"conv": "convolutions", "matmul": "sums of products"}[form]
     shape = f", mesh {mesh_} ({', '.join(mesh.axis_names)})" if mesh.size > 1 else ""
     return f"devices: {devices}{hosts}{shape}; computing in {config.dtype}, {form} along time"
 
@@ -32,11 +34,13 @@ def describe_job(config: ConfigDict, state: dict, source) -> str:
     start = config.init or "a random start"
     heads = f", heads {_count(state['heads'])}" if "heads" in state else ""
     some = "" if config.trainable == "all" else f", trainable: {config.trainable}"
-    t, h, w, c = source[0]["latents"].shape
+    example = source[0]
+    name = next(name for name in ("latents", "frames") if name in example)
+    frames, *shape = example[name].shape
     micro = f" in {config.accumulation_steps} parts" if config.accumulation_steps > 1 else ""
     return (
-        f"{config.method} from {start}: UNet {_count(state['generator'])} parameters{heads}{some}\n"
-        f"data: {len(source)} clips of {t} frames, latents {h}x{w}x{c}; "
+        f"{config.method} from {start}: {_count(state['generator'])} parameters{heads}{some}\n"
+        f"data: {len(source)} clips of {frames} frames, {name} {'x'.join(map(str, shape))}; "
         f"{config.steps} steps of {config.batch_size} clips{micro}"
     )
 

@@ -7,7 +7,7 @@ from tests.support import small_run
 
 LINES = (  # in this order, each at once
     "devices: 8 x cpu",
-    "teacher from a random start: UNet ",
+    "teacher from a random start: ",
     "data: 64 clips of 2 frames, latents 4x4x48; 1 steps of 8 clips",
     "compiling the train step ...",
     "step 1 of 1 is done",
