@@ -23,7 +23,7 @@ from sfv_jax.reproduction.experiments import BASE, Row
 from sfv_jax.reproduction.runs import Runs
 from sfv_jax.runtime import commands
 from sfv_jax.training.alarms import TrainingStopped
-from sfv_jax.training.step import step_flops
+from sfv_jax.training.step import unet_step_flops
 from tests.support import small_run
 
 ROWS = [Row("base, 1 step", BASE, published=2.0), Row("lcm, 2 steps", "animatelcm", 2, "animatelcm", published=1.0)]
@@ -184,7 +184,7 @@ def test_the_plan_counts_steps_and_flops(tmp_path):
         if run == "sfv":
             small.update({name: small_config(BASE, 0, "")[name].to_dict() for name in ("data", "patch_codec", "unet")})
         example = world_source(world_of(small), "train", 1, patch_codec_of(small))[0]
-        exact = step_flops(settled(small, "cpu"), unet_of(small), example)
+        exact = unet_step_flops(settled(small, "cpu"), unet_of(small), example)
         assert 0.9 < trainings.cost_of_step(small, tmp_path) / exact < 1.1, run
     assert one > 1e6 and 1.5 * one < two < 2.5 * one  # student (3 passes), guided teacher (2) and target (1)
 
