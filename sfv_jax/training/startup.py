@@ -37,10 +37,11 @@ def describe_job(config: ConfigDict, state: dict, source) -> str:
     example = source[0]
     name = next(name for name in ("latents", "frames") if name in example)
     frames, *shape = example[name].shape
+    kind = "latents" if name == "latents" else "pixels"
     micro = f" in {config.accumulation_steps} parts" if config.accumulation_steps > 1 else ""
     return (
         f"{config.method} from {start}: {_count(state['generator'])} parameters{heads}{some}\n"
-        f"data: {len(source)} clips of {frames} frames, {name} {'x'.join(map(str, shape))}; "
+        f"data: {len(source)} clips of {frames} frames, {kind} {'x'.join(map(str, shape))}; "
         f"{config.steps} steps of {config.batch_size} clips{micro}"
     )
 
