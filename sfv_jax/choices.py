@@ -24,6 +24,12 @@ SIZES = {  # (height, width) of videos by name
 }
 FITS = ("crop", "pad", "stretch")  # data.images.fitted
 
+
+def auto_dtype(platform: str) -> str:
+    """Returns the compute dtype that "auto" stands for in training on "cpu", "gpu" or "tpu"."""
+    return "float32" if platform == "cpu" else "bfloat16"  # bf16 on CPU is slower and takes more memory
+
+
 MOST_PIXELS = 2**14  # of a side: the limit of H.264 encoders
 FPS = (0.01, 1000.0)  # range of frame rates: WebP counts milliseconds
 MOST_SEED = 2**32 - 1  # JAX uses the lowest 32 bits of a seed

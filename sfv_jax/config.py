@@ -13,6 +13,7 @@ try:
 except ImportError:
     from sfv_jax.runtime.plain_config import ConfigDict, placeholder
 
+from sfv_jax.choices import auto_dtype
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.plain_config import flat
 
@@ -404,7 +405,7 @@ def settled(config: Any, platform: str, recorded: dict[str, Any] | None = None) 
         if flat(config.to_dict()).get(name) == "auto" and (recorded or {}).get(name, "auto") != "auto":
             config.update_from_flattened_dict({name: (recorded or {})[name]})
     if config.dtype == "auto":
-        config.dtype = "float32" if platform == "cpu" else "bfloat16"
+        config.dtype = auto_dtype(platform)
     return config
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sfv_jax.methods import optim
 from sfv_jax.models import tree
-from sfv_jax.models.networks import DTYPES, Networks, Params
+from sfv_jax.models.networks import Networks, Params, compute_dtype
 from sfv_jax.runtime.seeds import stream
 
 
@@ -76,7 +76,7 @@ def generator_state(config, params: Params) -> Params:
 
 def frozen_copy(config, params: Params) -> Params:
     """Returns a copy of the base model's parameters in the compute dtype, since training donates the original."""
-    return jax.tree.map(lambda x: jnp.array(x, DTYPES[config.dtype]), params)
+    return jax.tree.map(lambda x: jnp.array(x, compute_dtype(config.dtype)), params)
 
 
 def update_generator(config, state: Params, grads: Params, ema_decay) -> tuple[Params, dict]:

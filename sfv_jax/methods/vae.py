@@ -17,7 +17,7 @@ from sfv_jax.methods import optim
 from sfv_jax.methods.common import accumulate, check_recipe, generator_state, step_key, update_generator, watch
 from sfv_jax.models import tree
 from sfv_jax.models.codec import to_signed
-from sfv_jax.models.networks import DTYPES, Params
+from sfv_jax.models.networks import Params, compute_dtype
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 
 Array = jax.Array
@@ -29,7 +29,7 @@ LOG_VARIANCE = (-30.0, 20.0)  # range of the posterior's log variance, as in lat
 class VAENetworks:
     """The VAE as a function of its parameters, in the form of `models.networks.Networks`.
 
-    Its compute dtype is `dtype`, a key of `DTYPES`.
+    Its compute dtype is `dtype`, as for `Networks`.
     """
 
     vae: VAEConfig
@@ -38,7 +38,7 @@ class VAENetworks:
     graph: nnx.GraphDef[TemporalVAE] = field(init=False, compare=False)
 
     def __post_init__(self):
-        graph, params = tree.abstract(TemporalVAE, self.vae, dtype=DTYPES[self.dtype])
+        graph, params = tree.abstract(TemporalVAE, self.vae, dtype=compute_dtype(self.dtype))
         object.__setattr__(self, "graph", graph)
         object.__setattr__(self, "abstract", {"generator": params})
 
@@ -48,7 +48,7 @@ class VAENetworks:
 
     def init_generator(self, seed: int) -> Params:
         """Returns fresh parameters, fp32."""
-        return tree.init(TemporalVAE, self.vae, seed, dtype=DTYPES[self.dtype])
+        return tree.init(TemporalVAE, self.vae, seed, dtype=compute_dtype(self.dtype))
 
 
 def make_networks(vae: VAEConfig, config) -> VAENetworks:

@@ -8,13 +8,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sfv_jax.choices import auto_dtype
 from sfv_jax.errors import UserError
 from sfv_jax.models import tree
 from sfv_jax.models.discriminator import DiscriminatorConfig, DiscriminatorHeads
+from sfv_jax.models.partitioning import platform
 from sfv_jax.models.unet import UNet, UNetConfig
 
 Params = tree.Params
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def compute_dtype(name: str):
+    """Returns the dtype of a name of `DTYPES`, or of "auto" on the platform at hand.
+
+    Raises:
+      UserError: if the name is unknown.
+    """
+    name = auto_dtype(platform()) if name == "auto" else name
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class Networks:
     which are never updated, are stored in it.
 
     Raises:
-      UserError: if `dtype` is not one of `DTYPES`.
+      UserError: if `dtype` is neither one of `DTYPES` nor "auto" (`choices.auto_dtype` of the platform at hand).
     """
 
     unet: UNetConfig
@@ -35,9 +49,7 @@ class Networks:
     graphs: dict[str, nnx.GraphDef[Any]] = field(init=False, compare=False)
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
-        dtype = DTYPES[self.dtype]
+        dtype = compute_dtype(self.dtype)
         built: dict[str, tuple[nnx.GraphDef[Any], Params]] = {"generator": tree.abstract(UNet, self.unet, dtype=dtype)}
         if self.discriminator is not None:
             built["backbone"] = tree.abstract(UNet, self.unet, dtype=dtype, param_dtype=dtype, encoder_only=True)
@@ -67,8 +79,8 @@ class Networks:
 
     def init_generator(self, seed: int) -> Params:
         """Returns fresh UNet parameters, fp32."""
-        return tree.init(UNet, self.unet, seed, dtype=DTYPES[self.dtype])
+        return tree.init(UNet, self.unet, seed, dtype=compute_dtype(self.dtype))
 
     def init_heads(self, key: jax.Array) -> Params:
         """Returns fresh head parameters, fp32."""
-        return tree.init(DiscriminatorHeads, self.discriminator, key, dtype=DTYPES[self.dtype])
+        return tree.init(DiscriminatorHeads, self.discriminator, key, dtype=compute_dtype(self.dtype))

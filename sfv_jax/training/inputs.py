@@ -12,7 +12,7 @@ from sfv_jax.checkpoints.base import Base, load_generator, read_unet
 from sfv_jax.checkpoints.model_folder import encoders_identity, load_codec, read_model
 from sfv_jax.config import ConfigError
 from sfv_jax.data.loader import LatentSource, WorldSource, encoders_of, latent_source, world_source
-from sfv_jax.models.networks import DTYPES, Networks, Params
+from sfv_jax.models.networks import Networks, Params, compute_dtype
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime.device import memory_per_device
 from sfv_jax.runtime.sharding import param_shardings
@@ -67,7 +67,7 @@ def check_backbone(config: ConfigDict, unet: UNetConfig) -> None:
 def load_backbone(config: ConfigDict, networks: Networks, shardings, mesh: jax.sharding.Mesh) -> Params:
     """Loads the discriminator's backbone from `config.backbone_init`, in the compute dtype, placed by `shardings`."""
     place = partial(param_shardings, mesh)
-    base = load_generator(config.backbone_init, place=place, dtype=DTYPES[config.dtype])
+    base = load_generator(config.backbone_init, place=place, dtype=compute_dtype(config.dtype))
     return jax.jit(networks.backbone_params, out_shardings=shardings)(base.params)
 
 

@@ -287,6 +287,7 @@ def test_animatelcm():
 
 def test_animatelcm_step_moves_student_and_target_only():
     networks, config = Plain(), make_config("animatelcm")
+    config.dtype = "bfloat16"
     config.generator_optimizer.lr = 1e-2
     state, frozen = animatelcm.init_state(networks, config, networks.params["generator"])
     step = animatelcm.make_train_step(networks, config)
