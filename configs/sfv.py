@@ -6,7 +6,7 @@
 `configs/sfv.py:printed` has the numbers of the paper alone. Its reconstruction loss outweighs the adversarial one the
 more, the larger the videos are; the default holds both in balance, and warms up the optimizers (docs/training.md).
 `configs/sfv.py:tiny` and `:printed,tiny` run on the procedural world, from a random start, on two CPU cores.
-`configs/sfv.py:small` trains a small model on a few clips on a CPU, in minutes.
+`configs/sfv.py:small` trains a small model on a few clips on a CPU.
 
 Below are the numbers of the recipe with their sources; `sfv_jax/config.py` has all fields. "paper" is SF-V; "choice"
 marks what no source states (docs/decisions.md).
@@ -82,7 +82,7 @@ def get_config(arg: str = ""):
         generator_every=1,  # choice
         heads_every=1,  # choice
     )
-    if arg == "small":  # a machine without an accelerator: a small model on a few clips, in minutes
+    if arg == "small":  # a machine without an accelerator: a small model on a few clips
         config.update(dict(steps=60, batch_size=2, accumulation_steps=1, log_every=5, checkpoint_every=20))
         config.update(dict(sample_every=60, sample_count=2))
         config.generator_optimizer.update(delay_steps=5, warmup_steps=10)
