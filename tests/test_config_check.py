@@ -29,6 +29,7 @@ TINY = [lambda name=name: defaults.tiny(getattr(defaults, name)()) for name in M
 CONFIGS = [
     *(getattr(defaults, name) for name in METHODS),
     *TINY,
+    lambda: get_config("sfv")("small"),
     *(lambda arg=arg: get_config("quickstart")(arg) for arg in ("teacher", "sfv")),
     *(lambda run=run: experiments.svd_config(run, 0, "model", "cache") for run in experiments.RUNS),
     small_run.get_config,
