@@ -76,7 +76,7 @@ def check() -> None:
 
 def main() -> None:
     check()
-    from sfv_jax.checkpoints.encoders import export_encoders
+    from sfv_jax.training.encoders import export_encoders
     from sfv_jax.checkpoints.exporter import export_model
     from sfv_jax.checkpoints.importer import ReadOptions, import_model
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from sfv_jax.checkpoints.base import is_run, read_run
 from sfv_jax.checkpoints.card import ONE_STEP_METHODS, model_card
@@ -61,7 +62,7 @@ def open_source(path: str | Path, *, raw: bool = False, foreign: bool = True) ->
     if model is None or model.meta["codec"] != "svd":
         raise WeightsError(f"{path} has a patch codec: diffusers has no pipeline without SVD's VAE and CLIP tower")
     configs = model.configs | ({"unet": unet} if unet else {})
-    narrow = configs["vae"]
+    narrow: Any = configs["vae"]
     if foreign:
         configs = configs | {"vae": widened(narrow)}
         for name in COMPONENTS:
@@ -133,7 +134,7 @@ def export_model(
             write_sums(sums_of(partial), list(partial.iterdir()))
             (partial / "README.md").write_text(card)
     elif what == "model":
-        params = {name: source.load(name) for name in COMPONENTS}
+        params: dict[str, tree.Params | Path] = {name: source.load(name) for name in COMPONENTS}
         extra = {name: source.meta[name] for name in ("scheduler", "source") if name in source.meta}
         packed = "float16" if variant else "float32"
         save_model(dst, params, source.configs, extra=extra, packed=packed, overwrite=overwrite)

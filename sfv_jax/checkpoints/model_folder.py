@@ -121,7 +121,7 @@ def save_model(
                 dtype = np.dtype(packed)
                 meta["components"][name]["dtype"] = packed
                 params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)  # noqa: B023
-                flat = tree.flatten(fingerprints.recording(params, prints.setdefault(name, {})))
+                flat: dict[str, Any] = tree.flatten(fingerprints.recording(params, prints.setdefault(name, {})))
                 shapes = {path: tuple(value.shape) for path, value in flat.items()}
                 arrays = ((path, value.read()) for path, value in flat.items())
                 write_safetensors(partial / f"{name}.safetensors", shapes, arrays, dtype)

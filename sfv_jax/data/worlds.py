@@ -184,6 +184,7 @@ class World:
     def _body(self, rng: np.random.Generator, radius: float, shape: str, colour: str, others: list[Body]) -> Body:
         """Returns a body that covers none of `others` in frame 0, if a place is found."""
         low, high = self.bounds(radius)
+        start = (0.0, 0.0)
         for _ in range(_TRIES if others else 1):
             start = (float(rng.uniform(low, high)), float(rng.uniform(low, high)))
             if all(math.dist(start, other.start) > radius + other.radius for other in others):

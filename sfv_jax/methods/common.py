@@ -4,6 +4,7 @@ State is nested dicts of arrays; modules appear only inside `Networks`.
 """
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from sfv_jax.methods import optim
 from sfv_jax.models import tree
 from sfv_jax.models.networks import Networks, Params, compute_dtype
 from sfv_jax.runtime.seeds import stream
+
+
+Trained = TypeVar("Trained")  # networks with parameter shapes `abstract["generator"]`
 
 
 def step_key(config, step: jax.Array | int) -> jax.Array:
@@ -49,13 +53,14 @@ def accumulate(gradients: Callable, params, batch: dict, key: jax.Array, steps: 
     return jax.tree.map(lambda x: x / steps, total)
 
 
-def check_recipe(config, networks: Networks) -> Networks:
+def check_recipe(config, networks: Trained) -> Trained:
     """Returns `networks` after checking `config.trainable` against them.
 
     Raises:
       UserError: if `config.trainable` finds no parameter, or takes too long.
     """
-    optim.check_trainable(networks.abstract["generator"], config.trainable)
+    shapes: Any = networks
+    optim.check_trainable(shapes.abstract["generator"], config.trainable)
     return networks
 
 

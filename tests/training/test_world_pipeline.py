@@ -11,7 +11,7 @@ import pytest
 from sfv_jax import config as configs
 from sfv_jax.checkpoints import box
 from sfv_jax.checkpoints.base import load_vae
-from sfv_jax.checkpoints.encoders import export_encoders
+from sfv_jax.training.encoders import export_encoders
 from sfv_jax.checkpoints.exporter import export_model
 from sfv_jax.checkpoints.model_folder import load_model, read_model
 from sfv_jax.config import ConfigDict, ConfigError

@@ -60,8 +60,8 @@ def export_encoders(
     codec = SVDCodec(config, tower_config, {"vae": vae, "image_encoder": tower})
     square = np.mean([np.mean(np.square(codec.encode(world.clip(n)[0][None]))) for n in range(CLIPS)])
     config = dataclasses.replace(config, scaling_factor=round(float(1 / np.sqrt(square)), 5))
-    components = {"vae": vae, "image_encoder": tower}
-    sums = {f"{name}/parameters": digest(params) for name, params in components.items()}
+    components: dict[str, tree.Params | Path] = {"vae": vae, "image_encoder": tower}
+    sums = {"vae/parameters": digest(vae), "image_encoder/parameters": digest(tower)}
     origin = {"folder": Path(run).name, "sha256": sums, "world": dataclasses.asdict(world)}
     configs = {"vae": config, "image_encoder": tower_config}
     save_model(dst, components, configs, extra={"source": origin}, overwrite=overwrite)
