@@ -71,6 +71,7 @@ def check() -> None:
     if FLAGS.statistics:
         check_file(Path(FLAGS.statistics), f"--statistics={FLAGS.statistics}")
     commands.check_inputs("videos", "reference", "data", "i3d", "images", "svd", "checkpoint")
+    commands.check_decoder()
 
 
 def protocol(n: int) -> Protocol:
@@ -162,7 +163,8 @@ def _define_sampler_flags() -> None:
     commands.define_micro_conditions("; 0 in the world")
     flags.DEFINE_integer("decode_chunk_size", None, "frames decoded at a time; default: all", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", choices.DTYPES, "compute and parameter dtype of the UNet")
-    flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the VAE's decoder")
+    flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the decoder")
+    commands.define_decoder()
     flags.DEFINE_bool("raw", False, "use the trained weights instead of their moving average (workdirs only)")
     flags.DEFINE_list(
         "mesh", None, "data,fsdp[,spatial]: devices that share batch, parameters, rows; default: one device"

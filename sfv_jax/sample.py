@@ -26,6 +26,7 @@ def main() -> None:
     commands.check_seeds(FLAGS.seed, len(todo))
     files.check_outputs(todo, FLAGS.fps, FLAGS.overwrite)
     commands.check_inputs("checkpoint")
+    commands.check_decoder()
     guidance, sizes = (commands.numbers(name, FLAGS[name].value) for name in ("guidance", "mesh"))
 
     from sfv_jax.runtime import compilation
@@ -36,11 +37,13 @@ def main() -> None:
     compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
     check(FLAGS.sampler, FLAGS.steps, guidance)
     mesh = first_devices(sizes)
-    load = commands.values("dtype", "vae_dtype", "decode_pixels", "raw", "check_finite")
+    load = commands.values("dtype", "vae_dtype", "decode_pixels", "raw", "check_finite", "decoder")
     sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
     settings = files.Settings(
         options=commands.values(*files.OPTIONS) | {"guidance": guidance},
-        origin={"checkpoint": str(FLAGS.checkpoint), "step": sampler.step, "mesh": FLAGS.mesh} | load,
+        origin={"checkpoint": str(FLAGS.checkpoint), "step": sampler.step, "mesh": FLAGS.mesh}
+        | load
+        | {"decoder": sampler.decoder},
         timed=FLAGS.times,
         **commands.values("seed", "batch_size"),
     )
@@ -69,11 +72,13 @@ def define_flags() -> None:
     commands.define_micro_conditions()
     flags.DEFINE_list("guidance", None, "first,last weight of the guidance ramp (1.0,3.0 for SVD); default: none")
     flags.DEFINE_enum("dtype", "float32", choices.DTYPES, "dtype of the UNet's parameters and computations")
-    flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the VAE's decoder")
+    flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the decoder")
+    commands.define_decoder()
     flags.DEFINE_integer(
         "decode_chunk_size",
         None,
-        "frames decoded at a time; default: all; smaller chunks need less memory and flicker at their borders",
+        "frames decoded at a time; default: all; smaller chunks need less memory and flicker at their borders (not with"
+        " a tiny decoder)",
         lower_bound=1,
     )
     flags.DEFINE_integer(

@@ -1,7 +1,7 @@
 """Images to videos: `Sampler` owns the parameters of a generator and its codec."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sfv_jax.checkpoints.base import load_generator
+from sfv_jax.checkpoints.decoders import choose_decoder
 from sfv_jax.choices import MOST_SEED
 from sfv_jax.errors import UserError
 from sfv_jax.models import tree
-from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise, finite
+from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise
+from sfv_jax.models.decoders import finite
 from sfv_jax.models.networks import DTYPES
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime.sharding import on_mesh, param_shardings
@@ -43,6 +45,7 @@ class Sampler:
       codec: converts images to conditions, and latents to frames.
       dtype: compute dtype of the UNet, one of `networks.DTYPES`.
       step: number of training steps of the checkpoint; None for a model folder.
+      decoder: description of the decoder of frames for records: "full", or that of a tiny decoder.
       mesh: devices that share batch and parameters; None for one device. The caller places `params` and the codec's
         parameters (`load` does it); the sampler places batches.
       check_finite: raise NonFiniteError instead of returning videos computed from NaN or infinity. The check runs on
@@ -50,6 +53,7 @@ class Sampler:
     """
 
     step: int | None = None
+    decoder: str | dict[str, Any] = "full"
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class Sampler:
         mesh: Mesh | None = None,
         raw: bool = False,
         check_finite: bool = True,
+        decoder: str | Path = "full",
     ) -> "Sampler":
         """Loads a model folder (made by `python -m sfv_jax.convert`), or the newest checkpoint of a training run.
 
@@ -85,15 +90,17 @@ class Sampler:
           path: model folder, or workdir of a run.
           dtype: dtype of the UNet's parameters and computations, one of `networks.DTYPES`. Noise, latents and the
             sampler's arithmetic are always fp32.
-          vae_dtype: compute dtype of the VAE's decoder; its encoder and CLIP are always fp32.
+          vae_dtype: compute dtype of the decoder; the VAE's encoder and CLIP are always fp32.
           decode_pixels: pixels that a device decodes at a time, over all frames, 0 for all; the frames are the same.
             Default: all if memory suffices, else 2^18.
           mesh: a mesh of `sharding.make_mesh`. Batches are split over `data` and `fsdp`, parameters over `fsdp`.
           raw: load the trained weights instead of their moving average (workdirs only).
           check_finite: see the class.
+          decoder: "full": the VAE's decoder. "tiny": the tiny decoder in the model folder. Or the file or folder of a
+            tiny decoder, or the workdir of its training.
 
         Raises:
-          WeightsError: if `path` is neither a model folder nor a workdir.
+          WeightsError: if `path` is neither a model folder nor a workdir, or `decoder` no decoder of its latents.
           WorkdirError: if the run has no checkpoint yet.
           UserError: if a dtype is unknown, `decode_pixels` is negative, or options of a decoder are given for the patch
             codec.
@@ -103,16 +110,19 @@ class Sampler:
                 raise UserError(f"{name} {value!r}: choose one of {', '.join(DTYPES)}")
         place = None if mesh is None else partial(param_shardings, mesh)
         base = load_generator(path, raw=raw, place=place, dtype=DTYPES[dtype])
-        codec = base.codec
+        codec, tiny = base.codec, choose_decoder(str(decoder), base)
         if isinstance(codec, SVDCodec):
-            weights = codec.params if place is None else jax.device_put(codec.params, place(codec.params))
-            options = dict(decode_dtype=DTYPES[vae_dtype], pixels=decode_pixels)
+            weights = codec.params | ({"tiny_decoder": jax.tree.map(jnp.asarray, tiny.params)} if tiny else {})
+            weights = weights if place is None else jax.device_put(weights, place(weights))
+            options: dict[str, Any] = dict(decode_dtype=DTYPES[vae_dtype], pixels=decode_pixels)
+            options["tiny"] = tiny and tiny.config
             codec = SVDCodec(codec.vae_config, codec.clip_config, weights, **options)
         elif vae_dtype != "float32" or decode_pixels is not None:
             option = f"vae_dtype {vae_dtype!r}" if decode_pixels is None else f"decode_pixels {decode_pixels}"
             raise UserError(f"{option}: {path} has the patch codec, which has no decoder network")
         sampler = cls(base.unet, base.params, codec, dtype, mesh=mesh, check_finite=check_finite)
         sampler.step = base.step
+        sampler.decoder = tiny.record() if tiny else "full"
         return sampler
 
     def latents(self, condition: dict, noise: Array, **options) -> Array:
@@ -178,7 +188,8 @@ class Sampler:
             down.
           fps, motion_bucket_id, noise_aug_strength: SVD's micro-conditions; the model receives fps - 1.
           guidance: first and last weight of the ramp over frames, e.g. (1.0, 3.0) for SVD; None for no guidance.
-          decode_chunk_size: frames decoded at a time, default all; chunks change the result, see `SVDCodec.decode`.
+          decode_chunk_size: frames decoded at a time, default all; chunks change the result of the VAE's decoder, see
+            `SVDCodec.decode`.
           times: receives the seconds of the stages "clip", "encode", "denoise", "decode", with compilation, if any.
             Without it, the host does not wait for the device between stages.
 
@@ -187,46 +198,146 @@ class Sampler:
             images or are too large, or options are impossible.
           NonFiniteError: if a stage returns NaN or infinity, see `check_finite`.
         """
-        checks: dict[str, Array] = {}
+        images = checked_images(images)
+        stage = partial(self._stage, times)
+        latents, checks = self._denoised(
+            images,
+            stage,
+            decode_chunk_size,
+            steps=steps,
+            sampler=sampler,
+            seed=seed,
+            noise=noise,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            ids=(fps - 1, motion_bucket_id, noise_aug_strength),
+            guidance=guidance,
+        )
+        frames, sound = stage("decode", self.codec.decode_checked, latents, decode_chunk_size)
+        frames = np.asarray(frames)[: len(images)]
+        if self.check_finite:
+            self._raise_nonfinite(checks | {"decoded frames": sound}, len(images))
+        return frames
 
-        def stage(name: str, fn: Callable, *args, **kw) -> Any:
-            began = time.perf_counter()
-            result = (fn if self.mesh is None else on_mesh(self.mesh, fn))(*args, **kw)
-            if times is not None:
-                jax.block_until_ready(result)
-                times[name] = time.perf_counter() - began
-            return result
+    def stream(
+        self,
+        image: np.ndarray,
+        *,
+        steps: int = 1,
+        sampler: str = "euler",
+        seed: int = 0,
+        noise: Array | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float = 7,
+        motion_bucket_id: float = 127,
+        noise_aug_strength: float = 0.02,
+        guidance: tuple[float, float] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yields the frames uint8 `[height, width, 3]` of the video of `image`, each as soon as it is decoded.
+
+        A tiny decoder decodes one frame after another, in one compiled step. The VAE's decoder mixes all frames, so
+        with it they come together, after all are decoded. While the caller works on a frame, the device may decode the
+        next one.
+
+        Args:
+          image: uint8 `[h, w, 3]`.
+          noise: `[1, t, height / d, width / d, c]`, see `__call__`.
+          steps, sampler, seed, num_frames, height, width, fps, motion_bucket_id, noise_aug_strength, guidance: as for
+            `__call__`.
+
+        Raises:
+          UserError: as `__call__`.
+          NonFiniteError: as `__call__`; for decoded frames, in place of the first of them that is not finite.
+        """
+        latents, checks = self._denoised(
+            checked_images([image]),
+            partial(self._stage, None),
+            "stream",
+            steps=steps,
+            sampler=sampler,
+            seed=seed,
+            noise=noise,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            ids=(fps - 1, motion_bucket_id, noise_aug_strength),
+            guidance=guidance,
+        )
+        if self.check_finite:
+            self._raise_nonfinite(checks, 1)
+        return self._streamed(latents)
+
+    def _streamed(self, latents: Array) -> Iterator[np.ndarray]:
+        coming = self.codec.stream(latents)
+        following = (next if self.mesh is None else on_mesh(self.mesh, next))(coming, None)
+        while following is not None:
+            frame, sound = following
+            following = (next if self.mesh is None else on_mesh(self.mesh, next))(coming, None)  # begins the next one
+            frame = np.asarray(frame)[0]
+            if self.check_finite:
+                self._raise_nonfinite({"decoded frames": sound}, 1)
+            yield frame
+
+    def _stage(self, times: dict[str, float] | None, name: str, fn: Callable, *args, **kw) -> Any:
+        """Returns `fn(...)`, computed on the mesh; with `times`, waits for it and notes its seconds."""
+        began = time.perf_counter()
+        result = (fn if self.mesh is None else on_mesh(self.mesh, fn))(*args, **kw)
+        if times is not None:
+            jax.block_until_ready(result)
+            times[name] = time.perf_counter() - began
+        return result
+
+    def _denoised(
+        self,
+        images: list[np.ndarray],
+        stage: Callable,
+        decoding: int | str | None,
+        *,
+        steps: int,
+        sampler: str,
+        seed: int | Sequence[int],
+        noise: Array | None,
+        num_frames: int | None,
+        height: int | None,
+        width: int | None,
+        ids: tuple[float, float, float],
+        guidance: tuple[float, float] | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Returns the scaled latents of the videos of `images`, and whether each stage's results were finite.
+
+        Args:
+          images: checked images.
+          stage: function from the name of a stage, a function and its arguments to its result.
+          decoding: how the latents will be decoded; kinds of calls differ in it.
+          ids: `(fps - 1, motion_bucket_id, noise_aug_strength)`.
+          steps, sampler, seed, noise, num_frames, height, width, guidance: as for `__call__`.
+        """
+        checks: dict[str, Array] = {}
 
         def checked(name: str, result: Array) -> Array:
             if self.check_finite:
                 checks[name] = self._finite(result)
             return result
 
-        images = checked_images(images)
         count, size = len(images), self.size(images[0], height, width)
         seeds = checked_seeds(seed, count)
         shape = self.latent_shape(size, num_frames)
         if noise is not None and noise.shape != (count, *shape):
             raise UserError(f"noise has shape {noise.shape}, these images need {(count, *shape)}")
-        self._keep_room(
-            (shape, steps, sampler, guidance is None, decode_chunk_size, *(image.shape for image in images))
-        )
+        self._keep_room((shape, steps, sampler, guidance is None, decoding, *(image.shape for image in images)))
         rows = self._rows(count)
         images, seeds = [images[n] for n in rows], [seeds[n] for n in rows]
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(jnp.stack([jax.random.key(s) for s in seeds]))
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys[:, 1]) if noise is None else noise[rows]
 
-        ids = (fps - 1, motion_bucket_id, noise_aug_strength)
         embed = checked("CLIP embedding", stage("clip", self._embed, images, size))
-        latent = stage("encode", self._cond_latent, images, size, keys[:, 0], noise_aug_strength)
+        latent = stage("encode", self._cond_latent, images, size, keys[:, 0], ids[2])
         condition = self._condition(embed, checked("conditioning latent", latent), ids)
         options = dict(steps=steps, guidance=guidance, sampler=sampler, keys=keys[:, 2])
-        latents = checked("denoised latents", stage("denoise", self.latents, condition, noise, **options))
-        frames, sound = stage("decode", self.codec.decode_checked, latents, decode_chunk_size)
-        frames = np.asarray(frames)[:count]
-        if self.check_finite:
-            self._raise_nonfinite(checks | {"decoded frames": sound}, count)
-        return frames
+        return checked("denoised latents", stage("denoise", self.latents, condition, noise, **options)), checks
 
     def _keep_room(self, kind: tuple) -> None:
         """Notes a kind of call; forgets all programs before there are more than `MOST_KINDS`."""
@@ -290,9 +401,11 @@ class Sampler:
             bad = np.flatnonzero(~np.asarray(flags)[:count])
             if not len(bad):
                 continue
-            dtypes = {"denoised latents": ("UNet", self.dtype), "decoded frames": ("VAE decoder", self._vae_dtype())}
+            decoder = getattr(self.codec, "decoder", None)
+            decoding = (decoder.title if decoder else "codec", self._vae_dtype())
+            dtypes = {"denoised latents": ("UNet", self.dtype), "decoded frames": decoding}
             network, dtype = dtypes.get(stage, ("VAE encoder" if "latent" in stage else "image encoder", "float32"))
-            option = "vae_dtype" if network == "VAE decoder" else "dtype"
+            option = "vae_dtype" if stage == "decoded frames" else "dtype"
             advice = {
                 "float16": f"fp16 overflows at 65504: load with {option} bfloat16 or float32",
                 "bfloat16": f"try {option} float32, and check the weights",
