@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from sfv_jax.checkpoints.base import describe_run, describe_vae, load_vae
+from sfv_jax.checkpoints.base import Base, describe_run, describe_vae, is_run, load_vae, read_run, read_unet
+from sfv_jax.checkpoints.decoders import check_space, describe_decoder_run, read_tiny
+from sfv_jax.checkpoints.model_folder import ModelFolder, load_codec, read_model
 from sfv_jax.config import ConfigError, vae_of, world_of
 from sfv_jax.data.loader import FrameSource
 from sfv_jax.errors import UserError
-from sfv_jax.methods import METHODS
+from sfv_jax.methods import METHODS, decoder
 from sfv_jax.models import tree
-from sfv_jax.models.codec import PatchCodec, to_pixels, to_signed
+from sfv_jax.models.codec import PatchCodec, SVDCodec, to_signed
+from sfv_jax.models.decoders import to_pixels
 from sfv_jax.models.networks import Params
 from sfv_jax.models.vae import TemporalVAE
 from sfv_jax.runtime.processes import whole
@@ -132,4 +137,82 @@ def vae_subject(config: ConfigDict, mesh: jax.sharding.Mesh) -> Subject:
     )
 
 
-SUBJECTS: dict[str, Callable[[ConfigDict, jax.sharding.Mesh], Subject]] = {"unet": unet_subject, "vae": vae_subject}
+def decoder_subject(config: ConfigDict, mesh: jax.sharding.Mesh) -> Subject:
+    """Returns a tiny decoder for the latents of `config.init`, a model folder or a run, whose VAE teaches it."""
+    base = _with_vae(config, mesh)
+    assert base.model is not None and isinstance(base.codec, SVDCodec)
+    source = open_source(config, base, config.data.split)
+    if config.decoder.real_weight and "frames" not in source[0]:
+        raise ConfigError("config.decoder.real_weight needs real frames, which this data lacks: set it to 0")
+    vae, unet = base.codec.vae_config, base.unet if base.params else None
+    networks = made(config, decoder.Teacher(vae, unet))
+    params = {"decoder": _first_decoder(config, networks, base.model)}
+    params["teacher"] = base.codec.params["vae"]["decoder"]
+    # Copies, from the host: the state takes over what it starts from, the codec keeps its own, and any mesh takes them.
+    params = jax.device_put(jax.tree.map(np.array, params), param_shardings(mesh, params))
+    params |= {"unet": base.params} if base.params else {}
+    model, codec, base = base.model, base.codec, replace(base, params={})
+
+    def previews(workdir: Path, writer: MetricWriter) -> Previews:
+        held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
+        latents = stacked(held_out, config.sample_count)["latents"]
+        tiny = SVDCodec(vae, codec.clip_config, {}, tiny=networks.config)
+
+        def make(params) -> np.ndarray:
+            one = jax.tree.map(whole, {k: v for k, v in params.items() if k != "projectors"})
+            return np.asarray(tiny.with_params({"tiny_decoder": one}).decode(latents))
+
+        return Previews(np.asarray(codec.decode(latents)), make, workdir, writer, copies=True)
+
+    return Subject(
+        networks,
+        params,
+        source,
+        lambda workdir: describe_decoder_run(workdir, networks.config, model),
+        previews,
+        lambda: step_flops(config, networks, jax.eval_shape(lambda x: x, params), source[0]),
+    )
+
+
+def _with_vae(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
+    """Returns the model of `config.init`, with the UNet's parameters only if that is to generate latents.
+
+    Raises:
+      ConfigError: if it has no VAE.
+    """
+    if not config.init:
+        raise ConfigError("config.init is empty: name a model folder or a run, whose VAE is to be distilled")
+    if config.decoder.generated_share:
+        base = load_base(config, mesh)
+    else:
+        model = read_model(read_run(Path(config.init))[2] or config.init if is_run(config.init) else config.init)
+        base = Base(read_unet(config.init), {}, load_codec(model), model, None)
+    if base.model is None or not isinstance(base.codec, SVDCodec):
+        raise ConfigError(f"config.init={config.init} has the patch codec: there is no VAE to distill")
+    return base
+
+
+def _first_decoder(config: ConfigDict, networks: decoder.DecoderNetworks, model: ModelFolder) -> Params:
+    """Returns the parameters of `config.decoder.init`, or random ones.
+
+    Raises:
+      ConfigError: if it has other sizes than the decoder that is to be trained.
+      WeightsError: if it is no tiny decoder of this latent space.
+    """
+    if not config.decoder.init:
+        return decoder.fresh(networks, config)
+    found = read_tiny(Path(config.decoder.init))
+    check_space(found, model)
+    if found.config != networks.config:
+        raise ConfigError(
+            f"config.decoder.init={config.decoder.init} has other sizes ({found.config}) than config.decoder describes "
+            f"({networks.config}): set config.decoder.variant, block_out_channels and layers_per_block"
+        )
+    return jax.tree.map(jnp.asarray, found.params)
+
+
+SUBJECTS: dict[str, Callable[[ConfigDict, jax.sharding.Mesh], Subject]] = {
+    "unet": unet_subject,
+    "vae": vae_subject,
+    "decoder": decoder_subject,
+}
