@@ -23,7 +23,8 @@ class ProjectorsConfig:
 class Projectors(nnx.Module):
     """One 1x1 convolution per level, from the student's features to the width of the teacher's."""
 
-    def __init__(self, config: ProjectorsConfig, **kw: Any):
+    def __init__(self, config: ProjectorsConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        kw: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         pairs = zip(config.student, config.teacher, strict=True)
         self.levels = nnx.List([Conv2d(i, o, 1, **kw) for i, o in pairs])
 
@@ -47,7 +48,8 @@ class PatchCritic(nnx.Module):
     frame itself stands for the missing neighbor.
     """
 
-    def __init__(self, config: CriticConfig, **kw: Any):
+    def __init__(self, config: CriticConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        kw: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         widths = (3 * config.in_channels, *config.widths)
         self.convs = nnx.List(
             Conv2d(i, o, 3, stride=2 if n < 2 else 1, padding=1, **kw)

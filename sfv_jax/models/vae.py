@@ -133,7 +133,8 @@ class Encoder(nnx.Module):
 class TemporalDecoder(nnx.Module):
     """Decoder that mixes frames in every resnet and once more in RGB: `[b, t, h, w, 4] -> [b, t, 8h, 8w, 3]`."""
 
-    def __init__(self, config: VAEConfig, **kw):
+    def __init__(self, config: VAEConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        kw: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         channels, groups = config.block_out_channels[::-1], config.norm_groups
 
         def resnet(i: int, o: int) -> SpatioTemporalResBlock:
