@@ -6,6 +6,7 @@ entry here and nothing in the loop.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sfv_jax.checkpoints.base import Base, describe_run, describe_vae, is_run, load_vae, read_run, read_unet
+from sfv_jax.checkpoints.base import describe_run, describe_vae, is_run, load_vae, read_run
 from sfv_jax.checkpoints.decoders import check_space, describe_decoder_run, read_tiny
 from sfv_jax.checkpoints.model_folder import ModelFolder, load_codec, read_model
 from sfv_jax.config import ConfigError, vae_of, world_of
-from sfv_jax.data.loader import FrameSource
+from sfv_jax.data.loader import FrameSource, WorldSource
 from sfv_jax.errors import UserError
 from sfv_jax.methods import METHODS, decoder
 from sfv_jax.models import tree
@@ -28,7 +29,7 @@ from sfv_jax.models.networks import Params
 from sfv_jax.models.vae import TemporalVAE
 from sfv_jax.runtime.processes import whole
 from sfv_jax.runtime.sharding import on_mesh, param_shardings
-from sfv_jax.training.inputs import check_backbone, load_base, open_source
+from sfv_jax.training.inputs import check_backbone, load_base, open_examples, open_source
 from sfv_jax.training.metrics import MetricWriter
 from sfv_jax.training.previews import Previews, stacked, unet_previews
 from sfv_jax.training.step import step_flops, unet_step_flops
@@ -139,22 +140,27 @@ def vae_subject(config: ConfigDict, mesh: jax.sharding.Mesh) -> Subject:
 
 def decoder_subject(config: ConfigDict, mesh: jax.sharding.Mesh) -> Subject:
     """Returns a tiny decoder for the latents of `config.init`, a model folder or a run, whose VAE teaches it."""
-    base = _with_vae(config, mesh)
-    assert base.model is not None and isinstance(base.codec, SVDCodec)
-    source = open_source(config, base, config.data.split)
-    if config.decoder.real_weight and "frames" not in source[0]:
-        raise ConfigError("config.decoder.real_weight needs real frames, which this data lacks: set it to 0")
-    vae, unet = base.codec.vae_config, base.unet if base.params else None
-    networks = made(config, decoder.Teacher(vae, unet))
-    params = {"decoder": _first_decoder(config, networks, base.model)}
-    params["teacher"] = base.codec.params["vae"]["decoder"]
+    model, codec = _teacher(config)
+    open_split = partial(open_examples, config, codec, model)
+    base = load_base(config, mesh) if config.decoder.generated_share else None
+    if base is not None:
+        open_split = partial(open_source, config, base)
+    source = open_split(config.data.split)
+    if config.decoder.real_weight and not isinstance(source, WorldSource):
+        raise ConfigError("config.decoder.real_weight needs real frames, which latent caches lack: set it to 0")
+    if isinstance(source, WorldSource):
+        source = replace(source, pixels=bool(config.decoder.real_weight))
+    vae = codec.vae_config
+    networks = made(config, decoder.Teacher(vae, base.unet if base else None))
+    params = {"decoder": _first_decoder(config, networks, model), "teacher": codec.params["vae"]["decoder"]}
     # Copies, from the host: the state takes over what it starts from, the codec keeps its own, and any mesh takes them.
     params = jax.device_put(jax.tree.map(np.array, params), param_shardings(mesh, params))
-    params |= {"unet": base.params} if base.params else {}
-    model, codec, base = base.model, base.codec, replace(base, params={})
+    params |= {"unet": base.params} if base else {}
+    shapes = jax.eval_shape(lambda params: params, params)
+    del base
 
     def previews(workdir: Path, writer: MetricWriter) -> Previews:
-        held_out = open_source(config, base, "heldout") if config.data.source == "world" else source
+        held_out = open_examples(config, codec, model, "heldout") if config.data.source == "world" else source
         latents = stacked(held_out, config.sample_count)["latents"]
         tiny = SVDCodec(vae, codec.clip_config, {}, tiny=networks.config)
 
@@ -170,26 +176,24 @@ def decoder_subject(config: ConfigDict, mesh: jax.sharding.Mesh) -> Subject:
         source,
         lambda workdir: describe_decoder_run(workdir, networks.config, model),
         previews,
-        lambda: step_flops(config, networks, jax.eval_shape(lambda x: x, params), source[0]),
+        lambda: step_flops(config, networks, shapes, source[0]),
     )
 
 
-def _with_vae(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
-    """Returns the model of `config.init`, with the UNet's parameters only if that is to generate latents.
+def _teacher(config: ConfigDict) -> tuple[ModelFolder, SVDCodec]:
+    """Returns the model folder of `config.init`, or of the run there, and its codec.
 
     Raises:
       ConfigError: if it has no VAE.
     """
     if not config.init:
         raise ConfigError("config.init is empty: name a model folder or a run, whose VAE is to be distilled")
-    if config.decoder.generated_share:
-        base = load_base(config, mesh)
-    else:
-        model = read_model(read_run(Path(config.init))[2] or config.init if is_run(config.init) else config.init)
-        base = Base(read_unet(config.init), {}, load_codec(model), model, None)
-    if base.model is None or not isinstance(base.codec, SVDCodec):
+    folder = read_run(Path(config.init))[2] if is_run(config.init) else config.init
+    model = read_model(folder) if folder else None
+    codec = load_codec(model) if model else None
+    if model is None or not isinstance(codec, SVDCodec):
         raise ConfigError(f"config.init={config.init} has the patch codec: there is no VAE to distill")
-    return base
+    return model, codec
 
 
 def _first_decoder(config: ConfigDict, networks: decoder.DecoderNetworks, model: ModelFolder) -> Params:

@@ -154,9 +154,11 @@ def test_what_cannot_be_distilled(trained, one_device, tmp_path):
     model, _ = trained
     without = config(model)
     without.init = ""
+    cached = config(model, real_weight=1.0)
+    cached.data.source = "latents"
     for message, made in (
         ("config.init is empty: name a model folder or a run, whose VAE", without),
-        ("real_weight needs real frames", config(model, real_weight=1.0)),
+        ("real_weight needs real frames", cached),
         ("which takes 4 levels", config(model, block_out_channels=(8, 8), layers_per_block=(1, 1))),
     ):
         with pytest.raises(ConfigError, match=message):
