@@ -151,6 +151,12 @@ def decoder_subject(config: ConfigDict, mesh: jax.sharding.Mesh) -> Subject:
     if isinstance(source, WorldSource):
         source = replace(source, pixels=bool(config.decoder.real_weight))
     vae = codec.vae_config
+    # Reading one example also compiles its encoder once, before the loader's threads would all compile it.
+    if (channels := source[0]["latents"].shape[-1]) != vae.latent_channels:
+        raise ConfigError(
+            f"config.data: latents have {channels} channels, the VAE of config.init={config.init!r} makes "
+            f"{vae.latent_channels}: prepare the cache with that model"
+        )
     networks = made(config, decoder.Teacher(vae, base.unet if base else None))
     params = {"decoder": _first_decoder(config, networks, model), "teacher": codec.params["vae"]["decoder"]}
     # Copies, from the host: the state takes over what it starts from, the codec keeps its own, and any mesh takes them.

@@ -25,6 +25,8 @@ from sfv_jax.weights.folders import WeightsError
 from tests.conftest import noise
 from tests.test_configs import get_config
 
+pytestmark = pytest.mark.usefixtures("runs_share_programs")
+
 TINY = TinyDecoderConfig(4, 3, (8, 6), (1, 1))
 
 
