@@ -4,6 +4,7 @@ r"""Times the networks, warm and without compilation, and the matrix-product spe
     python -m sfv_jax.benchmark --train --height 448 --width 768             # the SF-V step and its parts
     python -m sfv_jax.benchmark --networks mid --num_frames 8 --height 256 --width 384 --dtype float32 \
         --compare diffusers                                                  # against torch, on the same weights
+    python -m sfv_jax.benchmark --decoder tiny --compare decoders            # a tiny decoder against the VAE's
 
 `--compare diffusers` times the UNet, the VAE decoder and the whole pipeline from images to frames in turns with those
 of diffusers; with `--train`, the UNet's forward pass, and its forward and backward pass. Weights are random: time does
@@ -32,7 +33,7 @@ def main() -> None:
     from sfv_jax.runtime import compilation
     from sfv_jax.runtime.files import write_json
 
-    if FLAGS.compare:
+    if FLAGS.compare == "diffusers":
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs room on the same GPU
     compilation.keep_memory()
     result = run(Request(**commands.values(*(field.name for field in fields(Request)))))
@@ -53,10 +54,11 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "compare",
         None,
-        ["diffusers"],
+        ["diffusers", "decoders"],
         "time UNet, decoder and pipeline of diffusers in turns with ours, on the same weights; with --train, the UNet"
-        " forward, and forward and backward",
+        " forward, and forward and backward; decoders: time the VAE's decoder in turns with that of --decoder",
     )
+    flags.DEFINE_enum("decoder", "full", ["full", *choices.TINY_DECODERS], "decoder of frames: the VAE's or a tiny one")
     flags.DEFINE_string("json", None, "file for the figures as JSON")
 
 

@@ -281,6 +281,38 @@ def vae() -> ConfigDict:
     return config
 
 
+def decoder() -> ConfigDict:
+    """Returns the distillation of a tiny temporal decoder; no source gives a recipe for SVD's latents.
+
+    "Seraena" is the notebook of TAESDV's author, "Turbo-VAED" the training script of arXiv 2508.09136.
+    """
+    config = default()
+    config.update(
+        dict(
+            method="decoder",
+            steps=30_000,  # TAEHV's author, of a training from scratch
+            batch_size=16,  # Seraena
+            ema_decay=0.999,  # Turbo-VAED
+            generator_optimizer=adamw(3e-4, b2=0.95, warmup_steps=100),  # Seraena; the warm-up is a choice
+            decoder=dict(
+                variant="tiny",  # TAESDV's layout; or "wide", ours
+                block_out_channels=(),  # (): as the variant has them, with the VAE's number of levels
+                layers_per_block=(),
+                init="",  # a tiny decoder to start from; "": random
+                crop=16,  # side of random squares, in latent cells; choice: 128 pixels of SVD. 0: whole frames
+                l1_weight=1.0,  # Turbo-VAED
+                flicker_weight=1.0,  # choice
+                feature_weight=0.1,  # choice: the loss is a share of the teacher's mean square
+                real_weight=0.0,  # choice: needs data with frames
+                adv_weight=0.0,  # choice: off; about 0.01 sharpens
+                r1_weight=0.01,  # choice: of the critic
+                generated_share=0.0,  # share of latents that the UNet of `init` makes in one step
+            ),
+        )
+    )
+    return config
+
+
 def finish(config: ConfigDict, arg: str) -> ConfigDict:
     """Ends a `get_config(arg)`: returns `config`, or `tiny(config)` if `arg` is "tiny", locked against typos.
 

@@ -183,6 +183,11 @@ def _guidance(guidance: tuple) -> None:
     guidance_ramp(guidance, 2)
 
 
+def _some_loss(*weights: float) -> None:
+    if not any(weights):
+        raise UserError("and every other weight of decoder is 0, so nothing is learned: give a loss a weight")
+
+
 def _sampling(steps: int, sampler: str) -> None:
     from sfv_jax.diffusion.solvers import SAMPLERS
 
@@ -207,6 +212,7 @@ RELATIONS: list[tuple[tuple[str, ...], Callable]] = [
     (("ladd.warmup_probabilities", "ladd.probabilities"), _one_together),
     (("ladd.teacher_guidance",), _guidance),
     (("animatelcm.sample_steps", "animatelcm.sampler"), _sampling),
+    (tuple(f"decoder.{name}_weight" for name in ("l1", "flicker", "feature", "real", "adv")), _some_loss),
 ]
 
 

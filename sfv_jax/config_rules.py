@@ -271,6 +271,20 @@ METHODS = {
         "flicker_weight": real("weight of the L1 error of differences between frames"),
         "kl_weight": real("weight of the KL term, a mean over latent numbers"),
     },
+    "decoder": {
+        "variant": choice("sizes of the decoder: TAESDV's, or a wider one", *choices.TINY_DECODERS),
+        "block_out_channels": count("widths from the latents to the pixels; (): the variant's", 1, 4096, length=(0, 8)),
+        "layers_per_block": count("blocks with memory of each level; (): the variant's", 0, 8, length=(0, 8)),
+        "init": text("file, folder or run of a tiny decoder to start from; empty: random weights"),
+        "crop": count("side of random squares in latent cells; 0: whole frames", 0, 4096),
+        "l1_weight": real("weight of the L1 distance from the teacher's frames"),
+        "flicker_weight": real("weight of the L1 distance of frame differences"),
+        "feature_weight": real("weight of the error of the projected features"),
+        "real_weight": real("weight of the L1 distance from real frames; needs data that has them"),
+        "adv_weight": real("weight of the patch critic's loss; 0: no critic"),
+        "r1_weight": real("weight of the critic's gradient penalty"),
+        "generated_share": share("share of the latents that the UNet of `init` makes in one step", 0.95),
+    },
 }
 CHANNELS = dict(low=1, high=2**14)
 UNET = {

@@ -8,9 +8,14 @@
     python -m sfv_jax.convert --export --src runs/sfv --dst sfv-diffusers
     python -m sfv_jax.convert --export --src runs/sfv --dst sfv.safetensors --what comfyui --fp16
     python -m sfv_jax.convert --export --src runs/vae --dst models/encoders --what encoders
+    python -m sfv_jax.convert --src runs/decoder --dst models/svd/tiny_decoder
+    python -m sfv_jax.convert --src taesdv.pth --allow_pickle --dst models/svd/tiny_decoder
+    python -m sfv_jax.convert --export --src models/svd/tiny_decoder --dst decoder.safetensors --what taesdv
 
-The export of a training run contains the newest moving average, with the VAE and CLIP tower of the run's base model.
-Every tensor must have a known name and shape; an interrupted conversion leaves nothing behind.
+A `--dst` named `tiny_decoder`, in a model folder, receives a tiny decoder of that model: from the run that trained it,
+another such folder, or a file under TAESDV's names. The export of a training run contains the newest moving average,
+with the VAE and CLIP tower of the run's base model. Every tensor must have a known name and shape; an interrupted
+conversion leaves nothing behind.
 """
 
 import signal
@@ -49,7 +54,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("max_shard_size", "10GB", "size above which --export splits a folder's weight files")
     flags.DEFINE_bool("fp16", False, "read the fp16 variant of diffusers files, or write it with --export")
-    flags.DEFINE_bool("raw", False, "export the trained weights of a run instead of their moving average")
+    flags.DEFINE_bool("raw", False, "take the trained weights of a run instead of their moving average")
     flags.DEFINE_enum("dtype", "source", choices.STORED_DTYPES, "dtype of the model folder's weights")
     flags.DEFINE_integer("num_frames", None, "frames per clip of a single file's UNet; default: from header or name", 1)
     flags.DEFINE_bool("overwrite", False, "replace an existing --dst")
@@ -63,22 +68,25 @@ def check() -> None:
     """
     args, dst = flags.FLAGS, Path(flags.FLAGS.dst)
     parse_size(args.max_shard_size)
-    single = args.export and args.what == "comfyui"
+    single = args.export and args.what in ("comfyui", "taesdv")
     if single and dst.suffix != ".safetensors":
         raise WeightsError(f"{dst}: the name of a single file must end in .safetensors")
-    for path in (dst, dst.with_suffix(".md")) if single else (dst,):
+    for path in (dst, dst.with_suffix(".md")) if single and args.what == "comfyui" else (dst,):
         refuse_existing(path, args.overwrite)
         if path.exists() and path.is_dir() == single:
             raise WeightsError(f"{path} is a {'folder' if single else 'file'}: choose another destination")
     check_folder(dst.parent, f"--dst={dst}")
+    if not args.export and (Path(args.src) / "decoder.json").is_file() and dst.name != choices.TINY_DECODER:
+        raise WeightsError(f"{args.src} trained a tiny decoder: --dst {dst} must be named {choices.TINY_DECODER}")
     commands.check_inputs(*(["base"] if args.src.startswith("hub:") else ["src", "base"]))
 
 
 def main() -> None:
     check()
-    from sfv_jax.training.encoders import export_encoders
+    from sfv_jax.checkpoints.decoders import export_decoder, import_decoder
     from sfv_jax.checkpoints.exporter import export_model
     from sfv_jax.checkpoints.importer import ReadOptions, import_model
+    from sfv_jax.training.encoders import export_encoders
 
     args = flags.FLAGS
     # An exception, so that partial folders are removed.
@@ -87,6 +95,11 @@ def main() -> None:
     if args.export and args.what == "encoders":
         export_encoders(args.src, args.dst, **commands.values("base", "raw", "overwrite"))
         report(args.dst)
+    elif args.export and args.what == "taesdv":
+        export_decoder(args.src, args.dst, **commands.values("raw", "fp16"))
+    elif not args.export and Path(args.dst).name == choices.TINY_DECODER:
+        found = import_decoder(args.src, args.dst, **commands.values("base", "raw", "allow_pickle", "overwrite"))
+        print(f"{choices.TINY_DECODER:14} {found.record()['parameters']:>13,} parameters  float32")
     elif args.export:
         options = commands.values("what", "raw", "max_shard_size", "overwrite")
         export_model(args.src, args.dst, variant=variant, **options)

@@ -76,6 +76,7 @@ def check() -> None:
     for name in ("videos", "reference"):
         if (folder := FLAGS[name].value) and not list_videos(folder):
             raise UserError(f"--{name}={folder}: no video files ({', '.join(VIDEO_SUFFIXES)})")
+    commands.check_decoder()
 
 
 def protocol(n: int) -> Protocol:
@@ -171,7 +172,8 @@ def _define_sampler_flags() -> None:
     commands.define_micro_conditions("; 0 in the world")
     flags.DEFINE_integer("decode_chunk_size", None, "frames decoded at a time; default: all", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", choices.DTYPES, "compute and parameter dtype of the UNet")
-    flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the VAE's decoder")
+    flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the decoder")
+    commands.define_decoder()
     flags.DEFINE_bool("raw", False, "use the trained weights instead of their moving average (workdirs only)")
     flags.DEFINE_list(
         "mesh", None, "data,fsdp[,spatial]: devices that share batch, parameters, rows; default: one device"

@@ -39,6 +39,7 @@ def check() -> None:
     Raises:
       UserError: if a value is impossible, or a file cannot be written.
     """
+    commands.check_decoder(("wide",))
     if not 0 < FLAGS.efficiency <= 1:
         raise UserError(f"--efficiency={FLAGS.efficiency}: give a fraction above 0 and at most 1")
     for name in ("json", "picture"):
@@ -71,7 +72,7 @@ def main() -> int:
         size,
         sampling=SampleOptions(**commands.values("steps", "dtype", "vae_dtype", "decode_chunk_size", "decode_pixels")),
         hlo=Path(FLAGS.hlo) if FLAGS.hlo else None,
-        **commands.values("batch_size", "memory_gib", "efficiency"),
+        **commands.values("batch_size", "memory_gib", "efficiency", "decoder"),
     )
     result = plan(FLAGS.config, target, request, say=lambda text: print(text, file=sys.stderr))
     write(result)
@@ -102,7 +103,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", None, "sample, prepare: videos per batch; default one per chip", lower_bound=1)
     flags.DEFINE_integer("steps", 1, "sample: calls of the UNet", lower_bound=1)
     flags.DEFINE_enum("dtype", "bfloat16", choices.DTYPES, "sample: dtype of the UNet")
-    flags.DEFINE_enum("vae_dtype", "bfloat16", choices.DTYPES, "sample: compute dtype of the VAE's decoder")
+    flags.DEFINE_enum("vae_dtype", "bfloat16", choices.DTYPES, "sample: compute dtype of the decoder")
+    commands.define_decoder("; wide, and tiny without one: a decoder of this size")
     flags.DEFINE_integer("decode_chunk_size", None, "sample: frames decoded at a time", lower_bound=1)
     flags.DEFINE_integer("decode_pixels", None, "sample: pixels decoded at a time on a device; 0: all", lower_bound=0)
     flags.DEFINE_float("memory_gib", None, "memory of a chip in GiB; default the target's", lower_bound=1e-3)

@@ -27,6 +27,7 @@ def main() -> None:
     commands.check_seeds(FLAGS.seed, len(todo))
     files.check_outputs(todo, FLAGS.fps, FLAGS.overwrite)
     commands.check_inputs("checkpoint")
+    commands.check_decoder()
     guidance, sizes = (commands.numbers(name, FLAGS[name].value) for name in ("guidance", "mesh"))
 
     from sfv_jax.checkpoints.base import downscale_of
@@ -41,12 +42,14 @@ def main() -> None:
     for name in ("height", "width"):
         check_side(name, FLAGS[name].value, downscale_of(FLAGS.checkpoint))
     mesh = first_devices(sizes)
-    load = commands.values("dtype", "vae_dtype", "decode_pixels", "raw", "check_finite")
+    load = commands.values("dtype", "vae_dtype", "decode_pixels", "raw", "check_finite", "decoder")
     say(f"loading {FLAGS.checkpoint} for {len(todo)} {'images' if len(todo) > 1 else 'image'}")
     sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
     settings = files.Settings(
         options=commands.values(*files.OPTIONS) | {"guidance": guidance},
-        origin={"checkpoint": str(FLAGS.checkpoint), "step": sampler.step, "mesh": FLAGS.mesh} | load,
+        origin={"checkpoint": str(FLAGS.checkpoint), "step": sampler.step, "mesh": FLAGS.mesh}
+        | load
+        | {"decoder": sampler.decoder},
         timed=FLAGS.times,
         **commands.values("seed", "batch_size"),
     )
@@ -83,11 +86,13 @@ def define_flags() -> None:
     commands.define_micro_conditions()
     flags.DEFINE_list("guidance", None, "first,last weight of the guidance ramp (1.0,3.0 for SVD); default: none")
     flags.DEFINE_enum("dtype", "float32", choices.DTYPES, "dtype of the UNet's parameters and computations")
-    flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the VAE's decoder")
+    flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the decoder")
+    commands.define_decoder()
     flags.DEFINE_integer(
         "decode_chunk_size",
         None,
-        "frames decoded at a time; default: all; smaller chunks need less memory and flicker at their borders",
+        "frames decoded at a time; default: all; smaller chunks need less memory and flicker at their borders (not with"
+        " a tiny decoder)",
         lower_bound=1,
     )
     flags.DEFINE_integer(

@@ -171,7 +171,7 @@ STEPS: dict[tuple, Callable] = {}  # compiled train steps
 def shared_step(method, networks, config, mesh, shardings) -> Callable:
     """Returns `jit_train_step` of the same arguments, one for all runs whose steps are the same program."""
     fields = {name: value for name, value in config.to_dict().items() if name not in OF_THE_LOOP}
-    key = (method.__name__, networks.unet, mesh, json.dumps(fields, sort_keys=True))
+    key = (method.__name__, networks, mesh, json.dumps(fields, sort_keys=True))
     if key not in STEPS:
         STEPS[key] = step.jit_train_step(method, networks, config, mesh, shardings)
     return STEPS[key]

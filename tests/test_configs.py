@@ -18,7 +18,7 @@ from sfv_jax.reproduction.runs import with_settings
 from sfv_jax.runtime.plain_config import flat
 
 FOLDER = Path(__file__).parents[1] / "configs"
-METHODS = ("sfv", "teacher", "animatelcm", "ufogen", "ladd")
+METHODS = ("sfv", "teacher", "animatelcm", "ufogen", "ladd", "decoder")
 
 
 def get_config(name: str):

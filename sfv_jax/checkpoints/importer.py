@@ -245,5 +245,6 @@ def describe(tensors: Tensors) -> str:
         "a VAE": some("decoder.conv_in."),
         "a CLIP tower with projection": some("vision_model.") and "visual_projection.weight" in names,
         "a CLIP tower": some("vision_model."),
+        "a tiny decoder (write it to MODEL/tiny_decoder)": "decoder.1.weight" in names,
     }
     return next((kind for kind, found in kinds.items() if found), f"unknown tensors, such as {', '.join(names[:3])}")

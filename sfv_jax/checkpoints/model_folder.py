@@ -70,6 +70,8 @@ def resolve_model(path: str | Path) -> Path:
         raise WeightsError(
             f"{path} is a diffusers folder. Convert it first: python -m sfv_jax.convert --src {path} --dst NEW_FOLDER"
         )
+    if (path / "decoder.json").is_file():
+        raise WeightsError(f"{path} is a run that trains a tiny decoder: name a model here, and this run as --decoder")
     raise WeightsError(f"{path} is not a model folder: it has no model.json")
 
 

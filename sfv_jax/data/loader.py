@@ -119,13 +119,14 @@ class WorldSource:
     """`size` clips of a procedural world, rendered on access; example i is always the same.
 
     The conditions are 7 fps, motion bucket 127 and no noise on the first frame. Examples that a VAE has encoded are
-    kept in memory, up to `KEPT` bytes.
+    kept in memory, up to `KEPT` bytes. With `pixels` they also have the rendered `frames` uint8 `[t, h, w, 3]`.
     """
 
     world: World
     split: str
     size: int
     codec: PatchCodec | SVDCodec
+    pixels: bool = False
     kept: dict[int, Example] = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -147,7 +148,7 @@ class WorldSource:
             "cond_latent": latents[0],
             "image_embed": np.asarray(self.codec.embed(frames[:1])[0], np.float32),
             "ids": micro_conditioning(7, 127, 0),
-        }
+        } | ({"frames": frames} if self.pixels else {})
 
 
 @dataclasses.dataclass(frozen=True)

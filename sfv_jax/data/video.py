@@ -1,10 +1,12 @@
 """Readers and writers of video files (PyAV and Pillow). Frames are uint8 RGB, channels last."""
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -86,15 +88,18 @@ def read_clip(
         return np.stack(frames)
 
 
-def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 7.0, comment: str = "") -> None:
+def write_video(
+    path: str | os.PathLike, frames: np.ndarray | Iterable[np.ndarray], fps: float = 7.0, comment: str = ""
+) -> None:
     """Writes frames as .mp4, .gif, .webp or .png (all frames side by side), complete or not at all.
 
+    Frames that come one after another are encoded as they come in an mp4; the other formats need all of them first.
     Missing folders are created. mp4 is H.264 with BT.709 color, which needs even sides: the last row or column of an
     odd side is repeated.
 
     Args:
       path: the file; its suffix selects the format.
-      frames: uint8 `[t, h, w, 3]` RGB.
+      frames: uint8 `[t, h, w, 3]` RGB, or an iterable of frames uint8 `[h, w, 3]`.
       fps: frames per second.
       comment: text that an .mp4 contains as its comment, see `read_comment`; other formats omit it.
     Raises:
@@ -105,7 +110,11 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 7.0, c
     writer = _WRITERS.get(path.suffix.lower())
     if writer is None:
         raise UserError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(_WRITERS)}")
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+    if not isinstance(frames, np.ndarray) and writer is not _write_mp4:
+        frames = np.stack(list(frames))
+    if isinstance(frames, np.ndarray) and (
+        frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape
+    ):
         raise ValueError(f"{path}: frames must be uint8 [t, h, w, 3], got {frames.dtype} {list(frames.shape)}")
     with replacing(path) as temporary:
         writer(temporary, frames, fps, comment)
@@ -137,20 +146,22 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
-    t, h, w, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
+def _write_mp4(path: Path, frames: Iterable[np.ndarray], fps: float, comment: str) -> None:
+    coming = iter(frames)
+    first = next(coming)
+    h, w, _ = first.shape
     with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
         if comment:
             container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = h + h % 2, w + w % 2, "yuv420p"
         stream.options = {"crf": "16"}
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = ColorRange.MPEG
-        for rgb in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+        for rgb in itertools.chain([first], coming):
+            even = np.pad(rgb, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
             yuv = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             container.mux(stream.encode(yuv))
         container.mux(stream.encode())
@@ -175,4 +186,9 @@ def _write_strip(path: Path, frames: np.ndarray, *_) -> None:  # a still image h
     Image.fromarray(np.concatenate(frames, axis=1)).save(path, "PNG")
 
 
-_WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp, ".png": _write_strip}
+_WRITERS: dict[str, Callable[[Path, Any, float, str], None]] = {
+    ".mp4": _write_mp4,
+    ".gif": _write_gif,
+    ".webp": _write_webp,
+    ".png": _write_strip,
+}

@@ -63,6 +63,7 @@ class Loading:
     dtype: str = "float32"
     vae_dtype: str = "float32"
     raw: bool = False
+    decoder: str = "full"
     mesh: tuple[int, ...] | None = None
 
 
@@ -223,16 +224,17 @@ def _given(value: T | None) -> T:
 def load_sampler(request: Request) -> Sampler:
     """Loads the checkpoint."""
     loading, mesh = request.loading, first_devices(request.loading.mesh)
-    return Sampler.load(
-        _given(request.checkpoint), mesh=mesh, dtype=loading.dtype, vae_dtype=loading.vae_dtype, raw=loading.raw
-    )
+    options = dict(dtype=loading.dtype, vae_dtype=loading.vae_dtype, raw=loading.raw, decoder=loading.decoder)
+    return Sampler.load(_given(request.checkpoint), mesh=mesh, **options)
 
 
 def origin_of(request: Request, sampler: Sampler) -> dict[str, Any]:
     """Returns the JSON description of the loaded checkpoint, `Model.origin`."""
     checkpoint, loading = _given(request.checkpoint), request.loading
-    origin = {"checkpoint": checkpoint, "step": sampler.step}
+    origin: dict[str, Any] = {"checkpoint": checkpoint, "step": sampler.step}
     origin |= {"dtype": loading.dtype, "vae_dtype": loading.vae_dtype, "raw": loading.raw}
+    if sampler.decoder != "full":  # clips of earlier versions, whose origin lacks it, are used again
+        origin["decoder"] = sampler.decoder
     if not is_run(checkpoint):
         origin["source"] = read_model(checkpoint).meta.get("source")
     return origin

@@ -5,7 +5,7 @@ A method that trains something else than a UNet says so by `SUBJECT`, see sfv_ja
 
 from types import ModuleType
 
-from sfv_jax.methods import animatelcm, ladd, sfv, teacher, ufogen, vae
+from sfv_jax.methods import animatelcm, decoder, ladd, sfv, teacher, ufogen, vae
 
 METHODS: dict[str, ModuleType] = {
     "sfv": sfv,
@@ -14,4 +14,5 @@ METHODS: dict[str, ModuleType] = {
     "ufogen": ufogen,
     "ladd": ladd,
     "vae": vae,
+    "decoder": decoder,
 }

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from sfv_jax.methods import optim
 from sfv_jax.models import tree
-from sfv_jax.models.networks import Networks, Params, compute_dtype
+from sfv_jax.models.networks import Params, compute_dtype
 from sfv_jax.runtime.seeds import stream
-
 
 Trained = TypeVar("Trained")  # networks with parameter shapes `abstract["generator"]`
 

@@ -5,9 +5,9 @@ return unscaled latents. The caller multiplies video latents by `scaling_factor`
 was trained that way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -17,24 +17,18 @@ from einops import rearrange, reduce
 
 from sfv_jax.errors import UserError
 from sfv_jax.models import clip, tree
-from sfv_jax.models.partitioning import axis_size
+from sfv_jax.models.decoders import FullDecoder, TinyDecoder, finite, to_pixels
+from sfv_jax.models.tiny_decoder import TinyDecoderConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 
 Array = jax.Array
 # Pixels encoded at once by default: three frames of 448x768, about 3 GB of fp32 activations at SVD's size.
 ENCODE_PIXELS = 2**20
-# Peak memory of untiled decoding, in multiples of the largest activation: 5 compiled for H200, 7 for v5e, 8 on CPU.
-WHOLE = 8
 
 
 def to_signed(pixels: Array | np.ndarray) -> Array:
     """Returns uint8 pixels of any shape as fp32 in [-1, 1]."""
     return jnp.asarray(pixels).astype(jnp.float32) / 127.5 - 1.0
-
-
-def to_pixels(x: Array) -> Array:
-    """Returns `x` of any shape, nominally in [-1, 1], as uint8 pixels, rounded and clipped."""
-    return jnp.round(jnp.clip(x.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
 def augmentation_noise(keys: Array | None, shape: tuple[int, ...]) -> Array:
@@ -46,11 +40,6 @@ def augmentation_noise(keys: Array | None, shape: tuple[int, ...]) -> Array:
     if keys is None or keys.ndim != 1:
         raise ValueError("condition needs one random key per image: keys of shape [b], or the noise itself")
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-
-def finite(x: Array) -> Array:
-    """Returns bool `[b]`: whether all elements of a sample of `x [b, ...]` are finite."""
-    return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
 
 def over_time(fn: Callable, x: Array, size: int) -> Array:
@@ -69,34 +58,13 @@ def over_time(fn: Callable, x: Array, size: int) -> Array:
     return rearrange(chunks, "n b t ... -> b (n t) ...")[:, :t]
 
 
-def device_memory() -> float | None:
-    """Returns the bytes that JAX may use on a device of this process; None if unavailable, as on CPU."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
-def decode_pixels(config: VAEConfig, shape: tuple[int, ...], dtype, memory: float | None) -> int:
-    """Returns `VAEConfig.decode_pixels` for latents of `shape`, or 0 if memory suffices to decode whole.
-
-    Decoding in pieces needs less than half of the memory and moves about twice the bytes. Decoding whole is chosen if
-    `WHOLE` times the largest activation fits in half of the memory of the devices that share the frames.
-
-    Args:
-      config: the VAE.
-      shape: `[b, t, h, w, 4]` of the latents.
-      dtype: compute dtype of the decoder.
-      memory: bytes per device; None if unknown.
-    """
-    b, t, h, w, _ = shape
-    largest = b * t * h * w * config.downscale**2 * config.block_out_channels[0] * jnp.dtype(dtype).itemsize
-    shares = axis_size("data", "fsdp", "spatial")
-    return 0 if memory and WHOLE * largest / shares <= memory / 2 else config.decode_pixels
-
-
 class SVDCodec:
     """SVD's temporal VAE and CLIP image tower (steps 1, 4, 5 and 10 of StableVideoDiffusionPipeline).
 
     Args:
-      params: `{"vae": ..., "image_encoder": ...}`, nested dicts of arrays with any placement.
+      params: `{"vae": ..., "image_encoder": ...}`, and `"tiny_decoder"` with `tiny`; nested dicts of arrays with any
+        placement.
+      tiny: decode by this tiny decoder instead of the VAE's own.
       decode_dtype: compute dtype of the decoder. Encoding and CLIP are fp32, as in the reference. The decoder loses
         precision below fp32 (docs/benchmarks.md), so lower it knowingly.
       pixels: overrides `VAEConfig.decode_pixels`, the pixels that a device decodes at a time, over all frames; 0: all
@@ -114,14 +82,17 @@ class SVDCodec:
         clip_config: clip.CLIPConfig,
         params: dict[str, tree.Params],
         *,
+        tiny: TinyDecoderConfig | None = None,
         decode_dtype=jnp.float32,
         pixels: int | None = None,
         memory: float | None = None,
     ):
         if pixels is not None and pixels < 0:
             raise UserError(f"decode_pixels {pixels}: give the pixels of a piece, or 0 to decode whole")
-        self.params, self.pixels, self.memory = params, pixels, memory
-        self.vae_config, self.clip_config, self.decode_dtype = vae_config, clip_config, decode_dtype
+        self.params, self.decode_dtype = params, decode_dtype
+        self.vae_config, self.clip_config = vae_config, clip_config
+        options = (decode_dtype, pixels, memory)
+        self.decoder = FullDecoder(vae_config, *options) if tiny is None else TinyDecoder(tiny, *options)
         self.scaling_factor = vae_config.scaling_factor
         self.latent_channels = vae_config.latent_channels
         self.downscale = vae_config.downscale
@@ -134,13 +105,7 @@ class SVDCodec:
             noisy = to_signed(images) + jnp.reshape(strength, (-1, 1, 1, 1)) * noise
             return tree.build(encoder, params).encode(noisy[:, None])[:, 0]
 
-        def decode(params, latents, pixels):
-            decoder, _ = tree.abstract(TemporalVAE, replace(vae_config, decode_pixels=pixels), dtype=decode_dtype)
-            frames = tree.build(decoder, params).decode(latents / vae_config.scaling_factor)
-            return to_pixels(frames), finite(frames)
-
         self._encode = jax.jit(encode, static_argnames="size")
-        self._decode = jax.jit(decode, static_argnames="pixels")
         self._encode_image, self._embed = jax.jit(encode_image), clip.embedder(clip_config)
 
     def with_params(self, params: dict[str, tree.Params]) -> "SVDCodec":
@@ -192,14 +157,15 @@ class SVDCodec:
             images if original is None else original
         )
 
-    def decode(self, latents: Array, chunk_size: int | None = None) -> Array:
+    def decode(self, latents: Array | np.ndarray, chunk_size: int | None = None) -> Array:
         """Returns uint8 frames `[b, t, 8h, 8w, 3]` of scaled `latents [b, t, h, w, 4]`.
 
         Args:
           latents: scaled latents.
-          chunk_size: frames of a clip decoded at a time, default all. Chunks save memory and change the result, like
-            diffusers' `decode_chunk_size`: the decoder mixes frames, but only within a chunk. The last chunk may be
-            shorter. A chunk never mixes videos (diffusers' chunks do if their size does not divide t).
+          chunk_size: frames of a clip decoded at a time, default all. Chunks save memory. They change the result of the
+            VAE's decoder, like diffusers' `decode_chunk_size`: it mixes frames, but only within a chunk. The last chunk
+            may be shorter. A chunk never mixes videos (diffusers' chunks do if their size does not divide t). A tiny
+            decoder carries its memory from chunk to chunk: its frames stay the same.
 
         Raises:
           UserError: if `chunk_size` is below 1.
@@ -207,27 +173,23 @@ class SVDCodec:
         return self.decode_checked(latents, chunk_size)[0]
 
     def decode_checked(
-        self, latents: Array, chunk_size: int | None = None, advance: Callable[[int], None] | None = None
+        self,
+        latents: Array | np.ndarray,
+        chunk_size: int | None = None,
+        advance: Callable[[int], None] | None = None,
     ) -> tuple[Array, Array]:
         """Returns the frames of `decode`, and bool `[b]`: whether they were finite before conversion to pixels.
 
-        `advance` is called with the frames of each of several chunks when they are there.
+        `advance` is called with the number of frames of each of several chunks when they are there.
         """
-        t = latents.shape[1]
-        size = t if chunk_size is None else chunk_size
-        if size < 1:
-            raise UserError(f"decode_chunk_size must be at least 1 frame, got {size}")
-        pixels = self.pixels
-        if pixels is None:
-            shape = latents.shape[0], min(size, t), *latents.shape[2:]
-            pixels = decode_pixels(self.vae_config, shape, self.decode_dtype, self.memory or device_memory())
-        chunks = []
-        for n in range(0, t, size):
-            chunks.append(self._decode(self.params["vae"], latents[:, n : n + size], pixels))
-            if advance and size < t:
-                advance(jax.block_until_ready(chunks[-1])[0].shape[1])
-        frames, sound = zip(*chunks, strict=True)
-        return (frames[0], sound[0]) if len(chunks) == 1 else (jnp.concatenate(frames, 1), jnp.stack(sound).all(0))
+        return self.decoder(self.params, latents, chunk_size, advance)
+
+    def stream(self, latents: Array | np.ndarray) -> Iterator[tuple[Array, Array]]:
+        """Yields frames uint8 `[b, 8h, 8w, 3]` in turn, with bool `[b]`: whether they were finite.
+
+        A tiny decoder yields each frame as it is decoded; the VAE's decodes all frames before the first.
+        """
+        return self.decoder.stream(self.params, latents)
 
 
 @dataclass(frozen=True)
@@ -298,6 +260,12 @@ class PatchCodec:
         `chunk_size` makes no difference, as each frame is decoded separately.
         """
         return self.decode_checked(latents, chunk_size)[0]
+
+    def stream(self, latents: Array | np.ndarray) -> Iterator[tuple[Array, Array]]:
+        """Yields the frames of `decode` in turn, see `SVDCodec.stream`."""
+        frames, sound = self.decode_checked(latents)
+        for n in range(frames.shape[1]):
+            yield frames[:, n], sound
 
     @partial(jax.jit, static_argnums=(0, 2))
     def decode_checked(self, latents: Array, chunk_size: int | None = None) -> tuple[Array, Array]:

@@ -298,8 +298,8 @@ class Upsample(nnx.Module):
     Twice the size is computed on the small frame with 4/9 of the products, see `doubled`.
     """
 
-    def __init__(self, channels: int, **kw):
-        self.conv = Conv2d(channels, channels, 3, padding=1, **kw)
+    def __init__(self, channels: int, out_channels: int | None = None, **kw):
+        self.conv = Conv2d(channels, out_channels or channels, 3, padding=1, **kw)
 
     def __call__(self, x: Array, size: tuple[int, ...] | None = None) -> Array:
         h, w = x.shape[-3:-1]

@@ -133,7 +133,8 @@ class Encoder(nnx.Module):
 class TemporalDecoder(nnx.Module):
     """Decoder that mixes frames in every resnet and once more in RGB: `[b, t, h, w, 4] -> [b, t, 8h, 8w, 3]`."""
 
-    def __init__(self, config: VAEConfig, **kw):
+    def __init__(self, config: VAEConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        kw: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         channels, groups = config.block_out_channels[::-1], config.norm_groups
 
         def resnet(i: int, o: int) -> SpatioTemporalResBlock:
@@ -168,15 +169,21 @@ class TemporalDecoder(nnx.Module):
         self.time_conv_out = TemporalConv(config.out_channels, config.out_channels, form=config.temporal_conv, **kw)
 
     def __call__(self, x: Array) -> Array:
+        return self.features(x)[0]
+
+    def features(self, x: Array) -> tuple[Array, list[Array]]:
+        """Returns the frames, and the output of each level `[b, t, h, w, c]` before its upsampling."""
+        levels = []
         x = self.mid_block(rows(self.conv_in(rows(x))))
         for n, block in enumerate(self.up_blocks):
             for m, resnet in enumerate(block.resnets):
                 # pyrefly: ignore[unsupported-operation]  # all levels but the last have an upsampler
                 grow = self.up_blocks[n - 1].upsamplers[0] if n > 0 and m == 0 else None
                 x = self._resnet(resnet, x, grow)
+            levels.append(x)
         frames = tiling.frame_pieces(x, x.shape[2:4], self.pixels)
         x = tiling.in_pieces(lambda x: self.conv_out(nnx.silu(self.conv_norm_out(x))), x, 1, frames)
-        return self.time_conv_out(x)
+        return self.time_conv_out(x), levels
 
     def _resnet(self, resnet: SpatioTemporalResBlock, x: Array, grow: Upsample | None) -> Array:
         """Returns `resnet(grow(x))`, or `resnet(x)` without `grow`; in pieces if frames are large."""

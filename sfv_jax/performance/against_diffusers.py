@@ -14,7 +14,8 @@ import numpy as np
 
 from sfv_jax.config import ConfigError
 from sfv_jax.models import tree
-from sfv_jax.models.codec import SVDCodec, decode_pixels, device_memory
+from sfv_jax.models.codec import SVDCodec
+from sfv_jax.models.decoders import decode_pixels, device_memory
 from sfv_jax.models.networks import DTYPES
 from sfv_jax.models.unet import UNet
 from sfv_jax.models.vae import TemporalVAE

@@ -37,7 +37,8 @@ class Request:
       what: kind of job, a key of `WHAT`.
       size: (height, width) of the videos in pixels.
       batch_size: videos per batch in sampling and preparing; None for one per chip.
-      sampling: options of sampling; `memory` is replaced by the target's.
+      sampling: options of sampling; `memory` is replaced by the target's, `tiny` by what `decoder` names.
+      decoder: decoder of the frames, see `programs.tiny_of`.
       memory_gib: memory of a chip in GiB; None for the target's.
       efficiency: assumed speed of the run as a fraction of the lower bound's.
       hlo: folder for the text of the compiled programs; None to keep none.
@@ -47,6 +48,7 @@ class Request:
     size: tuple[int, int]
     batch_size: int | None = None
     sampling: SampleOptions = SampleOptions()
+    decoder: str = "full"
     memory_gib: float | None = None
     efficiency: float = 0.6
     hlo: Path | None = None
@@ -98,7 +100,7 @@ def build(config: ConfigDict, target: Target, devices: list, request: Request) -
     batch = request.batch_size or shares
     if batch % shares:
         raise PlanError(f"batch_size {batch} does not divide over data x fsdp = {shares} chips of the mesh")
-    options = request.sampling
+    options = replace(request.sampling, tiny=programs.tiny_of(request.decoder, config, sizes))
     if target.chip.platform != "cpu":  # a run on CPU does not use it either: CPUs report no memory
         options = replace(options, memory=limit_of(target, request))
     return mesh, programs.sample_programs(mesh, sizes, size, batch, options)

@@ -23,7 +23,7 @@ STAGES = {
     "clip": "image embedding by the CLIP tower",
     "encode": "conditioning latent by the VAE's encoder",
     "unet": "all calls of the UNet, from noise to latents: the time in the SF-V paper",
-    "decode": "frames by the VAE's decoder",
+    "decode": "frames by the VAE's decoder, or a tiny one",
     "end to end": "image to frames in host memory",
 }
 

@@ -20,6 +20,7 @@ from sfv_jax.diffusion import edm
 from sfv_jax.errors import UserError
 from sfv_jax.methods import sfv
 from sfv_jax.models.clip import CLIPConfig
+from sfv_jax.models.tiny_decoder import VARIANTS, TinyDecoderConfig
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.performance import random_arrays, timing
@@ -65,7 +66,9 @@ class Request:
       repeats: timed warm calls.
       train: measures the SF-V step instead of sampling.
       remat: recomputes activations in the backward pass of `train`.
-      compare: "diffusers" to time that package in turns with this one, on the same weights; None to time only this one.
+      compare: "diffusers" to time that package in turns with this one, on the same weights; "decoders" to time the
+        VAE's decoder in turns with the tiny one; None to time the programs alone.
+      decoder: "full" for the VAE's, else a key of `VARIANTS`, the sizes of a tiny decoder.
     """
 
     networks: str = "svd"
@@ -78,6 +81,7 @@ class Request:
     train: bool = False
     remat: bool = False
     compare: str | None = None
+    decoder: str = "full"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -211,6 +215,26 @@ def sampling(
     yield Row("image to frames", total, sum(row.flops for row in rows)), None, None
 
 
+def decoding(mesh: Mesh, sizes: Sizes, request: Request) -> Iterator[Row]:
+    """Measures the VAE's decoder and a tiny one in turns, on random weights and the same latents."""
+    built, calls = {}, {}
+    for name in ("full", request.decoder):
+        options = SampleOptions(dtype=request.dtype, vae_dtype=request.dtype, tiny=tiny_sizes(sizes, name))
+        program = sample_programs(mesh, sizes, request.size, request.batch_size, options)[-1]
+        built[name], arguments = build(program, mesh), random_arrays.random_arrays(program.args)
+        calls[name] = lambda compiled=built[name].compiled, arguments=arguments: compiled(*arguments)
+    for name, timed in timing.alternate(calls, request.repeats).items():
+        memory = built[name].compiled.memory_analysis()
+        temporary = memory.temp_size_in_bytes if memory else None
+        yield Row(f"decode, {name}", timed, built[name].flops, built[name].seconds, temporary)
+
+
+def tiny_sizes(sizes: Sizes, name: str) -> TinyDecoderConfig | None:
+    """Returns the tiny decoder `name` for the VAE of `sizes`; None for "full"."""
+    vae, _ = sizes.encoders
+    return None if name == "full" else VARIANTS[name](vae.latent_channels, vae.downscale)
+
+
 def training(
     config: configs.ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int, int], repeats: int
 ) -> Iterator[Row]:
@@ -336,7 +360,15 @@ def run(request: Request) -> dict:
     result: dict[str, Any] = {"surroundings": about | {"command": command_line()}, "matmul_flops": limit}
     result["peak_flops"] = peak_flops(about["device"])
     print(f"{about['device']}: {limit / 1e12:.3g} TFLOP/s in {request.dtype} matrix products", flush=True)
-    if request.compare:
+    if request.compare == "decoders":
+        if request.decoder == "full":
+            raise UserError("--compare decoders: give --decoder, the tiny decoder that is compared with the full one")
+        full, tiny = rows = list(decoding(mesh, sizes, request))
+        print("\n" + table(rows, limit))
+        result["rows"] = [record(row) for row in rows]
+        result["ratio"] = full.timing.median / tiny.timing.median
+        print(f"full / {request.decoder}: {result['ratio']:.1f} in time, {full.flops / tiny.flops:.1f} in FLOPs")
+    elif request.compare:
         from sfv_jax.performance.against_diffusers import against_diffusers
 
         result["diffusers"] = against_diffusers(
@@ -364,7 +396,8 @@ def _rows(request: Request, mesh: Mesh, sizes: Sizes) -> list[Row]:
 
     print("compiling and measuring ...", flush=True)
     if not request.train:
-        options = SampleOptions(dtype=request.dtype, vae_dtype=request.dtype)
+        tiny = tiny_sizes(sizes, request.decoder)
+        options = SampleOptions(dtype=request.dtype, vae_dtype=request.dtype, tiny=tiny)
         made = sampling(mesh, sizes, request.size, request.batch_size, options, request.repeats)
         return [said(row) for row, *_ in made]
     config = configs.sfv()

@@ -15,6 +15,7 @@ from jax.stages import Wrapped
 
 from sfv_jax import config as configs
 from sfv_jax.checkpoints.base import is_run, read_run
+from sfv_jax.checkpoints.decoders import FOLDER, read_tiny
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.config import ConfigDict, ConfigError
 from sfv_jax.config_check import check
@@ -24,6 +25,7 @@ from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig, CLIPVision
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.networks import DTYPES, Networks
+from sfv_jax.models.tiny_decoder import VARIANTS, TinyDecoderConfig, TinyTemporalDecoder
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.runtime.sharding import batch_sharding, local_rows, param_shardings, replicated_sharding, with_shardings
@@ -57,6 +59,7 @@ class SampleOptions:
 
     Attributes:
       memory: bytes of the device, for a device that is absent; None to ask the present one.
+      tiny: the tiny decoder in place of the VAE's; None for the VAE's.
     """
 
     steps: int = 1
@@ -66,6 +69,7 @@ class SampleOptions:
     decode_chunk_size: int | None = None
     decode_pixels: int | None = None
     memory: float | None = None
+    tiny: TinyDecoderConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,32 @@ def sizes_of(config: ConfigDict) -> Sizes:
     return Sizes(unet, None if patch else found["vae"], None if patch else found["image_encoder"], patch)
 
 
+def tiny_of(name: str, config: ConfigDict, sizes: Sizes) -> TinyDecoderConfig | None:
+    """Returns the sizes of the decoder that `--decoder` names; None for the VAE's own.
+
+    Args:
+      name: "full"; "tiny" for that in the model folder of `config.init`, or TAESDV's layout if there is none; "wide";
+        else the file, folder or run of a tiny decoder.
+      config: config of the job.
+      sizes: the networks of `config`.
+
+    Raises:
+      ConfigError: if there is no VAE whose latents it could decode.
+      WeightsError: if there is no such decoder.
+    """
+    if name == "full":
+        return None
+    if sizes.patch is not None:
+        raise ConfigError(f"decoder {name!r}: the patch codec has no decoder network; give config.init")
+    vae, _ = sizes.encoders
+    model = (read_run(Path(config.init))[2] if is_run(config.init) else Path(config.init)) if config.init else None
+    if name == "tiny" and model and (model / FOLDER).is_dir():
+        name = str(model / FOLDER)
+    if name in VARIANTS:
+        return VARIANTS[name](vae.latent_channels, vae.downscale)
+    return read_tiny(Path(name)).config
+
+
 def shapes(mesh: Mesh, **arrays) -> dict:
     """Returns abstract arrays of a batch on `mesh` by name, replicated if the batch does not divide over the mesh.
 
@@ -129,6 +159,8 @@ def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int,
     """
     check(config)
     method = METHODS[config.method]
+    if hasattr(method, "SUBJECT"):
+        raise ConfigError(f"config.method={config.method!r} trains no UNet, and only those are planned")
     try:
         local_rows(mesh, config.batch_size, config.accumulation_steps)
         networks = method.make_networks(sizes.unet, config)
@@ -178,13 +210,14 @@ def sample_programs(
     """
     options = options or SampleOptions()
     unet, frames, (height, width) = sizes.unet, sizes.unet.num_frames, size
-    weights = _sampling_weights(mesh, sizes, options.dtype)
+    weights = _sampling_weights(mesh, sizes, options)
     codec = sizes.patch or SVDCodec(
         *sizes.encoders,
         {},
         decode_dtype=DTYPES[options.vae_dtype],
         pixels=options.decode_pixels,
         memory=options.memory,
+        tiny=options.tiny,
     )
     # Built here, not during tracing: it takes seconds.
     generators = {config: Generator(config, options.dtype) for config in (unet, configs.plain_unet(unet))}
@@ -220,7 +253,7 @@ def sample_programs(
         _stage("clip", embed, weights, ("image_encoder",), (images["images"],)),
         _stage("encode", encode, weights, ("vae",), tuple(images.values())),
         _stage("denoise", denoise, weights, ("unet",), (latents, given), plain),
-        _stage("decode", decode, weights, ("vae",), (latents,)),
+        _stage("decode", decode, weights, ("tiny_decoder" if options.tiny else "vae",), (latents,)),
     ]
 
 
@@ -234,12 +267,14 @@ def _stage(
     return Program(name, jax.jit(function), args, {"parameters": mine, "batch": inputs}, plain or function, others)
 
 
-def _sampling_weights(mesh: Mesh, sizes: Sizes, dtype: str) -> dict:
-    """Returns abstract weights, sharded as by `Sampler.load`: the UNet in `dtype`, VAE and CLIP in fp32."""
+def _sampling_weights(mesh: Mesh, sizes: Sizes, options: SampleOptions) -> dict:
+    """Returns abstract weights, sharded as by `Sampler.load`: the UNet in its `dtype`, all others in fp32."""
     weights = {"unet": Networks(sizes.unet).abstract["generator"]}
-    weights["unet"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), weights["unet"])
+    weights["unet"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[options.dtype]), weights["unet"])
     if sizes.patch is None:
         weights |= _encoder_weights(sizes)
+    if options.tiny:
+        weights["tiny_decoder"] = tree.abstract(TinyTemporalDecoder, options.tiny)[1]
     return with_shardings(weights, param_shardings(mesh, weights))
 
 

@@ -106,6 +106,25 @@ def define_micro_conditions(note: str = "") -> None:
         flags.DEFINE_float(name, default, text, lower_bound=0, upper_bound=most, module_name=sys.argv[0])
 
 
+def define_decoder(note: str = "") -> None:
+    """Defines `--decoder`; `note` is added to its help."""
+    text = "decoder of frames: full (the VAE's), tiny (that in the model folder), or a tiny decoder's file or folder"
+    text += note
+    flags.DEFINE_string("decoder", "full", text, module_name=sys.argv[0])
+    refuse_empty("decoder")
+
+
+def check_decoder(more: tuple[str, ...] = ()) -> None:
+    """Checks that the file or folder of the flag `decoder` exists, unless it is full, tiny or one of `more`.
+
+    Raises:
+      UserError: if it does not.
+    """
+    name = flags.FLAGS.decoder
+    if name not in ("full", "tiny", *more) and not Path(name).exists():
+        raise UserError(f"--decoder={name}: choose full or tiny, or name the file or folder of a tiny decoder")
+
+
 def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> None:
     """Defines and parses the flags, runs `main` and exits with the code that it returns.
 

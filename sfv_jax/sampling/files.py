@@ -239,10 +239,13 @@ def _sample(sampler: "Sampler", batch: list[tuple[Job, np.ndarray]], size: tuple
     began = time.monotonic()
     options = settings.options | {"height": size[0], "width": size[1]}
     seeds = [settings.seed + job.number for job, _ in batch]
+    about = settings.origin | {"packages": package_versions("jax", "flax"), "batch_size": len(batch)}
+    if len(batch) == 1 and times is None and sampler.decoder != "full" and batch[0][0].video.suffix.lower() == ".mp4":
+        _stream(sampler, *batch[0], {"seed": seeds[0]} | options, about | {"times": None})
+        return
     videos = sampler([pixels for _, pixels in batch], seed=seeds, times=times, watch=progress, **options)
     seconds = time.monotonic() - began
-    about = settings.origin | {"packages": package_versions("jax", "flax")}
-    about |= {"batch_size": len(batch), "seconds": seconds, "times": times}
+    about |= {"seconds": seconds, "times": times}
     together = f" (with {len(batch) - 1} more)" if len(batch) > 1 else ""
     for (job, _), seed, frames in zip(batch, seeds, videos, strict=True):
         _write(job, frames, {"seed": seed} | options | {"num_frames": len(frames)} | about)
@@ -252,20 +255,35 @@ def _sample(sampler: "Sampler", batch: list[tuple[Job, np.ndarray]], size: tuple
         print("seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in times.items()))
 
 
-def _write(job: Job, frames: np.ndarray, settings: dict) -> None:
+def _stream(sampler: "Sampler", job: Job, pixels: np.ndarray, options: dict, about: dict) -> None:
+    """Writes one video and its record; frames are encoded while the next ones are decoded."""
+    began = time.monotonic()
+    chosen = {name: value for name, value in options.items() if name != "decode_chunk_size"}
+    count = options["num_frames"] or sampler.unet.num_frames
+    _write(job, sampler.stream(pixels, watch=progress, **chosen), options | {"num_frames": count} | about)
+    size = f"{options['height']}x{options['width']}"
+    print(
+        f"{one_line(job.video)}: {count} frames of {size} in {time.monotonic() - began:.2f} s, written as they came",
+        flush=True,
+    )
+
+
+def _write(job: Job, frames: np.ndarray | Iterator[np.ndarray], settings: dict) -> None:
     """Writes a video between two writes of its record: a video without a record would count as someone else's.
 
     An .mp4 contains the first record as its comment. The second adds `video_sha256`, by which a change of the video is
-    noticed before it is replaced.
+    noticed before it is replaced, and the seconds of a video whose frames come during its writing.
 
     Raises:
       SampleError: if a file cannot be written.
     """
     made = {"video": job.video.name, "image": str(job.image), "image_sha256": sha256(job.image)} | settings
+    began = time.monotonic()
     try:
         _write_json(job.record, made)
         # An absolute path: FFmpeg takes "a:" of "a:b.mp4" for a protocol.
         write_video(job.video.absolute(), frames, fps=settings["fps"], comment=json.dumps(made))
+        made = {"seconds": time.monotonic() - began} | made
         _write_json(job.record, made | {"video_sha256": sha256(job.video)})
     except OSError as error:
         raise SampleError(f"{one_line(job.video)}: cannot write: {error.strerror or error}") from error

@@ -1,7 +1,7 @@
 """Images to videos: `Sampler` owns the parameters of a generator and its codec."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sfv_jax.checkpoints.base import load_generator
+from sfv_jax.checkpoints.decoders import choose_decoder
 from sfv_jax.choices import MOST_SEED
 from sfv_jax.errors import UserError
 from sfv_jax.models import tree
-from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise, finite
+from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise
+from sfv_jax.models.decoders import finite
 from sfv_jax.models.networks import DTYPES
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime.progress import compiling
@@ -27,11 +29,38 @@ Array = jax.Array
 # Kinds of calls whose programs a process keeps. On a CPU the programs of one take about 350 memory maps, and Linux
 # allows a process 65,530.
 MOST_KINDS = 64
-STAGES = {"clip": "image encoder", "encode": "VAE encoder", "denoise": "UNet", "decode": "VAE decoder"}
+STAGES = {"clip": "image encoder", "encode": "VAE encoder", "denoise": "UNet", "decode": "decoder"}
+Watch = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 
 
 class NonFiniteError(UserError):
     """NaN or infinity in the result of a stage; the message names the stage, its dtype and the remedy."""
+
+
+class _Stages:
+    """Stages of one call of a sampler: computed on its mesh, timed, and shown while they are compiled.
+
+    Attributes:
+      about: description of the videos.
+      new: whether programs for them may have to be compiled.
+    """
+
+    def __init__(self, mesh: Mesh | None, times: dict[str, float] | None, watch: Watch | None):
+        self.mesh, self.times, self.watch, self.about, self.new = mesh, times, watch, "", True
+
+    def __call__(self, name: str, fn: Callable, *args, **kw) -> Any:
+        """Returns `fn(...)`; with `times`, waits for it and notes its seconds."""
+        began = time.perf_counter()
+        with compiling(f"{STAGES[name]}, {self.about}") if self.watch and self.new else nullcontext():
+            result = (fn if self.mesh is None else on_mesh(self.mesh, fn))(*args, **kw)
+        if self.times is not None:
+            jax.block_until_ready(result)
+            self.times[name] = time.perf_counter() - began
+        return result
+
+    def watched(self, count: int, what: str) -> AbstractContextManager[Callable[[int], None] | None]:
+        """Returns the context of the progress of `count` steps of a stage."""
+        return self.watch(count, what) if self.watch and count > 1 else nullcontext()
 
 
 class Sampler:
@@ -46,6 +75,7 @@ class Sampler:
       codec: converts images to conditions, and latents to frames.
       dtype: compute dtype of the UNet, one of `networks.DTYPES`.
       step: number of training steps of the checkpoint; None for a model folder.
+      decoder: description of the decoder of frames for records: "full", or that of a tiny decoder.
       mesh: devices that share batch and parameters; None for one device. The caller places `params` and the codec's
         parameters (`load` does it); the sampler places batches.
       check_finite: raise NonFiniteError instead of returning videos computed from NaN or infinity. The check runs on
@@ -53,6 +83,7 @@ class Sampler:
     """
 
     step: int | None = None
+    decoder: str | dict[str, Any] = "full"
 
     def __init__(
         self,
@@ -81,6 +112,7 @@ class Sampler:
         mesh: Mesh | None = None,
         raw: bool = False,
         check_finite: bool = True,
+        decoder: str | Path = "full",
     ) -> "Sampler":
         """Loads a model folder (made by `python -m sfv_jax.convert`), or the newest checkpoint of a training run.
 
@@ -88,15 +120,17 @@ class Sampler:
           path: model folder, or workdir of a run.
           dtype: dtype of the UNet's parameters and computations, one of `networks.DTYPES`. Noise, latents and the
             sampler's arithmetic are always fp32.
-          vae_dtype: compute dtype of the VAE's decoder; its encoder and CLIP are always fp32.
+          vae_dtype: compute dtype of the decoder; the VAE's encoder and CLIP are always fp32.
           decode_pixels: pixels that a device decodes at a time, over all frames, 0 for all; the frames are the same.
             Default: all if memory suffices, else 2^18.
           mesh: a mesh of `sharding.make_mesh`. Batches are split over `data` and `fsdp`, parameters over `fsdp`.
           raw: load the trained weights instead of their moving average (workdirs only).
           check_finite: see the class.
+          decoder: "full": the VAE's decoder. "tiny": the tiny decoder in the model folder. Or the file or folder of a
+            tiny decoder, or the workdir of its training.
 
         Raises:
-          WeightsError: if `path` is neither a model folder nor a workdir.
+          WeightsError: if `path` is neither a model folder nor a workdir, or `decoder` no decoder of its latents.
           WorkdirError: if the run has no checkpoint yet.
           UserError: if a dtype is unknown, `decode_pixels` is negative, or options of a decoder are given for the patch
             codec.
@@ -106,16 +140,19 @@ class Sampler:
                 raise UserError(f"{name} {value!r}: choose one of {', '.join(DTYPES)}")
         place = None if mesh is None else partial(param_shardings, mesh)
         base = load_generator(path, raw=raw, place=place, dtype=DTYPES[dtype])
-        codec = base.codec
+        codec, tiny = base.codec, choose_decoder(str(decoder), base)
         if isinstance(codec, SVDCodec):
-            weights = codec.params if place is None else jax.device_put(codec.params, place(codec.params))
-            options = dict(decode_dtype=DTYPES[vae_dtype], pixels=decode_pixels)
+            weights = codec.params | ({"tiny_decoder": jax.tree.map(jnp.asarray, tiny.params)} if tiny else {})
+            weights = weights if place is None else jax.device_put(weights, place(weights))
+            options: dict[str, Any] = dict(decode_dtype=DTYPES[vae_dtype], pixels=decode_pixels)
+            options["tiny"] = tiny and tiny.config
             codec = SVDCodec(codec.vae_config, codec.clip_config, weights, **options)
         elif vae_dtype != "float32" or decode_pixels is not None:
             option = f"vae_dtype {vae_dtype!r}" if decode_pixels is None else f"decode_pixels {decode_pixels}"
             raise UserError(f"{option}: {path} has the patch codec, which has no decoder network")
         sampler = cls(base.unet, base.params, codec, dtype, mesh=mesh, check_finite=check_finite)
         sampler.step = base.step
+        sampler.decoder = tiny.record() if tiny else "full"
         return sampler
 
     def latents(self, condition: dict, noise: Array, **options) -> Array:
@@ -163,7 +200,7 @@ class Sampler:
         guidance: tuple[float, float] | None = None,
         decode_chunk_size: int | None = None,
         times: dict[str, float] | None = None,
-        watch: Callable[[int, str], AbstractContextManager[Callable[[int], None]]] | None = None,
+        watch: Watch | None = None,
     ) -> np.ndarray:
         """Returns videos uint8 `[b, t, height, width, 3]`, one per image.
 
@@ -186,7 +223,8 @@ class Sampler:
             same picture, as in training caches.
           fps, motion_bucket_id, noise_aug_strength: SVD's micro-conditions; the model receives fps - 1.
           guidance: first and last weight of the ramp over frames, e.g. (1.0, 3.0) for SVD; None for no guidance.
-          decode_chunk_size: frames decoded at a time, default all; chunks change the result, see `SVDCodec.decode`.
+          decode_chunk_size: frames decoded at a time, default all; chunks change the result of the VAE's decoder, see
+            `SVDCodec.decode`.
           times: receives the seconds of the stages "clip", "encode", "denoise", "decode", with compilation, if any.
             Without it, the host does not wait for the device between stages.
           watch: shows the progress of several steps, and of frames decoded in chunks, such as `progress.progress`; then
@@ -197,26 +235,130 @@ class Sampler:
             images or are too large, or options are impossible.
           NonFiniteError: if a stage returns NaN or infinity, see `check_finite`.
         """
+        images = checked_images(images)
+        stage = _Stages(self.mesh, times, watch)
+        latents, checks = self._denoised(
+            images,
+            stage,
+            decode_chunk_size,
+            steps=steps,
+            sampler=sampler,
+            seed=seed,
+            noise=noise,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fit=fit,
+            ids=(fps - 1, motion_bucket_id, noise_aug_strength),
+            guidance=guidance,
+        )
+        t = latents.shape[1]
+        chunks = isinstance(self.codec, SVDCodec) and (decode_chunk_size or t) < t
+        with stage.watched(t if chunks else 1, "decoded frames") as advance:
+            more = (advance,) if advance else ()
+            frames, sound = stage("decode", self.codec.decode_checked, latents, decode_chunk_size, *more)
+        frames = np.asarray(frames)[: len(images)]
+        if self.check_finite:
+            self._raise_nonfinite(checks | {"decoded frames": sound}, len(images))
+        return frames
+
+    def stream(
+        self,
+        image: np.ndarray,
+        *,
+        steps: int = 1,
+        sampler: str = "euler",
+        seed: int = 0,
+        noise: Array | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fit: str = "stretch",
+        fps: float = 7,
+        motion_bucket_id: float = 127,
+        noise_aug_strength: float = 0.02,
+        guidance: tuple[float, float] | None = None,
+        watch: Watch | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yields the frames uint8 `[height, width, 3]` of the video of `image`, each as soon as it is decoded.
+
+        A tiny decoder decodes one frame after another, in one compiled step. The VAE's decoder mixes all frames, so
+        with it they come together, after all are decoded. While the caller works on a frame, the device may decode the
+        next one.
+
+        Args:
+          image: uint8 `[h, w, 3]`.
+          noise: `[1, t, height / d, width / d, c]`, see `__call__`.
+          steps, sampler, seed, num_frames, height, width, fit, fps, motion_bucket_id, noise_aug_strength, guidance,
+            watch: as for `__call__`.
+
+        Raises:
+          UserError: as `__call__`.
+          NonFiniteError: as `__call__`; for decoded frames, in place of the first of them that is not finite.
+        """
+        latents, checks = self._denoised(
+            checked_images([image]),
+            _Stages(self.mesh, None, watch),
+            "stream",
+            steps=steps,
+            sampler=sampler,
+            seed=seed,
+            noise=noise,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fit=fit,
+            ids=(fps - 1, motion_bucket_id, noise_aug_strength),
+            guidance=guidance,
+        )
+        if self.check_finite:
+            self._raise_nonfinite(checks, 1)
+        return self._streamed(latents)
+
+    def _streamed(self, latents: Array) -> Iterator[np.ndarray]:
+        coming = self.codec.stream(latents)
+        following = (next if self.mesh is None else on_mesh(self.mesh, next))(coming, None)
+        while following is not None:
+            frame, sound = following
+            following = (next if self.mesh is None else on_mesh(self.mesh, next))(coming, None)  # begins the next one
+            frame = np.asarray(frame)[0]
+            if self.check_finite:
+                self._raise_nonfinite({"decoded frames": sound}, 1)
+            yield frame
+
+    def _denoised(
+        self,
+        images: list[np.ndarray],
+        stage: "_Stages",
+        decoding: int | str | None,
+        *,
+        steps: int,
+        sampler: str,
+        seed: int | Sequence[int],
+        noise: Array | None,
+        num_frames: int | None,
+        height: int | None,
+        width: int | None,
+        fit: str,
+        ids: tuple[float, float, float],
+        guidance: tuple[float, float] | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Returns the scaled latents of the videos of `images`, and whether each stage's results were finite.
+
+        Args:
+          images: checked images.
+          stage: the stages of the call.
+          decoding: how the latents will be decoded; kinds of calls differ in it.
+          ids: `(fps - 1, motion_bucket_id, noise_aug_strength)`.
+          steps, sampler, seed, noise, num_frames, height, width, fit, guidance: as for `__call__`.
+        """
         checks: dict[str, Array] = {}
-
-        def watched(count: int, what: str):
-            return watch(count, what) if watch and count > 1 else nullcontext()
-
-        def stage(name: str, fn: Callable, *args, **kw) -> Any:
-            began = time.perf_counter()
-            with compiling(f"{STAGES[name]}, {about}") if watch and new else nullcontext():
-                result = (fn if self.mesh is None else on_mesh(self.mesh, fn))(*args, **kw)
-            if times is not None:
-                jax.block_until_ready(result)
-                times[name] = time.perf_counter() - began
-            return result
 
         def checked(name: str, result: Array) -> Array:
             if self.check_finite:
                 checks[name] = self._finite(result)
             return result
 
-        images = checked_images(images)
         count, size = len(images), self.size(images[0], height, width)
         if fit != "stretch":
             from sfv_jax.data.images import fitted
@@ -226,31 +368,22 @@ class Sampler:
         shape = self.latent_shape(size, num_frames)
         if noise is not None and noise.shape != (count, *shape):
             raise UserError(f"noise has shape {noise.shape}, these images need {(count, *shape)}")
-        about = f"{shape[0]} frames of {size[0]}x{size[1]}" + (f" in {steps} steps" if steps > 1 else "")
-        new = self._keep_room(
-            (shape, steps, sampler, guidance is None, decode_chunk_size, *(image.shape for image in images))
+        stage.about = f"{shape[0]} frames of {size[0]}x{size[1]}" + (f" in {steps} steps" if steps > 1 else "")
+        stage.new = self._keep_room(
+            (shape, steps, sampler, guidance is None, decoding, *(image.shape for image in images))
         )
         rows = self._rows(count)
         images, seeds = [images[n] for n in rows], [seeds[n] for n in rows]
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(jnp.stack([jax.random.key(s) for s in seeds]))
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys[:, 1]) if noise is None else noise[rows]
 
-        ids = (fps - 1, motion_bucket_id, noise_aug_strength)
         embed = checked("CLIP embedding", stage("clip", self._embed, images, size))
-        latent = stage("encode", self._cond_latent, images, size, keys[:, 0], noise_aug_strength)
+        latent = stage("encode", self._cond_latent, images, size, keys[:, 0], ids[2])
         condition = self._condition(embed, checked("conditioning latent", latent), ids)
         options = dict(steps=steps, guidance=guidance, sampler=sampler, keys=keys[:, 2])
-        with watched(steps, "sampling steps") as advance:
+        with stage.watched(steps, "sampling steps") as advance:
             denoised = stage("denoise", self.latents, condition, noise, **options, advance=advance)
-        latents = checked("denoised latents", denoised)
-        chunks = isinstance(self.codec, SVDCodec) and (decode_chunk_size or shape[0]) < shape[0]
-        with watched(shape[0] if chunks else 1, "decoded frames") as advance:
-            more = (advance,) if advance else ()
-            frames, sound = stage("decode", self.codec.decode_checked, latents, decode_chunk_size, *more)
-        frames = np.asarray(frames)[:count]
-        if self.check_finite:
-            self._raise_nonfinite(checks | {"decoded frames": sound}, count)
-        return frames
+        return checked("denoised latents", denoised), checks
 
     def _keep_room(self, kind: tuple) -> bool:
         """Notes a kind of call; forgets all programs before there are more than `MOST_KINDS`. Returns if it is new."""
@@ -314,9 +447,11 @@ class Sampler:
             bad = np.flatnonzero(~np.asarray(flags)[:count])
             if not len(bad):
                 continue
-            dtypes = {"denoised latents": ("UNet", self.dtype), "decoded frames": ("VAE decoder", self._vae_dtype())}
+            decoder = getattr(self.codec, "decoder", None)
+            decoding = (decoder.title if decoder else "codec", self._vae_dtype())
+            dtypes = {"denoised latents": ("UNet", self.dtype), "decoded frames": decoding}
             network, dtype = dtypes.get(stage, ("VAE encoder" if "latent" in stage else "image encoder", "float32"))
-            option = "vae_dtype" if network == "VAE decoder" else "dtype"
+            option = "vae_dtype" if stage == "decoded frames" else "dtype"
             advice = {
                 "float16": f"fp16 overflows at 65504: load with {option} bfloat16 or float32",
                 "bfloat16": f"try {option} float32, and check the weights",

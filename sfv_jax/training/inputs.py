@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
 from sfv_jax.checkpoints.base import Base, load_generator, read_unet
-from sfv_jax.checkpoints.model_folder import encoders_identity, load_codec, read_model
+from sfv_jax.checkpoints.model_folder import ModelFolder, encoders_identity, load_codec, read_model
 from sfv_jax.config import ConfigError
 from sfv_jax.data.loader import LatentSource, WorldSource, encoders_of, latent_source, world_source
+from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.networks import Networks, Params, compute_dtype
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime.device import memory_per_device
@@ -99,12 +100,7 @@ def open_source(config: ConfigDict, base: Base, split: str) -> LatentSource | Wo
     Raises:
       ConfigError: if latents and UNet do not fit.
     """
-    data = config.data
-    if data.source == "world":
-        source = world_source(configs.world_of(config), split, data.world_size, base.codec)
-    else:
-        source = latent_source(data.path, split, base.codec.scaling_factor)
-        check_encoders(config, base)
+    data, source = config.data, open_examples(config, base.codec, base.model, split)
     example = source[0]
     channels = (example["latents"].shape[-1], example["image_embed"].shape[-1])
     expected = (base.unet.out_channels, base.unet.cross_attention_dim)
@@ -117,7 +113,23 @@ def open_source(config: ConfigDict, base: Base, split: str) -> LatentSource | Wo
     return source
 
 
-def check_encoders(config: ConfigDict, base: Base) -> None:
+def open_examples(
+    config: ConfigDict, codec: SVDCodec | PatchCodec, model: ModelFolder | None, split: str
+) -> LatentSource | WorldSource:
+    """Opens the examples of `config.data` for random access: latents of the codec, whatever UNet takes them.
+
+    Raises:
+      ConfigError: if other encoders than those of `model` made them.
+    """
+    data = config.data
+    if data.source == "world":
+        return world_source(configs.world_of(config), split, data.world_size, codec)
+    source = latent_source(data.path, split, codec.scaling_factor)
+    check_encoders(config, model)
+    return source
+
+
+def check_encoders(config: ConfigDict, model: ModelFolder | None) -> None:
     """Checks that the VAE and CLIP tower that made the cache are those of the base model, which sampling uses.
 
     Nothing is checked if the identity of either is not recorded, or with `config.data.any_encoders`.
@@ -125,12 +137,12 @@ def check_encoders(config: ConfigDict, base: Base) -> None:
     Raises:
       ConfigError: if the identities differ.
     """
-    if base.model is None or config.data.any_encoders:
+    if model is None or config.data.any_encoders:
         return
-    theirs, ours = encoders_of(config.data.path), encoders_identity(base.model.meta)
+    theirs, ours = encoders_of(config.data.path), encoders_identity(model.meta)
     if theirs and ours and theirs != ours:
         raise ConfigError(
             f"config.data.path={config.data.path} was made with other encoders ({theirs[:12]}...) than those of "
-            f"{base.model.path} ({ours[:12]}...): prepare it with that model, or set config.data.any_encoders=True if "
+            f"{model.path} ({ours[:12]}...): prepare it with that model, or set config.data.any_encoders=True if "
             "they only differ in file format"
         )

@@ -6,24 +6,30 @@ entry here and nothing in the loop.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from sfv_jax.checkpoints.base import describe_run, describe_vae, load_vae
+from sfv_jax.checkpoints.base import describe_run, describe_vae, is_run, load_vae, read_run
+from sfv_jax.checkpoints.decoders import check_space, describe_decoder_run, read_tiny
+from sfv_jax.checkpoints.model_folder import ModelFolder, load_codec, read_model
 from sfv_jax.config import ConfigError, vae_of, world_of
-from sfv_jax.data.loader import FrameSource
+from sfv_jax.data.loader import FrameSource, WorldSource
 from sfv_jax.errors import UserError
-from sfv_jax.methods import METHODS
+from sfv_jax.methods import METHODS, decoder
 from sfv_jax.models import tree
-from sfv_jax.models.codec import PatchCodec, to_pixels, to_signed
+from sfv_jax.models.codec import PatchCodec, SVDCodec, to_signed
+from sfv_jax.models.decoders import to_pixels
 from sfv_jax.models.networks import Params
 from sfv_jax.models.vae import TemporalVAE
 from sfv_jax.runtime.processes import whole
 from sfv_jax.runtime.sharding import on_mesh, param_shardings
-from sfv_jax.training.inputs import check_backbone, load_base, open_source
+from sfv_jax.training.inputs import check_backbone, load_base, open_examples, open_source
 from sfv_jax.training.metrics import MetricWriter
 from sfv_jax.training.previews import Previews, stacked, unet_previews
 from sfv_jax.training.step import step_flops, unet_step_flops
@@ -132,4 +138,91 @@ def vae_subject(config: ConfigDict, mesh: jax.sharding.Mesh) -> Subject:
     )
 
 
-SUBJECTS: dict[str, Callable[[ConfigDict, jax.sharding.Mesh], Subject]] = {"unet": unet_subject, "vae": vae_subject}
+def decoder_subject(config: ConfigDict, mesh: jax.sharding.Mesh) -> Subject:
+    """Returns a tiny decoder for the latents of `config.init`, a model folder or a run, whose VAE teaches it."""
+    model, codec = _teacher(config)
+    open_split = partial(open_examples, config, codec, model)
+    base = load_base(config, mesh) if config.decoder.generated_share else None
+    if base is not None:
+        open_split = partial(open_source, config, base)
+    source = open_split(config.data.split)
+    if config.decoder.real_weight and not isinstance(source, WorldSource):
+        raise ConfigError("config.decoder.real_weight needs real frames, which latent caches lack: set it to 0")
+    if isinstance(source, WorldSource):
+        source = replace(source, pixels=bool(config.decoder.real_weight))
+    vae = codec.vae_config
+    # Reading one example also compiles its encoder once, before the loader's threads would all compile it.
+    if (channels := source[0]["latents"].shape[-1]) != vae.latent_channels:
+        raise ConfigError(
+            f"config.data: latents have {channels} channels, the VAE of config.init={config.init!r} makes "
+            f"{vae.latent_channels}: prepare the cache with that model"
+        )
+    networks = made(config, decoder.Teacher(vae, base.unet if base else None))
+    params = {"decoder": _first_decoder(config, networks, model), "teacher": codec.params["vae"]["decoder"]}
+    # Copies, from the host: the state takes over what it starts from, the codec keeps its own, and any mesh takes them.
+    params = jax.device_put(jax.tree.map(np.array, params), param_shardings(mesh, params))
+    params |= {"unet": base.params} if base else {}
+    shapes = jax.eval_shape(lambda params: params, params)
+    del base
+
+    def previews(workdir: Path, writer: MetricWriter) -> Previews:
+        held_out = open_examples(config, codec, model, "heldout") if config.data.source == "world" else source
+        latents = stacked(held_out, config.sample_count)["latents"]
+        tiny = SVDCodec(vae, codec.clip_config, {}, tiny=networks.config)
+
+        def make(params) -> np.ndarray:
+            one = jax.tree.map(whole, {k: v for k, v in params.items() if k != "projectors"})
+            return np.asarray(tiny.with_params({"tiny_decoder": one}).decode(latents))
+
+        return Previews(np.asarray(codec.decode(latents)), make, workdir, writer, copies=True)
+
+    return Subject(
+        networks,
+        params,
+        source,
+        lambda workdir: describe_decoder_run(workdir, networks.config, model),
+        previews,
+        lambda: step_flops(config, networks, shapes, source[0]),
+    )
+
+
+def _teacher(config: ConfigDict) -> tuple[ModelFolder, SVDCodec]:
+    """Returns the model folder of `config.init`, or of the run there, and its codec.
+
+    Raises:
+      ConfigError: if it has no VAE.
+    """
+    if not config.init:
+        raise ConfigError("config.init is empty: name a model folder or a run, whose VAE is to be distilled")
+    folder = read_run(Path(config.init))[2] if is_run(config.init) else config.init
+    model = read_model(folder) if folder else None
+    codec = load_codec(model) if model else None
+    if model is None or not isinstance(codec, SVDCodec):
+        raise ConfigError(f"config.init={config.init} has the patch codec: there is no VAE to distill")
+    return model, codec
+
+
+def _first_decoder(config: ConfigDict, networks: decoder.DecoderNetworks, model: ModelFolder) -> Params:
+    """Returns the parameters of `config.decoder.init`, or random ones.
+
+    Raises:
+      ConfigError: if it has other sizes than the decoder that is to be trained.
+      WeightsError: if it is no tiny decoder of this latent space.
+    """
+    if not config.decoder.init:
+        return decoder.fresh(networks, config)
+    found = read_tiny(Path(config.decoder.init))
+    check_space(found, model)
+    if found.config != networks.config:
+        raise ConfigError(
+            f"config.decoder.init={config.decoder.init} has other sizes ({found.config}) than config.decoder describes "
+            f"({networks.config}): set config.decoder.variant, block_out_channels and layers_per_block"
+        )
+    return jax.tree.map(jnp.asarray, found.params)
+
+
+SUBJECTS: dict[str, Callable[[ConfigDict, jax.sharding.Mesh], Subject]] = {
+    "unet": unet_subject,
+    "vae": vae_subject,
+    "decoder": decoder_subject,
+}

@@ -16,8 +16,9 @@ DIFFUSERS_VERSION = "0.42.1"  # the version whose files ours equal
 BUILT_IN = {"norm_groups": 32, "resnet_eps": 1e-6, "mid_eps": 1e-5}
 # Limits of the fields of a config, so that a hostile file cannot describe a network that takes hours to build.
 _LEVELS = 8
-_MOST = {"layers_per_block": 8, "num_hidden_layers": 128, "num_frames": 4096, "decode_pixels": 2**40}
+_MOST = {"layers_per_block": 8, "mid_layers": 64, "num_hidden_layers": 128, "num_frames": 4096, "decode_pixels": 2**40}
 _MOST_ELSE = 2**15
+_MAYBE_NONE = ("decode_pixels", "mid_layers")  # whole numbers that may be 0
 _ANY_SIGN = ("offset", "noise_aug_strength")
 
 
@@ -191,7 +192,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def _need(field: str, kind: object, value) -> str | None:
     """Returns what a value of `field` must be; None if `value` is."""
-    least, most = int(field != "decode_pixels"), _MOST.get(field, _MOST_ELSE)
+    least, most = int(field not in _MAYBE_NONE), _MOST.get(field, _MOST_ELSE)
     whole = f"a whole number from {least} to {most}"
 
     def fits(number) -> bool:

@@ -171,14 +171,19 @@ def lazy_params(tensors: Tensors, component: str, config, dtype=None) -> tree.Pa
     def leaf(path: str, shape: tuple[int, ...]) -> Lazy:
         name = their_name(path)
         kind = np.dtype(DTYPES[tensors.dtype(name)] if dtype is None else dtype)
-        return Lazy(shape, kind, lambda: to_ours(path, _read(tensors, name, kind)))
+        return Lazy(shape, kind, lambda: to_ours(path, read_finite(tensors, name, kind)))
 
     _, shapes = tree.abstract(COMPONENTS[component].module, config)
     leaves: dict[str, Any] = {path: leaf(path, x.shape) for path, x in tree.flatten(shapes).items()}
     return tree.unflatten(leaves)
 
 
-def _read(tensors: Tensors, name: str, dtype: np.dtype) -> np.ndarray:
+def read_finite(tensors: Tensors, name: str, dtype: np.dtype) -> np.ndarray:
+    """Reads a tensor as `dtype`.
+
+    Raises:
+      WeightsError: if a value is NaN, infinite or outside the range of `dtype`.
+    """
     value = tensors.read(name)
     if not np.isfinite(value).all():
         bad = (k for k in tensors.names() if not np.isfinite(tensors.read(k)).all())

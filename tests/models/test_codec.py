@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sfv_jax.checkpoints.model_folder import load_codec
-from sfv_jax.models import codec
+from sfv_jax.models import codec, decoders
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.vae import VAEConfig
@@ -110,11 +110,11 @@ def test_frames_are_decoded_in_pieces_where_memory_is_short():
     config, latents = VAEConfig.svd(), (1, 14, 72, 128, 4)
     for gib, pieces in ((16, True), (31, True), (80, False), (141, False), (None, True)):
         memory = gib and gib * 2**30
-        assert (codec.decode_pixels(config, latents, jnp.bfloat16, memory) > 0) == pieces, gib
-    assert codec.decode_pixels(config, latents, jnp.float32, 60 * 2**30) > 0
-    assert codec.decode_pixels(config, (4, *latents[1:]), jnp.bfloat16, 80 * 2**30) > 0
+        assert (decoders.decode_pixels(config, latents, jnp.bfloat16, memory) > 0) == pieces, gib
+    assert decoders.decode_pixels(config, latents, jnp.float32, 60 * 2**30) > 0
+    assert decoders.decode_pixels(config, (4, *latents[1:]), jnp.bfloat16, 80 * 2**30) > 0
     mesh = sharding.make_mesh(1, 1, 8)
-    shared = sharding.on_mesh(mesh, codec.decode_pixels)
+    shared = sharding.on_mesh(mesh, decoders.decode_pixels)
     assert shared(config, latents, jnp.bfloat16, 8 * 2**30) == 0
 
 
@@ -123,7 +123,7 @@ def test_pieces_can_be_chosen():
     for pixels in (None, 0, 77):
         svd = codec.SVDCodec(VAEConfig.tiny(), CLIPConfig.tiny(), {"vae": None}, pixels=pixels, memory=1e3)
         used = []
-        svd._decode = lambda params, latents, pieces, used=used: used.append(pieces) or (latents, None)
+        svd.decoder._decode = lambda params, latents, pieces, used=used: used.append(pieces) or (latents, None)
         svd.decode(np.zeros((1, 2, 8, 8, 4), np.float32))
         assert used == [VAEConfig.tiny().decode_pixels if pixels is None else pixels]
     with pytest.raises(ValueError, match="decode_pixels -1: give the pixels of a piece, or 0"):

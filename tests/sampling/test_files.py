@@ -19,6 +19,8 @@ from sfv_jax.sampling.files import SampleError
 class Still:
     """A sampler whose videos repeat the image."""
 
+    decoder = "full"
+
     def __init__(self):
         self.batches: list[list[int]] = []
 

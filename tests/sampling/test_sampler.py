@@ -73,6 +73,12 @@ def test_a_video_depends_on_its_own_seed_only(sampler, pair):
     assert np.abs(other[1].astype(int) - pair[1]).max() > 10
 
 
+def test_streamed_frames_are_those_of_the_video(sampler, pair):
+    assert_same_frames(np.stack(list(sampler.stream(IMAGES[0], seed=7)))[None], pair[:1])
+    with pytest.raises(UserError, match="seeds are whole numbers"):
+        sampler.stream(IMAGES[0], seed=-1)
+
+
 def test_seeds_count_up(sampler):
     np.testing.assert_array_equal(sampler(IMAGES, seed=7), sampler(IMAGES, seed=[7, 8]))
 

@@ -44,6 +44,8 @@ RELATIONS = """
 | `ladd.probabilities` | at most `generator_levels`; as many `warmup_probabilities`; both 1 together |
 | `ladd.teacher_guidance` | one end above 1, or both 1 |
 | `animatelcm.sample_steps` | at most 3 with a sampler of SF-V, 40 with AnimateLCM's |
+| `decoder.*_weight` | not all 0 but `r1_weight` |
+| `decoder.block_out_channels` | as many as `layers_per_block`, and as the VAE has levels |
 | `discriminator` | spatial heads, temporal heads, or both |
 | `unet.block_out_channels` | as many as `num_attention_heads`, and divisible by them and by `norm_groups` |
 | `unet.in_channels` | twice `out_channels` |

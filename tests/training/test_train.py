@@ -369,7 +369,7 @@ def test_a_cache_of_other_encoders(tmp_path):
             if refused
             else nullcontext()
         ):
-            inputs.check_encoders(config, base)
+            inputs.check_encoders(config, base.model)
     config.data.any_encoders = True
     inputs.check_encoders(config, base)
 

@@ -11,7 +11,6 @@ import pytest
 from sfv_jax import config as configs
 from sfv_jax.checkpoints import box
 from sfv_jax.checkpoints.base import load_vae
-from sfv_jax.training.encoders import export_encoders
 from sfv_jax.checkpoints.exporter import export_model
 from sfv_jax.checkpoints.model_folder import load_model, read_model
 from sfv_jax.config import ConfigDict, ConfigError
@@ -20,6 +19,7 @@ from sfv_jax.models import tree
 from sfv_jax.runtime import sharding
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.training import loop
+from sfv_jax.training.encoders import export_encoders
 from sfv_jax.weights.folders import WeightsError
 
 RULES = dict(size=8, num_frames=3, radii=(1.5, 2.0), bodies=2, texture=8.0)
