@@ -1,10 +1,10 @@
-"""The world in the box: a base model and its one-step SF-V, with SVD's own classes, on frames of 32x32 pixels.
+"""A base model and its one-step SF-V in the procedural world, with SVD's own classes, on frames of 32x32 pixels.
 
     python -m sfv_jax.train --config configs/world.py:teacher --workdir runs/world_teacher
     python -m sfv_jax.train --config configs/world.py:sfv --workdir runs/world_sfv
 
-Both take VAE and CLIP tower from the box (configs/vae.py trained the VAE); the second starts from the base model in the
-box, or from `--config.init=runs/world_teacher`. All numbers are choices; docs/world.md tells what was tried.
+The first takes VAE and CLIP tower from the package (configs/vae.py trained the VAE), the second starts from the first.
+All numbers are choices. Neither run has been finished yet: docs/world.md.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ def get_config(arg: str = "teacher"):
     config.data.update(source="world", world=ConfigDict(SCENES), world_size=10_000)
     config.unet.temporal_conv = "matmul"
     if arg == "teacher":
-        config.update(dict(encoders="world", steps=4000, ema_decay=0.998))
+        config.update(dict(encoders="world-encoders", steps=4000, ema_decay=0.998))
         config.unet = ConfigDict(
             dict(
                 in_channels=8,
@@ -44,7 +44,7 @@ def get_config(arg: str = "teacher"):
             lr=2e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=3900
         )
     else:
-        config.update(dict(init="world-teacher", steps=600, batch_size=8, ema_decay=0.98))
+        config.update(dict(init="runs/world_teacher", steps=600, batch_size=8, ema_decay=0.98))
         config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
         config.generator_optimizer.update(lr=4e-4, delay_steps=20, warmup_steps=20)
         config.heads_optimizer.update(lr=6e-3, warmup_steps=20)

@@ -93,7 +93,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("convert: stopped by SIGTERM"))
     variant = "fp16" if args.fp16 else None
     if args.export and args.what == "encoders":
-        export_encoders(args.src, args.dst, **commands.values("base", "raw", "overwrite"))
+        export_encoders(args.src, args.dst, **commands.values("base", "raw", "fp16", "overwrite"))
         report(args.dst)
     elif args.export and args.what == "taesdv":
         export_decoder(args.src, args.dst, **commands.values("raw", "fp16"))

@@ -1,4 +1,4 @@
-"""Models in the package, small enough to come with it: the world's one-step generator and its teacher.
+"""Models in the package, small enough to come with it: so far VAE and CLIP tower of the procedural world.
 
 Each is a packed model folder below `sfv_jax/box`, named by `NAMES` wherever a command takes a model folder. Their files
 are verified by SHA-256 when they are first used in a process.
@@ -11,7 +11,13 @@ from sfv_jax.runtime.files import sha256
 from sfv_jax.weights.folders import WeightsError
 
 ROOT = Path(__file__).parent.parent / "box"
-NAMES: dict[str, dict[str, str]] = {  # {name: {file: SHA-256}}; launch/box.sh prints them
+NAMES: dict[str, dict[str, str]] = {  # {name: {file: SHA-256}}
+    "world-encoders": {
+        "fingerprints.json": "648052ae95b9c323ba06b700f72448fc43fe8658d4de79ac5d48fe6eb645a1df",
+        "image_encoder.safetensors": "207441a1f3bef6f3990a0a9fc7b27badced27cc1b8077163aa7c6abc4295b727",
+        "model.json": "f3128a16b069550d1d294e14325197217bfe6c782f098e3d76991063053bb4a0",
+        "vae.safetensors": "a3878412f2906fec5c61d5b5bb83f39cdce4d157e9f30b974baecb5eb2d80594",
+    },
 }
 
 

@@ -29,7 +29,13 @@ TOWER = CLIPConfig(
 
 
 def export_encoders(
-    run: str | Path, dst: str | Path, *, base: str | Path | None = None, raw: bool = False, overwrite: bool = False
+    run: str | Path,
+    dst: str | Path,
+    *,
+    base: str | Path | None = None,
+    raw: bool = False,
+    fp16: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Writes a model folder without a UNet, for `config.encoders`.
 
@@ -42,6 +48,7 @@ def export_encoders(
       dst: the folder to write.
       base: model folder with the CLIP tower to copy.
       raw: take the trained weights instead of their moving average.
+      fp16: write a packed folder in half precision (`checkpoints.model_folder`).
       overwrite: replace an existing `dst`.
 
     Raises:
@@ -64,7 +71,8 @@ def export_encoders(
     sums = {"vae/parameters": digest(vae), "image_encoder/parameters": digest(tower)}
     origin = {"folder": Path(run).name, "sha256": sums, "world": dataclasses.asdict(world)}
     configs = {"vae": config, "image_encoder": tower_config}
-    save_model(dst, components, configs, extra={"source": origin}, overwrite=overwrite)
+    packed = "float16" if fp16 else None
+    save_model(dst, components, configs, extra={"source": origin}, packed=packed, overwrite=overwrite)
 
 
 def digest(params: tree.Params) -> str:
