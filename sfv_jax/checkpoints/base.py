@@ -194,7 +194,7 @@ def load_encoders(svd: str | os.PathLike) -> tuple[SVDCodec, str]:
     """Loads SVD's VAE and CLIP tower.
 
     Args:
-      svd: model folder or diffusers folder.
+      svd: model folder, name of one in the package, or diffusers folder.
 
     Returns:
       codec: the codec with both networks.
@@ -204,8 +204,8 @@ def load_encoders(svd: str | os.PathLike) -> tuple[SVDCodec, str]:
       WeightsError: if `svd` is neither, or a model folder with the patch codec.
     """
     folder = Path(svd)
-    if (folder / "model.json").is_file():
-        model = read_model(folder)
+    if (folder / "model.json").is_file() or str(svd) in box.NAMES and not folder.exists():
+        model = read_model(svd)
         codec = load_codec(model)
         if not isinstance(codec, SVDCodec):
             raise WeightsError(f"{svd} has codec {model.meta['codec']!r}: videos need SVD's VAE and CLIP tower")

@@ -265,13 +265,13 @@ def values(*names: str) -> dict[str, Any]:
 
 
 def check_inputs(*names: str) -> None:
-    """Checks that the files and folders exist that the named flags give.
+    """Checks that the files and folders exist that the named flags give; models in the package have names instead.
 
     Raises:
       UserError: if one does not.
     """
     for name, value in values(*names).items():
-        if value and not Path(value).exists():
+        if value and not Path(value).exists() and value not in choices.PACKAGED:
             raise UserError(f"{value} does not exist: give another --{name}")
 
 

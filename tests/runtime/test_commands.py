@@ -12,7 +12,7 @@ import pytest
 
 from sfv_jax import __main__ as main
 from sfv_jax import choices
-from sfv_jax.checkpoints import exporter, importer
+from sfv_jax.checkpoints import box, exporter, importer
 from sfv_jax.config_rules import RULES
 from sfv_jax.data import ucf101, video, worlds
 from sfv_jax.diffusion import solvers
@@ -143,6 +143,7 @@ def test_names_to_choose_from_are_those_there_are():
     assert {*choices.SAMPLERS} == {*solvers.SAMPLERS}
     assert {f".{name}" for name in choices.VIDEO_FORMATS} == {*video._WRITERS}
     assert choices.EXPORTS == (*exporter.WHAT, "taesdv")
+    assert choices.PACKAGED == tuple(box.NAMES)
     assert choices.STORED_DTYPES == importer.DTYPES
     assert {*choices.NETWORKS} == {*measurement.NETWORKS}
     assert {*choices.TABLES} == {*experiments.TABLES}

@@ -1,0 +1,28 @@
+"""The models in the package: complete, small, and as good as the docs say."""
+
+import numpy as np
+import pytest
+
+from sfv_jax.checkpoints import box
+from sfv_jax.checkpoints.base import load_encoders
+from sfv_jax.checkpoints.model_folder import read_model
+from sfv_jax.data.worlds import World
+from sfv_jax.reproduction.experiments import SCENES
+from sfv_jax.training.previews import psnr
+
+
+def test_all_files_are_known_and_small():
+    found = {path.relative_to(box.ROOT).as_posix(): path.stat().st_size for path in box.ROOT.glob("*/*")}
+    assert found.keys() == {f"{name}/{file}" for name, files in box.NAMES.items() for file in files}
+    assert 0 < sum(found.values()) < 25e6
+    for name in box.NAMES:
+        assert read_model(name).path == box.folder(name)
+
+
+@pytest.mark.slow
+def test_the_vae_reconstructs_held_out_clips():
+    codec, identity = load_encoders("world-encoders")
+    frames = World(**SCENES).batch(range(4), "heldout")[0]
+    latents = codec.encode(frames) * codec.scaling_factor
+    assert float(np.sqrt(np.mean(np.square(latents)))) == pytest.approx(1, abs=0.1)
+    assert psnr(np.asarray(codec.decode(latents)), frames) > 28 and len(identity) == 129
