@@ -205,7 +205,7 @@ def load_encoders(svd: str | os.PathLike) -> tuple[SVDCodec, str]:
     """
     folder = Path(svd)
     if (folder / "model.json").is_file() or str(svd) in box.NAMES and not folder.exists():
-        model = read_model(svd)
+        model = read_model(str(svd))
         codec = load_codec(model)
         if not isinstance(codec, SVDCodec):
             raise WeightsError(f"{svd} has codec {model.meta['codec']!r}: videos need SVD's VAE and CLIP tower")

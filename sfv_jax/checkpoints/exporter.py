@@ -21,7 +21,8 @@ from sfv_jax.weights.single_file import save_single_file
 from sfv_jax.weights.widening import widen, widened
 from sfv_jax.weights.writer import parse_size
 
-WHAT = ("pipeline", "unet", "comfyui", "model", "encoders")
+FOREIGN = ("pipeline", "unet", "comfyui")
+WHAT = (*FOREIGN, "model")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def export_model(
     for path in (dst, *beside):
         refuse_existing(path, overwrite)
     parse_size(max_shard_size)
-    source = open_source(src, raw=raw, foreign=what != "model")
+    source = open_source(src, raw=raw, foreign=what in FOREIGN)
     unet = source.configs["unet"]
     video = _video(source.run)
     card = model_card(unet, source.meta, what=what, name=dst.name, variant=variant, run=source.run, video=video)

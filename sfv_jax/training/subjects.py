@@ -141,13 +141,13 @@ def vae_subject(config: ConfigDict, mesh: jax.sharding.Mesh) -> Subject:
 def decoder_subject(config: ConfigDict, mesh: jax.sharding.Mesh) -> Subject:
     """Returns a tiny decoder for the latents of `config.init`, a model folder or a run, whose VAE teaches it."""
     model, codec = _teacher(config)
+    if config.decoder.real_weight and config.data.source != "world":
+        raise ConfigError("config.decoder.real_weight needs real frames, which latent caches lack: set it to 0")
     open_split = partial(open_examples, config, codec, model)
     base = load_base(config, mesh) if config.decoder.generated_share else None
     if base is not None:
         open_split = partial(open_source, config, base)
     source = open_split(config.data.split)
-    if config.decoder.real_weight and not isinstance(source, WorldSource):
-        raise ConfigError("config.decoder.real_weight needs real frames, which latent caches lack: set it to 0")
     if isinstance(source, WorldSource):
         source = replace(source, pixels=bool(config.decoder.real_weight))
     vae = codec.vae_config

@@ -156,7 +156,7 @@ def test_what_diffusers_would_compute_otherwise_is_refused(model_folder, tmp_pat
     meta = json.loads((copy / "model.json").read_text())
     meta["configs"]["unet"][field] = 16 if field == "norm_groups" else 3e-5
     (copy / "model.json").write_text(json.dumps(meta))
-    for what in exporter.WHAT:
+    for what in exporter.FOREIGN:
         with pytest.raises(WeightsError, match=f"unet: {field} is .*, diffusers has .* built in"):
             exporter.export_model(copy, tmp_path / "out.safetensors", what=what)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]

@@ -119,7 +119,7 @@ def test_copied_networks_keep_theirs(model_folder, pipeline_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", exporter.WHAT)
+@pytest.mark.parametrize("what", exporter.FOREIGN)
 def test_exports_carry_checksums(what, model_folder, tmp_path):
     out = tmp_path / ("out.safetensors" if what == "comfyui" else "out")
     exporter.export_model(model_folder, out, what=what)

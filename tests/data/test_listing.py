@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sfv_jax.data import preparation, ucf101
 from sfv_jax.data.listing import ListingError, list_images, list_videos
@@ -77,6 +78,7 @@ def test_all_commands_list_alike(tmp_path):
     touch(
         folder, "v_a_g01_c01.avi", "._v_a_g01_c01.avi", ".hidden/v_b_g01_c01.avi", "e.png", "._e.png", ".hidden/f.png"
     )
+    Image.new("RGB", (8, 8)).save(folder / "e.png")  # `sample` wants at least one that is an image
     (folder / "link").symlink_to(tmp_path / "outside")
     (folder / "link/loop").symlink_to(folder)
     videos, pictures = ["link/deep/v_c_g01_c01.AVI", "v_a_g01_c01.avi"], ["e.png", "link/deep/d.PNG"]

@@ -203,7 +203,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     target = tmp_path / "clip.mp4"
     target.write_bytes(b"old")
 
-    def fail(path, frames, fps):
+    def fail(path, *_):
         path.write_bytes(b"half")
         raise RuntimeError("disk full")
 

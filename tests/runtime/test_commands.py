@@ -142,7 +142,7 @@ def test_names_to_choose_from_are_those_there_are():
     assert {*choices.DTYPES} == {*networks.DTYPES}
     assert {*choices.SAMPLERS} == {*solvers.SAMPLERS}
     assert {f".{name}" for name in choices.VIDEO_FORMATS} == {*video._WRITERS}
-    assert choices.EXPORTS == (*exporter.WHAT, "taesdv")
+    assert choices.EXPORTS == (*exporter.WHAT, "encoders", "taesdv")
     assert choices.PACKAGED == tuple(box.NAMES)
     assert choices.STORED_DTYPES == importer.DTYPES
     assert {*choices.NETWORKS} == {*measurement.NETWORKS}

@@ -56,7 +56,7 @@ def test_frames_at_a_time_follow_from_memory():
 
     def at_once(*chunk, **kw) -> int:
         one = codec(**kw)
-        one.decoder._decode = lambda params, latents, frames: asked.append(frames)
+        one.decoder._decode = lambda params, latents, frames: (asked.append(frames), None)
         one.decoder(one.params, np.zeros((2, 5, 2, 3, 4), np.float32), *chunk)
         return asked[-1]
 
@@ -137,7 +137,9 @@ def test_from_training_to_frames(trained, one_device, tmp_path, monkeypatch):
     from PIL import Image
 
     Image.fromarray(image).save(tmp_path / "in.png")
-    options = dict.fromkeys(files.OPTIONS) | dict(steps=1, sampler="euler", fps=7, motion_bucket_id=127, guidance=None)
+    options = dict.fromkeys(files.OPTIONS) | dict(
+        steps=1, sampler="euler", fit="crop", fps=7, motion_bucket_id=127, guidance=None
+    )
     options |= dict(noise_aug_strength=0.02, num_frames=3)
     about = {"checkpoint": "model", "decoder": sampler.decoder}
     monkeypatch.setattr(type(sampler), "__call__", lambda *_, **__: pytest.fail("decoded whole"))

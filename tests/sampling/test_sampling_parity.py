@@ -130,7 +130,7 @@ def test_a_mesh_makes_the_same_frames(sampler, model_folder, images, monkeypatch
     monkeypatch.setattr("sfv_jax.runtime.sharding.SMALL", 0)
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     meshed = Sampler.load(model_folder, mesh=mesh, decode_pixels=0)
-    assert meshed.codec.pixels == 0
+    assert meshed.codec.decoder.pixels == 0
     for params in (meshed.params, *meshed.codec.params.values()):
         assert any(not x.is_fully_replicated for x in jax.tree.leaves(params))
     call = dict(height=32, width=32, num_frames=2, seed=[3, 9])

@@ -234,8 +234,8 @@ import signal, sys, time
 from sfv_jax import convert
 from sfv_jax.weights import diffusers
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs
-read = diffusers._read
-diffusers._read = lambda *a: (print("reading", flush=True), time.sleep(0.1), read(*a))[-1]
+read = diffusers.read_finite
+diffusers.read_finite = lambda *a: (print("reading", flush=True), time.sleep(0.1), read(*a))[-1]
 sys.argv = ["convert", "--src", sys.argv[1], "--dst", sys.argv[2]]
 convert.commands.run(convert.main, convert.define_flags)
 """
