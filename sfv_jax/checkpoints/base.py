@@ -126,7 +126,7 @@ def is_run(path: str | Path) -> bool:
 
 def read_unet(path: str | Path) -> UNetConfig:
     """Returns the config of the UNet of a model folder or run; raises as `load_generator` does."""
-    return read_run(Path(path))[0] if is_run(path) else read_model(Path(path)).configs["unet"]
+    return read_run(Path(path))[0] if is_run(path) else read_model(Path(path)).config("unet")
 
 
 def load_generator(
@@ -152,7 +152,7 @@ def load_generator(
     path = Path(path)
     if not is_run(path):
         model = read_model(path)
-        config = model.configs["unet"]
+        config = model.config("unet")
         shardings = place and {"unet": place(tree.abstract(UNet, config)[1])}
         params = load_model(model, ("unet",), dtype=dtype, shardings=shardings)[0]["unet"]
         encoders = None if model.meta["codec"] == "patch" else model

@@ -62,7 +62,7 @@ def open_source(path: str | Path, *, raw: bool = False, foreign: bool = True) ->
     model = read_model(folder) if folder else None
     if model is None or model.meta["codec"] != "svd":
         raise WeightsError(f"{path} has a patch codec: diffusers has no pipeline without SVD's VAE and CLIP tower")
-    configs = model.configs | ({"unet": unet} if unet else {})
+    configs = {name: unet if unet and name == "unet" else model.config(name) for name in COMPONENTS}
     narrow: Any = configs["vae"]
     if foreign:
         configs = configs | {"vae": widened(narrow)}

@@ -52,6 +52,16 @@ class ModelFolder:
     configs: dict[str, Any]
     meta: dict[str, Any]
 
+    def config(self, name: str) -> Any:
+        """Returns the config of a component.
+
+        Raises:
+          WeightsError: if the folder does not have it.
+        """
+        if name not in self.configs:
+            raise WeightsError(f"{self.path} has no {name}, only {', '.join(self.meta['components'])}")
+        return self.configs[name]
+
 
 def resolve_model(path: str | Path) -> Path:
     """Returns `path` if it is a model folder, or the folder of a model in the package by its name.

@@ -105,7 +105,7 @@ def svd_bench(
     if len(clips) < MIN_SAMPLES:
         raise ReproduceError(f"--real={real}: {len(clips)} clips, {least}")
     features, about = fvd.load_i3d(i3d, **(loading or {}))
-    frames = read_model(runs.base).configs["unet"].num_frames
+    frames = read_model(runs.base).config("unet").num_frames
     protocol = Protocol(n=0, num_frames=frames, height=size[0], width=size[1])
     reading = Reading(frames, protocol.fps, protocol.real)
     images, truth = [], []

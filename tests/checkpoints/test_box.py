@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 
 from sfv_jax.checkpoints import box
-from sfv_jax.checkpoints.base import load_encoders
+from sfv_jax.checkpoints.base import load_encoders, read_unet
+from sfv_jax.checkpoints.exporter import export_model
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.data.worlds import World
 from sfv_jax.reproduction.experiments import SCENES
+from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.training.previews import psnr
+from sfv_jax.weights.folders import WeightsError
 
 
 def test_all_files_are_known_and_small():
@@ -17,6 +20,14 @@ def test_all_files_are_known_and_small():
     assert 0 < sum(found.values()) < 25e6
     for name in box.NAMES:
         assert read_model(name).path == box.folder(name)
+
+
+def test_what_needs_a_unet_says_that_there_is_none(tmp_path):
+    for use in (Sampler.load, read_unet, lambda path: export_model(path, tmp_path / "out")):
+        with pytest.raises(
+            WeightsError, match=r"world-encoders has no unet, only (vae, image_encoder|image_encoder, vae)"
+        ):
+            use("world-encoders")
 
 
 @pytest.mark.slow
