@@ -114,9 +114,7 @@ def read_run(workdir: Path) -> tuple[UNetConfig, PatchCodec | None, Path | None]
         made = make_config(UNetConfig, unet, str(path)), codec and make_config(PatchCodec, codec, str(path))
     except WeightsError as error:
         raise FileError(f"{error}; {REMEDY}") from error
-    if model in box.NAMES and not Path(model).exists():
-        return *made, box.folder(model)
-    return *made, Path(model) if model else None
+    return *made, box.located(model) if model else None
 
 
 def is_run(path: str | Path) -> bool:
@@ -182,7 +180,7 @@ def downscale_of(path: str | Path) -> int:
 
 def clip_length(svd: str | os.PathLike) -> int | None:
     """Returns the frames of a clip of a model folder's or diffusers folder's UNet; None if there is no UNet."""
-    folder = Path(svd)
+    folder = box.located(os.fspath(svd))
     if (folder / "model.json").is_file():
         unet = read_model(folder).configs.get("unet")
         return unet.num_frames if unet else None
@@ -203,9 +201,9 @@ def load_encoders(svd: str | os.PathLike) -> tuple[SVDCodec, str]:
     Raises:
       WeightsError: if `svd` is neither, or a model folder with the patch codec.
     """
-    folder = Path(svd)
-    if (folder / "model.json").is_file() or str(svd) in box.NAMES and not folder.exists():
-        model = read_model(str(svd))
+    folder = box.located(os.fspath(svd))
+    if (folder / "model.json").is_file():
+        model = read_model(folder)
         codec = load_codec(model)
         if not isinstance(codec, SVDCodec):
             raise WeightsError(f"{svd} has codec {model.meta['codec']!r}: videos need SVD's VAE and CLIP tower")

@@ -38,6 +38,15 @@ def folder(name: str) -> Path:
     return place
 
 
+def located(path: str | Path) -> Path:
+    """Returns `path`, or the folder in the package if it is the name of a model there and nothing else has that name.
+
+    Raises:
+      WeightsError: as `folder`.
+    """
+    return folder(str(path)) if str(path) in NAMES and not Path(path).exists() else Path(path)
+
+
 def name_of(path: Path) -> str | None:
     """Returns the name of the model whose folder in the package is `path`; None for other folders."""
     return path.name if path.parent == ROOT and path.name in NAMES else None

@@ -69,11 +69,9 @@ def resolve_model(path: str | Path) -> Path:
     Raises:
       WeightsError: if it is neither; the message names what was found instead.
     """
-    name, path = str(path), Path(path)
+    path = box.located(path)
     if (path / "model.json").is_file():
         return path
-    if not path.exists() and name in box.NAMES:
-        return box.folder(name)
     if not path.exists():
         raise WeightsError(f"{path} does not exist; the models in the package are {', '.join(box.NAMES)}")
     if (path / "model_index.json").is_file():

@@ -1,4 +1,4 @@
-"""Pictures that compare videos: sheets of frames and animations, with labels and gaps."""
+"""Comparisons of videos: sheets of frames and animations, with labels and gaps; PSNR."""
 
 from collections.abc import Sequence
 
@@ -63,3 +63,9 @@ def label_width(labels: Sequence[str]) -> int:
     """Returns the pixels that labels take in Pillow's default font, with a margin."""
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     return 10 + max(int(np.ceil(draw.textlength(label))) for label in labels)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns the peak signal-to-noise ratio of uint8 arrays of one shape in dB; infinite if they are equal."""
+    error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
+from sfv_jax.data.pictures import psnr
 from sfv_jax.errors import UserError
 from sfv_jax.sampling.sampler import resize
 
@@ -47,12 +48,6 @@ def against(measure: Callable[[np.ndarray], np.ndarray], frames: np.ndarray, ima
     """
     reference = float(measure(resize(image, frames.shape[1:3])[None])[0])
     return measure(frames) / reference if reference else np.full(len(frames), np.nan, np.float32)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Returns the peak signal-to-noise ratio of two uint8 images of one shape in dB; infinite if they are equal."""
-    error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 def first_frame_psnr(frames: np.ndarray, image: np.ndarray) -> float:

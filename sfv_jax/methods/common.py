@@ -99,6 +99,14 @@ def update_generator(config, state: Params, grads: Params, ema_decay) -> tuple[P
     return new, {"norm/generator_update": moved, "norm/ema_distance": distance}
 
 
+def warmed_decay(config, step: jax.Array) -> jax.Array:
+    """Returns the decay of the moving average after `step` steps: `config.ema_decay`, and less at the start.
+
+    With a constant decay the initialization would dominate the average for 1 / (1 - decay) steps.
+    """
+    return jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
+
+
 def watch(**trees: Params) -> dict[str, jax.Array]:
     """Returns `norm/NAME` of each tree except the batch, and `nonfinite/NAME/BLOCK`: NaN or infinity in a block.
 

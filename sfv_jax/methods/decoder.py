@@ -18,7 +18,15 @@ import jax.numpy as jnp
 from sfv_jax.diffusion import edm, losses
 from sfv_jax.errors import UserError
 from sfv_jax.methods import optim
-from sfv_jax.methods.common import accumulate, frozen_copy, generator_state, step_key, update_generator, watch
+from sfv_jax.methods.common import (
+    accumulate,
+    frozen_copy,
+    generator_state,
+    step_key,
+    update_generator,
+    warmed_decay,
+    watch,
+)
 from sfv_jax.models import tree
 from sfv_jax.models.distillation import CriticConfig, PatchCritic, Projectors, ProjectorsConfig
 from sfv_jax.models.networks import DTYPES, Networks, Params
@@ -280,9 +288,7 @@ def make_train_step(networks: DecoderNetworks, config):
         (grads, critic_grads), metrics = accumulate(
             gradients, params, batch, step_key(config, step), config.accumulation_steps
         )
-        # With a constant decay the initialization would dominate the average for 1 / (1 - decay) steps.
-        decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
-        new, norms = update_generator(config, state, grads, decay)
+        new, norms = update_generator(config, state, grads, warmed_decay(config, step))
         if own.adv_weight:
             optimizer = optim.make_optimizer(config.generator_optimizer)
             new["critic"], new["opt_d"], _ = optim.apply(optimizer, critic_grads, state["opt_d"], state["critic"])

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 
 from sfv_jax.diffusion import edm, losses
 from sfv_jax.methods import optim
-from sfv_jax.methods.common import accumulate, check_recipe, generator_state, step_key, update_generator, watch
+from sfv_jax.methods.common import (
+    accumulate,
+    check_recipe,
+    generator_state,
+    step_key,
+    update_generator,
+    warmed_decay,
+    watch,
+)
 from sfv_jax.models import tree
 from sfv_jax.models.networks import Networks, Params
 from sfv_jax.models.unet import UNetConfig
@@ -73,9 +81,7 @@ def make_train_step(networks: Networks, config):
         step, generator = state["step"], state["generator"]
         key = step_key(config, step)
         grads, metrics = accumulate(gradients, generator, batch, key, config.accumulation_steps)
-        # With a constant decay the initialization would dominate the average for 1 / (1 - decay) steps.
-        decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
-        new, norms = update_generator(config, state, grads, decay)
+        new, norms = update_generator(config, state, grads, warmed_decay(config, step))
         metrics |= norms | watch(batch=batch, generator_gradient=grads, generator=new["generator"])
         return {"step": step + 1, **new}, metrics
 

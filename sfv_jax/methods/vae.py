@@ -14,7 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sfv_jax.methods import optim
-from sfv_jax.methods.common import accumulate, check_recipe, generator_state, step_key, update_generator, watch
+from sfv_jax.methods.common import (
+    accumulate,
+    check_recipe,
+    generator_state,
+    step_key,
+    update_generator,
+    warmed_decay,
+    watch,
+)
 from sfv_jax.models import tree
 from sfv_jax.models.codec import to_signed
 from sfv_jax.models.networks import Params, compute_dtype
@@ -106,17 +114,13 @@ def make_train_step(networks: VAENetworks, config):
             values["psnr"] = -10 * jnp.log10(jnp.mean((y - x) ** 2) / 4)
             return total, values | {"latents/std": jnp.std(mean), "latents/noise": jnp.exp(0.5 * log_variance).mean()}
 
-        part = optim.trainable(generator, config.trainable)
-        grads, metrics = jax.grad(loss, has_aux=True)(part)
-        return grads, metrics
+        return jax.grad(loss, has_aux=True)(optim.trainable(generator, config.trainable))
 
     def train_step(state, frozen, batch):
         del frozen
         step, generator = state["step"], state["generator"]
         grads, metrics = accumulate(gradients, generator, batch, step_key(config, step), config.accumulation_steps)
-        # With a constant decay the initialization would dominate the average for 1 / (1 - decay) steps.
-        decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
-        new, norms = update_generator(config, state, grads, decay)
+        new, norms = update_generator(config, state, grads, warmed_decay(config, step))
         metrics |= norms | watch(generator_gradient=grads, generator=new["generator"])
         return {"step": step + 1, **new}, metrics
 

@@ -1,6 +1,5 @@
 """Sample videos during training, always from the same conditions and noise, so that steps can be compared."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sfv_jax.checkpoints.base import Base
-from sfv_jax.data.pictures import board, sheet
+from sfv_jax.data.pictures import board, psnr, sheet
 from sfv_jax.data.video import write_video
 from sfv_jax.runtime.processes import whole
 from sfv_jax.runtime.seeds import stream
@@ -102,9 +101,3 @@ def stacked(source, count: int) -> dict[str, np.ndarray]:
     """Returns the first `count` examples of a source as one batch, or all if there are fewer."""
     examples = [source[n] for n in range(min(count, len(source)))]
     return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Returns the peak signal-to-noise ratio of uint8 arrays of one shape, in dB; infinity if they are equal."""
-    error = float(np.mean(np.square(a.astype(np.float32) - b.astype(np.float32))))
-    return 10 * math.log10(255**2 / error) if error else math.inf

@@ -7,10 +7,10 @@ from sfv_jax.checkpoints import box
 from sfv_jax.checkpoints.base import load_encoders, read_unet
 from sfv_jax.checkpoints.exporter import export_model
 from sfv_jax.checkpoints.model_folder import read_model
+from sfv_jax.data.pictures import psnr
 from sfv_jax.data.worlds import World
 from sfv_jax.reproduction.experiments import SCENES
 from sfv_jax.sampling.sampler import Sampler
-from sfv_jax.training.previews import psnr
 from sfv_jax.weights.folders import WeightsError
 
 
