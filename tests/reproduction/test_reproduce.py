@@ -201,7 +201,7 @@ def test_real_videos_are_scored_by_the_protocol_of_evaluate(tmp_path, monkeypatc
     asked = {"batch_norm_eps": 1e-5, "allow_torchscript": True}
     monkeypatch.setattr(stages.fvd, "load_i3d", lambda path, **options: (features, about) if options == asked else None)
     svd = SimpleNamespace(num_frames=14)
-    monkeypatch.setattr(stages, "read_model", lambda path: SimpleNamespace(configs={"unet": svd}))
+    monkeypatch.setattr(stages, "read_model", lambda path: SimpleNamespace(config=lambda part: svd))
     runs = trainings.svd_runs(tmp_path, "svd", "data", [])
     (tmp_path / "few").mkdir()
     (tmp_path / "few/0.mp4").touch()
