@@ -1,10 +1,11 @@
 """A base model and its one-step SF-V in the procedural world, with SVD's own classes, on frames of 32x32 pixels.
 
     python -m sfv_jax.train --config configs/world.py:teacher --workdir runs/world_teacher
-    python -m sfv_jax.train --config configs/world.py:sfv --workdir runs/world_sfv
+    python -m sfv_jax.train --config configs/world.py:sfv --workdir runs/world_sfv --config.init=runs/world_teacher
 
-The first takes VAE and CLIP tower from the package (configs/vae.py trained the VAE), the second starts from the first.
-All numbers are choices. Neither run has been finished yet: docs/world.md.
+made the models `world-teacher` and `world` in the package. The first takes VAE and CLIP tower from the package
+(configs/vae.py trained the VAE). Without `--config.init` the second starts from the base model in the package.
+`:quick` is the second in fewer steps, for the quickstart. All numbers are choices; docs/world.md tells what was tried.
 """
 
 from ml_collections import ConfigDict
@@ -15,15 +16,15 @@ from sfv_jax.reproduction.experiments import SCENES
 
 
 def get_config(arg: str = "teacher"):
-    """Returns the config, locked; `arg` is "teacher" or "sfv"."""
-    if arg not in ("teacher", "sfv"):
-        raise UserError(f"configs/world.py takes :teacher or :sfv, not :{arg}")
+    """Returns the config, locked; `arg` is "teacher", "sfv" or "quick"."""
+    if arg not in ("teacher", "sfv", "quick"):
+        raise UserError(f"configs/world.py takes :teacher, :sfv or :quick, not :{arg}")
     config = defaults.teacher() if arg == "teacher" else defaults.sfv()
     config.update(dict(dtype="float32", accumulation_steps=1, batch_size=16, keep_checkpoints=1))
     config.data.update(source="world", world=ConfigDict(SCENES), world_size=10_000)
     config.unet.temporal_conv = "matmul"
     if arg == "teacher":
-        config.update(dict(encoders="world-encoders", steps=4000, ema_decay=0.998))
+        config.update(dict(encoders="world-encoders", steps=3000, ema_decay=0.998))
         config.unet = ConfigDict(
             dict(
                 in_channels=8,
@@ -41,12 +42,14 @@ def get_config(arg: str = "teacher"):
         )
         config.teacher.update(p_mean=0.5, p_std=1.8)
         config.generator_optimizer.update(
-            lr=2e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=3900
+            lr=2e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=2900
         )
     else:
-        config.update(dict(init="runs/world_teacher", steps=600, batch_size=8, ema_decay=0.98))
+        config.update(dict(init="world-teacher", steps=600, batch_size=8, ema_decay=0.98))
         config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
         config.generator_optimizer.update(lr=4e-4, delay_steps=20, warmup_steps=20)
         config.heads_optimizer.update(lr=6e-3, warmup_steps=20)
     config.update(dict(log_every=50, checkpoint_every=250, sample_every=250))
+    if arg == "quick":
+        config.update(dict(steps=150, log_every=10, checkpoint_every=50, sample_every=50))
     return config.lock()

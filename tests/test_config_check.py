@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from sfv_jax import config as defaults
+from sfv_jax import config_records
 from sfv_jax.checkpoints.run import WorkdirError, claim_workdir
 from sfv_jax.config import ConfigError
 from sfv_jax.config_check import WITH_HEADS, check
@@ -30,7 +31,7 @@ CONFIGS = [
     *(getattr(defaults, name) for name in METHODS),
     *TINY,
     lambda: get_config("sfv")("small"),
-    *(lambda arg=arg: get_config("quickstart")(arg) for arg in ("teacher", "sfv")),
+    *(lambda arg=arg: get_config("world")(arg) for arg in ("teacher", "sfv", "quick")),
     *(lambda run=run: experiments.svd_config(run, 0, "model", "cache") for run in experiments.RUNS),
     small_run.get_config,
 ]
@@ -283,9 +284,9 @@ def test_runs_of_version_0_1_0_continue(tmp_path, name, platform):
     """
     begun(tmp_path, RECORDED[name])
     config = ConfigDict(today(name))
-    settled = defaults.settled(config, platform, recorded_config(config, tmp_path)).to_dict()
-    claim_workdir(tmp_path, settled, defaults.renewed)
-    recorded = defaults.renewed(flat(RECORDED[name]), flat(settled))
+    settled = config_records.settled(config, platform, recorded_config(config, tmp_path)).to_dict()
+    claim_workdir(tmp_path, settled, config_records.renewed)
+    recorded = config_records.renewed(flat(RECORDED[name]), flat(settled))
     for field in ("dtype", "unet.temporal_conv"):
         assert flat(settled)[field] == recorded[field]
 
@@ -295,58 +296,58 @@ def test_the_platform_decides_once():
     config = defaults.sfv()
     assert config.dtype == config.unet.temporal_conv == "auto"
     for platform, dtype in (("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")):
-        assert defaults.settled(config, platform).dtype == dtype
-    elsewhere = flat(defaults.settled(config, "gpu").to_dict())
-    assert defaults.settled(config, "cpu", elsewhere).dtype == "bfloat16"
+        assert config_records.settled(config, platform).dtype == dtype
+    elsewhere = flat(config_records.settled(config, "gpu").to_dict())
+    assert config_records.settled(config, "cpu", elsewhere).dtype == "bfloat16"
     config.dtype = "float16"
-    assert defaults.settled(config, "cpu", elsewhere).dtype == "float16"
+    assert config_records.settled(config, "cpu", elsewhere).dtype == "float16"
     assert defaults.sfv().dtype == "auto"
 
 
 def test_a_workdir_without_a_checkpoint_adopts_a_changed_config(tmp_path, capsys):
     old, new = today("sfv"), today("sfv") | {"batch_size": 4}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    claim_workdir(tmp_path, new, defaults.renewed)
+    claim_workdir(tmp_path, new, config_records.renewed)
     assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 4
     said = capsys.readouterr().out
     assert "no checkpoint yet" in said and "batch_size: 32 there, 4 now" in said and said.count("\n") == 2
     begun(tmp_path, new)
     with pytest.raises(WorkdirError, match="batch_size: 4 there, 32 now"):
-        claim_workdir(tmp_path, old, defaults.renewed)
+        claim_workdir(tmp_path, old, config_records.renewed)
 
 
 def test_a_workdir_with_damaged_checkpoints_alone_adopts_nothing(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(today("sfv")))
     (tmp_path / "damaged" / "3").mkdir(parents=True)
     with pytest.raises(WorkdirError, match="batch_size"):
-        claim_workdir(tmp_path, today("sfv") | {"batch_size": 4}, defaults.renewed)
+        claim_workdir(tmp_path, today("sfv") | {"batch_size": 4}, config_records.renewed)
 
 
 def test_fields_younger_than_a_run_do_what_was_done_before(tmp_path, capsys):
     old = today("sfv")
     del old["trainable"], old["sfv"]["heads_every"], old["data"]["any_encoders"]
     begun(tmp_path, old)
-    claim_workdir(tmp_path, today("sfv"), defaults.renewed)
+    claim_workdir(tmp_path, today("sfv"), config_records.renewed)
     assert json.loads((tmp_path / "config.json").read_text())["trainable"] == "all"
     (tmp_path / "config.json").write_text(json.dumps(old))
     changed_since = today("sfv")
     changed_since["sfv"]["heads_every"] = 2
     with pytest.raises(WorkdirError, match="sfv.heads_every: 1 there, 2 now"):
-        claim_workdir(tmp_path, changed_since, defaults.renewed)
+        claim_workdir(tmp_path, changed_since, config_records.renewed)
     assert not capsys.readouterr().err
 
 
 def test_removed_fields_that_did_nothing_are_ignored_with_a_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(defaults.GONE, "sfv.fog", 0.0)
+    monkeypatch.setitem(config_records.GONE, "sfv.fog", 0.0)
     old = today("sfv")
     old["sfv"]["fog"] = 0.0
     begun(tmp_path, old)
-    claim_workdir(tmp_path, today("sfv"), defaults.renewed)
+    claim_workdir(tmp_path, today("sfv"), config_records.renewed)
     assert capsys.readouterr().err == "config.sfv.fog=0.0 of the recorded run is gone: it did nothing\n"
     old["sfv"]["fog"] = 0.5
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(WorkdirError, match=r"sfv.fog: 0.5 there, '\(absent\)' now"):
-        claim_workdir(tmp_path, today("sfv"), defaults.renewed)
+        claim_workdir(tmp_path, today("sfv"), config_records.renewed)
 
 
 def test_the_page_is_up_to_date():

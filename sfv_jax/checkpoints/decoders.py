@@ -82,7 +82,7 @@ def latent_space(model: ModelFolder) -> LatentSpace:
     """
     digests = model.meta.get("source", {}).get("sha256", {})
     files = sorted(d for name, d in digests.items() if name.startswith("vae/") and "config" not in name)
-    prints = fingerprints.recorded(model.path).get("vae")
+    prints = fingerprints.recorded(model.home("vae")).get("vae")
     known = [f"files:{'+'.join(files)}"] if files else []
     if prints:
         text = json.dumps({path: prints[path].get("float32") for path in sorted(prints)})
@@ -132,10 +132,11 @@ def choose_decoder(name: str, base: Base, *, allow_pickle: bool = False) -> Stor
         return None
     if base.model is None or not isinstance(base.codec, SVDCodec):
         raise WeightsError(f"decoder {name!r}: this model has the patch codec, which has no decoder network")
-    path = base.model.path / FOLDER if name == "tiny" else Path(name)
+    folder = base.model.home(FOLDER)
+    path = folder / FOLDER if name == "tiny" else Path(name)
     if name == "tiny" and not path.is_dir():
         raise WeightsError(
-            f"decoder 'tiny': {base.model.path} has no {FOLDER}; train one (configs/decoder.py) and put it there: "
+            f"decoder 'tiny': {folder} has no {FOLDER}; train one (configs/decoder.py) and put it there: "
             f"python -m sfv_jax.convert --src RUN --dst {path}"
         )
     found = read_tiny(path, allow_pickle=allow_pickle)

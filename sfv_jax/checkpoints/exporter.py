@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sfv_jax.checkpoints import box
 from sfv_jax.checkpoints.base import is_run, read_run
 from sfv_jax.checkpoints.card import ONE_STEP_METHODS, model_card
 from sfv_jax.checkpoints.model_folder import load_model, read_model, save_model
@@ -34,12 +35,14 @@ class Source:
       meta: `model.json` of the model folder: of all three networks, or of the VAE and CLIP tower of a run.
       load: function from the name of a component to its parameters; call it once per component, as it keeps no copy.
       run: `{"step", "raw", "config"}` of a run; None for a model folder.
+      encoders: name of the model in the package that VAE and CLIP tower belong to; None if there is none.
     """
 
     configs: dict
     meta: dict
     load: Callable[[str], tree.Params]
     run: dict | None
+    encoders: str | None = None
 
 
 def open_source(path: str | Path, *, raw: bool = False, foreign: bool = True) -> Source:
@@ -73,8 +76,9 @@ def open_source(path: str | Path, *, raw: bool = False, foreign: bool = True) ->
         params = load_model(model, (name,))[0][name]
         return widen(params, narrow) if name == "vae" and configs["vae"] != narrow else params
 
+    encoders = box.name_of(model.home("vae"))
     if unet is None:
-        return Source(configs, model.meta, stored, None)
+        return Source(configs, model.meta, stored, None, encoders)
     params, step = restore_ema(path, tree.abstract(UNet, unet)[1], name="generator" if raw else "ema")
     loaded = {"unet": params}
     del params
@@ -83,7 +87,7 @@ def open_source(path: str | Path, *, raw: bool = False, foreign: bool = True) ->
     def load(name: str) -> tree.Params:
         return loaded.pop(name) if name in loaded else stored(name)
 
-    return Source(configs, model.meta, load, run)
+    return Source(configs, model.meta, load, run, encoders)
 
 
 def export_model(
@@ -103,7 +107,7 @@ def export_model(
       dst: folder to write; for "comfyui" a file `NAME.safetensors`, with a card `NAME.md`, a workflow `NAME.json` and
         a checksum next to it.
       what: "pipeline": a whole diffusers folder; "unet": the UNet's folder alone; "comfyui": one file of all networks;
-        "model": a packed model folder.
+        "model": a packed model folder, with the UNet alone if VAE and CLIP tower are those of a model in the package.
       variant: "fp16" for half precision, None for fp32.
       raw: export the trained weights of a run instead of their moving average.
       max_shard_size: limit of each weight file of a folder, in bytes or as "10GB".
@@ -135,10 +139,14 @@ def export_model(
             write_sums(sums_of(partial), list(partial.iterdir()))
             (partial / "README.md").write_text(card)
     elif what == "model":
-        params: dict[str, tree.Params | Path] = {name: source.load(name) for name in COMPONENTS}
+        names = COMPONENTS if source.encoders is None else ("unet",)
+        params: dict[str, tree.Params | Path] = {name: source.load(name) for name in names}
+        configs = {name: source.configs[name] for name in names}
         extra = {name: source.meta[name] for name in ("scheduler", "source") if name in source.meta}
+        extra |= {} if source.encoders is None else {"encoders": source.encoders}
+        extra |= {} if source.run is None else {"run": source.run}
         packed = "float16" if variant else "float32"
-        save_model(dst, params, source.configs, extra=extra, packed=packed, overwrite=overwrite)
+        save_model(dst, params, configs, extra=extra, packed=packed, overwrite=overwrite)
     else:
         scheduler = source.meta["scheduler"]
         save_pipeline(dst, source.load, source.configs, scheduler, card=card, overwrite=overwrite, **sizes)

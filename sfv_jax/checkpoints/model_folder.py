@@ -6,7 +6,8 @@
     DIR/fingerprints.json   checksums of all parameters, which loading verifies
 
 Small networks can instead be packed as one safetensors file each, `DIR/unet.safetensors` and so on, with the paths of
-the parameters as names. The package contains such folders (checkpoints/box.py), which have names instead of paths.
+the parameters as names. The package contains such folders (checkpoints/box.py), which have names instead of paths. A
+UNet that was trained on the encoders of one of them does not repeat them: `encoders` in its `model.json` names it.
 
 The state of a training run has another format (sfv_jax/checkpoints/run.py).
 """
@@ -46,11 +47,18 @@ class ModelFolder:
       path: the folder.
       configs: our config of each component by name, and "codec" for the patch codec.
       meta: the whole content; `meta["scheduler"]` has sigma_min, sigma_max and rho.
+      encoders: the model in the package whose VAE and CLIP tower this one uses; None if the folder has its own.
+        `configs` and `meta["components"]` include them.
     """
 
     path: Path
     configs: dict[str, Any]
     meta: dict[str, Any]
+    encoders: "ModelFolder | None" = None
+
+    def home(self, name: str) -> Path:
+        """Returns the folder that stores a component: this one, or that of the shared encoders."""
+        return self.path if self.encoders is None or name == "unet" else self.encoders.path
 
     def config(self, name: str) -> Any:
         """Returns the config of a component.
@@ -174,7 +182,26 @@ def read_model(folder: str | Path | ModelFolder) -> ModelFolder:
         raise WeightsError(f"{folder}/model.json is not of format {FORMAT!r}")
     if meta.get("version") != VERSION:
         raise WeightsError(f"{folder} has version {meta.get('version')!r}, this program reads version {VERSION}")
-    return ModelFolder(folder, _configs(meta, f"{folder}/model.json"), meta)
+    configs = _configs(meta, f"{folder}/model.json")
+    if "encoders" not in meta:
+        return ModelFolder(folder, configs, meta)
+    encoders = _shared_encoders(meta, folder)
+    components = encoders.meta["components"] | meta["components"]
+    return ModelFolder(folder, encoders.configs | configs, meta | {"components": components}, encoders)
+
+
+def _shared_encoders(meta: dict, folder: Path) -> ModelFolder:
+    """Returns the model in the package that a `model.json` names as its encoders, after comparing their digests."""
+    name = meta["encoders"]
+    if name not in box.NAMES:
+        raise WeightsError(
+            f"{folder} uses the encoders {printable(name)} of another version of this package; it has "
+            f"{', '.join(box.NAMES)}"
+        )
+    encoders = read_model(name)
+    if encoders_identity(encoders.meta) != encoders_identity(meta):
+        raise WeightsError(f"{folder} was trained on another version of {name} than the one in this package")
+    return encoders
 
 
 def _configs(meta: dict, where: str) -> dict[str, Any]:
@@ -225,14 +252,15 @@ def load_model(
       WeightsError: as for `read_model`, and if a component is not in the folder, does not fit its config or is damaged.
     """
     model = read_model(folder)
-    folder, configs, meta = model.path.absolute(), model.configs, model.meta
+    folder, configs, meta = model.path, model.configs, model.meta
     absent = [name for name in components if name not in meta["components"]]
     if absent:
         raise WeightsError(f"{folder} has no {', '.join(absent)}, only {', '.join(meta['components'])}")
     by_name = shardings if isinstance(shardings, dict) else dict.fromkeys(components, shardings)
-    prints = fingerprints.recorded(folder)
     params = {}
     for name in components:
+        folder = model.home(name).absolute()
+        prints = fingerprints.recorded(folder)
         late = name in prints and dtype is not None and np.dtype(dtype).name not in fingerprints.CASTS
         params[name] = _sound(folder / name, name, configs[name], None if late else dtype, by_name.get(name))
         if name in prints:

@@ -200,19 +200,26 @@ def _dataset(request: Request) -> Report:
 
 
 def _world(request: Request) -> Report:
-    checkpoint = _given(request.checkpoint)
-    if not is_run(checkpoint):
-        raise EvaluateError(f"{checkpoint} is no workdir of a training run: only a run has the config of its world")
-    config = read_config(Path(checkpoint))
-    if not isinstance(config.get("data"), dict) or not isinstance(config["data"].get("world"), dict):
-        raise EvaluateError(f"{checkpoint}/config.json describes no world: restore it, or name another run")
-    check_fields(flat({"data": {"world": config["data"]["world"]}}))
-    world = world_of(ConfigDict(config))
+    world = world_of(ConfigDict({"data": {"world": _rules(_given(request.checkpoint))}}))
     sampler = load_sampler(request)
     options = replace(request.options, noise_aug_strength=0.0)
     model = Model(sampler, origin_of(request, sampler), options, request.batch_size)
     n, seed = request.protocol.n, request.protocol.seed
     return scoring.checkpoint_on_world(model, world, request.out, n=n, seed=seed, shown=request.shown)
+
+
+def _rules(checkpoint: str) -> dict:
+    """Returns the rules of the world on which a run trains, or for which a model folder was made."""
+    if is_run(checkpoint):
+        where, data = Path(checkpoint) / "config.json", read_config(Path(checkpoint)).get("data")
+        rules = data.get("world") if isinstance(data, dict) else None
+    else:
+        model = read_model(checkpoint)
+        where, rules = model.path / "model.json", model.meta.get("source", {}).get("world")
+    if not isinstance(rules, dict):
+        raise EvaluateError(f"{where} describes no world: restore it, or name a model of the procedural world")
+    check_fields(flat({"data": {"world": rules}}))
+    return rules
 
 
 def _given(value: T | None) -> T:

@@ -3,7 +3,7 @@
 It is trained to classify shapes, colors, directions and speeds of true clips, as I3D is trained on Kinetics. Training
 takes a minute on two CPU cores at the quickstart's size and always gives the same weights on one machine:
 
-    python -m sfv_jax.evaluation.worldnet --config configs/quickstart.py:teacher
+    python -m sfv_jax.evaluation.worldnet --config configs/world.py:teacher
 
 trains it in advance and prints its accuracy; otherwise `load` trains it on first use and caches the result. A cached
 network is used only if it is the one that was stored and classifies as well as then.
@@ -285,7 +285,7 @@ def main() -> None:
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", "configs/quickstart.py:teacher", "a config with data.world")
+    config_flags.DEFINE_config_file("config", "configs/world.py:teacher", "a config with data.world")
     flags.DEFINE_string("cache", None, "folder for the network; default: the user's cache")
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sfv_jax.config import ConfigError, settled, world_of
+from sfv_jax.config import ConfigError, world_of
 from sfv_jax.config_check import check
+from sfv_jax.config_records import settled
 from sfv_jax.errors import UserError
 from sfv_jax.models.vae import VAEConfig
 from sfv_jax.performance import programs, targets

@@ -1,18 +1,37 @@
-"""Comparison of the quickstart's models: a table, a picture with strips of frames, and an animation."""
+"""The quickstart's videos: a first one, and the comparison of models as a table, strips of frames and an animation."""
 
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from sfv_jax.data.pictures import board, sheet
+from sfv_jax.data.images import fitted
+from sfv_jax.data.pictures import board, enlarge, sheet
 from sfv_jax.data.video import write_video
 from sfv_jax.data.worlds import World
-from sfv_jax.evaluation.world import busiest_direction, nearest_future
+from sfv_jax.evaluation.world import score
 from sfv_jax.performance.timing import warm
 from sfv_jax.sampling.sampler import Sampler
 
-CLIPS, SHOWN = 64, 4  # held-out clips that are scored, clips in the picture
+CLIPS, SHOWN = 16, 4  # held-out clips that are scored, clips in the picture
+FPS = 7
+COLUMNS = {  # scores of the table, with their names and digits
+    "distance": ("distance", 1),
+    "path_error": ("path error", 2),
+    "shape_kept": ("shape", 2),
+    "colour_kept": ("color", 2),
+    "legal": ("legal", 2),
+    "busiest_direction": ("busiest direction", 2),
+}
+
+
+def first_video(sampler: Sampler, image: np.ndarray, size: int, path: Path) -> None:
+    """Writes an animation of `image uint8 [h, w, 3]`, cropped to a square of `size` pixels, beside its video."""
+    image = fitted(image, size, size, "crop")
+    frames = sampler([image])
+    still = np.repeat(image[None, None], frames.shape[1], axis=1)
+    shown = [(title, enlarge(enlarge(clip))) for title, clip in (("image", still), ("video, one step", frames))]
+    write_video(path, board(shown), fps=FPS)
 
 
 def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray, float]:
@@ -47,28 +66,25 @@ def compare(world: World, teacher: Sampler, student: Sampler) -> tuple[list[dict
         clips[name], latency[name] = videos(sampler, truth, steps)
     rows = []
     for name, frames in clips.items():
-        nearest = [nearest_future(world, label, clip) for label, clip in zip(labels, frames, strict=True)]
-        rows.append(
-            {
-                "name": name,
-                "milliseconds": latency.get(name),
-                "distance": float(np.mean([distance for distance, _ in nearest])),
-                "busiest_direction": busiest_direction([label for _, label in nearest], world.directions),
-            }
-        )
+        scores = score(world, labels, frames)
+        rows.append({"name": name, "milliseconds": latency.get(name)} | {key: scores[key] for key in COLUMNS})
     return rows, clips
 
 
 def table(rows: list[dict], directions: int) -> str:
     """Returns the rows as a Markdown table, with the definitions of its columns."""
-    lines = ["| | ms per video | distance | busiest direction |", "| --- | ---: | ---: | ---: |"]
+    titles = [title for title, _ in COLUMNS.values()]
+    lines = [f"| | ms per video | {' | '.join(titles)} |", "| --- |" + " ---: |" * (1 + len(titles))]
     for row in rows:
         time_ = "" if row["milliseconds"] is None else f"{row['milliseconds']:.0f}"
-        scores = " | ".join(f"{row[name]:.2f}" for name in ("distance", "busiest_direction"))
+        scores = " | ".join(f"{row[key]:.{digits}f}" for key, (_, digits) in COLUMNS.items())
         lines.append(f"| {row['name']} | {time_} | {scores} |")
     notes = [
         f"{CLIPS} held-out first frames.",
         "Distance: RMSE in gray levels (0..255) to the nearest legal continuation, 0 is perfect.",
+        "Path error: RMS distance in pixels between a body's path and the nearest legal one.",
+        "Shape, color: shares of frames and bodies that keep those of the first frame.",
+        "Legal: share of clips whose bodies all follow a legal path, within a pixel.",
         f"Busiest direction: share of the most frequent motion, {1 / directions:.2f} when all are used alike,"
         " 1.00 after mode collapse.",
         "Time: condition to latents of one video on this machine, warm.",
@@ -80,10 +96,11 @@ def picture(clips: dict[str, np.ndarray], path: Path) -> None:
     """Writes a picture and an animation of the first clips.
 
     Args:
-      clips: `{method: uint8 [n, t, h, w, 3]}`, "truth" among them.
+      clips: `{method: uint8 [n, t, h, w, 3]}`, "truth" and "still image" among them.
       path: PNG with the frames of a clip side by side, one row per clip and method. The animation has the suffix .gif.
     """
     shown = {name: clip[:SHOWN] for name, clip in clips.items() if name != "still image"}
     rows = [(name, clip[n]) for n in range(len(clips["truth"][:SHOWN])) for name, clip in shown.items()]
     write_video(path, sheet(rows, len(shown))[None])
-    write_video(path.with_suffix(".gif"), board([*shown.items()]), fps=4)
+    still = {"condition": clips["still image"][:SHOWN]}
+    write_video(path.with_suffix(".gif"), board([*(still | shown).items()]), fps=FPS)

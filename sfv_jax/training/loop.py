@@ -9,8 +9,9 @@ import jax
 from ml_collections import ConfigDict
 
 from sfv_jax.checkpoints.run import BadStateError, Checkpoints, claim_workdir, explained, owned, read_config, safe
-from sfv_jax.config import ConfigError, renewed, settled
+from sfv_jax.config import ConfigError
 from sfv_jax.config_check import check
+from sfv_jax.config_records import renewed, settled
 from sfv_jax.data.loader import make_loader
 from sfv_jax.errors import UserError
 from sfv_jax.methods import METHODS

@@ -10,7 +10,8 @@ import pytest
 
 from sfv_jax import config as configs
 from sfv_jax.checkpoints.run import WorkdirError
-from sfv_jax.config import patch_codec_of, settled, unet_of, world_of
+from sfv_jax.config import patch_codec_of, unet_of, world_of
+from sfv_jax.config_records import settled
 from sfv_jax.data.loader import world_source
 from sfv_jax.data.video import write_video
 from sfv_jax.errors import UserError

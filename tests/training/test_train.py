@@ -301,7 +301,7 @@ def test_workdir_of_another_config(whole):
     assert "log_every" not in message
 
 
-@pytest.mark.parametrize(("name", "arg"), [("sfv", ""), ("sfv", "tiny"), ("teacher", "tiny"), ("quickstart", "sfv")])
+@pytest.mark.parametrize(("name", "arg"), [("sfv", ""), ("sfv", "tiny"), ("teacher", "tiny"), ("world", "sfv")])
 def test_unknown_fields(name, arg):
     config = get_config(name, arg)
     with pytest.raises(AttributeError, match="stepps"):

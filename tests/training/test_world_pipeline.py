@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 
 from sfv_jax import config as configs
 from sfv_jax.checkpoints import box
-from sfv_jax.checkpoints.base import load_vae
+from sfv_jax.checkpoints.base import load_encoders, load_vae
+from sfv_jax.checkpoints.decoders import latent_space
 from sfv_jax.checkpoints.exporter import export_model
 from sfv_jax.checkpoints.model_folder import load_model, read_model
 from sfv_jax.config import ConfigDict, ConfigError
@@ -128,29 +130,75 @@ def test_a_flipped_bit_in_a_packed_model_is_noticed(folders, tmp_path):
         load_model(tmp_path, ("vae",))
 
 
-@pytest.mark.slow
-def test_models_in_the_package_have_names_and_known_files(folders, tmp_path, monkeypatch):
-    (tmp_path / "tiny").mkdir()
-    sums = {}
-    for file in (folders / "packed").iterdir():
-        (tmp_path / "tiny" / file.name).write_bytes(file.read_bytes())
-        sums[file.name] = box.sha256(file)
-    monkeypatch.setattr(box, "ROOT", tmp_path)
-    monkeypatch.setattr(box, "NAMES", {"tiny": sums})
+@pytest.fixture
+def boxed(tmp_path, monkeypatch):
+    """Returns a function that puts a packed model folder into an otherwise empty package, and returns its place."""
+    monkeypatch.setattr(box, "ROOT", tmp_path / "box")
+    monkeypatch.setattr(box, "NAMES", {})
+
+    def put(folder, name: str):
+        place = shutil.copytree(folder, box.ROOT / name)
+        box.NAMES[name] = {file.name: box.sha256(file) for file in place.iterdir()}
+        box.folder.cache_clear()
+        return place
+
+    yield put
     box.folder.cache_clear()
-    assert read_model("tiny").path == tmp_path / "tiny" and box.name_of(tmp_path / "tiny") == "tiny"
+
+
+@pytest.mark.slow
+def test_models_in_the_package_have_names_and_known_files(folders, boxed):
+    place = boxed(folders / "packed", "tiny")
+    assert read_model("tiny").path == place and box.name_of(place) == "tiny"
     assert tree.count(Sampler.load("tiny").params) == tree.count(Sampler.load(folders / "packed").params)
-    (tmp_path / "tiny" / "model.json").write_text((tmp_path / "tiny" / "model.json").read_text() + " ")
+    (place / "model.json").write_text((place / "model.json").read_text() + " ")
     box.folder.cache_clear()
     with pytest.raises(WeightsError, match="model.json is not the published file"):
         read_model("tiny")
-    (tmp_path / "tiny" / "model.json").unlink()
+    (place / "model.json").unlink()
     box.folder.cache_clear()
     with pytest.raises(WeightsError, match="came without the model 'tiny'"):
         read_model("tiny")
     box.folder.cache_clear()
     with pytest.raises(WeightsError, match="other does not exist; the models in the package are tiny"):
         read_model("other")
+
+
+@pytest.mark.slow
+def test_unets_in_the_package_share_their_encoders(folders, boxed, tmp_path):
+    """The export of a run on packaged encoders holds its UNet alone; trained on, it is still a model of theirs."""
+    export_encoders(folders / "decoder", tmp_path / "packed", fp16=True)
+    boxed(tmp_path / "packed", "enc")
+    run = shutil.copytree(folders / "teacher", tmp_path / "run")
+    network = json.loads((run / "network.json").read_text()) | {"model": "enc"}
+    (run / "network.json").write_text(json.dumps(network))
+    export_model(run, tmp_path / "unet", what="model")
+    assert {x.name for x in (tmp_path / "unet").iterdir()} == {"model.json", "fingerprints.json", "unet.safetensors"}
+    boxed(tmp_path / "unet", "whole")
+
+    image = World(**RULES).clip(0)[0][0]
+    samplers = [Sampler.load(path) for path in (run, "whole")]
+    np.testing.assert_array_equal(*(sampler([image]) for sampler in samplers))
+    model = read_model("whole")
+    assert model.meta["run"]["step"] == 1 and model.meta["run"]["config"]["method"] == "teacher"
+    assert latent_space(model) == latent_space(read_model("enc"))
+    assert load_encoders("whole")[1] == load_encoders("enc")[1]
+    config = configs.teacher()
+    config.update(dict(init="whole", dtype="float32", steps=1, batch_size=2, sample_every=0))
+    config.data.update(source="world", world=ConfigDict(RULES), world_size=16)
+    loop.train(config.lock(), tmp_path / "again")
+    assert json.loads((tmp_path / "again/network.json").read_text())["model"] == "whole"
+    export_model(tmp_path / "again", tmp_path / "third", what="model")
+    assert read_model(tmp_path / "third").meta["encoders"] == "enc"
+
+    about = json.loads((tmp_path / "unet/model.json").read_text())
+    (tmp_path / "unet/model.json").write_text(json.dumps(about | {"encoders": "gone"}))
+    with pytest.raises(WeightsError, match="uses the encoders gone of another version of this package; it has enc,"):
+        read_model(tmp_path / "unet")
+    about["source"]["sha256"]["vae/parameters"] = 64 * "0"
+    (tmp_path / "unet/model.json").write_text(json.dumps(about))
+    with pytest.raises(WeightsError, match="was trained on another version of enc"):
+        read_model(tmp_path / "unet")
 
 
 def test_what_a_vae_cannot_be_trained_on_is_refused(tmp_path):
