@@ -42,7 +42,7 @@ def get_config(arg: str = ""):
     )
     config.ema_decay = 0.995
     if arg == "decoder":
-        config.update(dict(trainable="^decoder", steps=500, batch_size=3))
-        config.vae.num_frames = 14
-        config.generator_optimizer.update(lr=5e-4, warmup_steps=20, decay_steps=480)
+        config.update(dict(trainable="^decoder", steps=1000, batch_size=3))
+        config.vae.update(num_frames=14, ends_weight=4.0)
+        config.generator_optimizer.update(lr=5e-4, warmup_steps=20, decay_steps=980)
     return config.lock()

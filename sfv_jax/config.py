@@ -272,6 +272,7 @@ def vae() -> ConfigDict:
                 gradient_weight=1.0,  # L1 of the differences between neighboring pixels, against blurred edges
                 flicker_weight=1.0,  # L1 of the differences between frames
                 kl_weight=1e-3,  # KL per latent number: noise of about a percent of the latents
+                ends_weight=1.0,  # of the first and last frame, which see one neighbor less, over that of the others
             ),
         )
     )

@@ -25,6 +25,7 @@ YOUNGER: dict[str, Any] = {
     "alarms.min_adv_to_rec": 0.0,
     "alarms.max_adv_to_rec": 0.0,
     "sfv.probabilities": [],  # as JSON has it
+    "vae.ends_weight": 1.0,
     **{f"{method}.noise_shift": False for method in ("sfv", "ladd")},
     **{f"{optimizer}.max_decay": 1.0 for optimizer in ("generator_optimizer", "heads_optimizer")},
     **{f"{optimizer}.delay_steps": 0 for optimizer in ("generator_optimizer", "heads_optimizer")},

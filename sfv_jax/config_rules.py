@@ -270,6 +270,7 @@ METHODS = {
         "gradient_weight": real("weight of the L1 error of differences between neighboring pixels"),
         "flicker_weight": real("weight of the L1 error of differences between frames"),
         "kl_weight": real("weight of the KL term, a mean over latent numbers"),
+        "ends_weight": positive("weight of the errors in the first and last frame, relative to the others", 1000),
     },
     "decoder": {
         "variant": choice("sizes of the decoder: TAESDV's, or a wider one", *choices.TINY_DECODERS),

@@ -79,21 +79,28 @@ def kl(mean: Array, log_variance: Array) -> Array:
     return 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
 
 
-def edges(y: Array, x: Array) -> Array:
-    """Returns the mean absolute error of the differences between neighboring pixels of `[b, t, h, w, c]`."""
-    return jnp.mean(jnp.abs(jnp.diff(y - x, axis=2))) + jnp.mean(jnp.abs(jnp.diff(y - x, axis=3)))
+def frame_weights(t: int, ends: float) -> Array:
+    """Returns weights `[1, t, 1, 1, 1]` of mean 1, with `ends` times the weight for the first and the last frame."""
+    weights = jnp.ones(t).at[jnp.array([0, -1])].set(ends)
+    return (weights / weights.mean())[None, :, None, None, None]
 
 
-def flicker(y: Array, x: Array) -> Array:
-    """Returns the mean absolute error of the differences between frames of `[b, t, h, w, c]`; 0 for one frame."""
-    return jnp.mean(jnp.abs(jnp.diff(y - x, axis=1))) if x.shape[1] > 1 else jnp.zeros(())
+def edges(e: Array) -> Array:
+    """Returns the mean absolute difference between neighboring pixels of `[b, t, h, w, c]`, both ways added."""
+    return jnp.mean(jnp.abs(jnp.diff(e, axis=2))) + jnp.mean(jnp.abs(jnp.diff(e, axis=3)))
+
+
+def flicker(e: Array) -> Array:
+    """Returns the mean absolute difference between frames of `[b, t, h, w, c]`; 0 for one frame."""
+    return jnp.mean(jnp.abs(jnp.diff(e, axis=1))) if e.shape[1] > 1 else jnp.zeros(())
 
 
 def make_train_step(networks: VAENetworks, config):
     """Returns the train step `(state, frozen, batch) -> (state, metrics)`: pure, with the randomness of `step_key`.
 
-    The loss is L1 + gradient_weight `edges` + flicker_weight `flicker` + kl_weight `kl`, of pixels in [-1, 1] that
-    are decoded from a sample of the posterior. `batch` contains `frames` uint8 `[n, t, h, w, 3]`.
+    The loss is L1 + gradient_weight `edges` + flicker_weight `flicker` + kl_weight `kl`, of errors of pixels in [-1, 1]
+    that are decoded from a sample of the posterior. The first two weigh the frames at the ends by ends_weight: these
+    are few, and their temporal convolutions see one neighbor less. `batch` contains `frames` uint8 `[n, t, h, w, 3]`.
     """
     method = config.vae
 
@@ -106,7 +113,8 @@ def make_train_step(networks: VAENetworks, config):
             log_variance = jnp.clip(log_variance, *LOG_VARIANCE)
             noise = jax.random.normal(key, mean.shape)
             y = vae.decode(mean + jnp.exp(0.5 * log_variance) * noise).astype(jnp.float32)
-            terms = {"l1": jnp.mean(jnp.abs(y - x)), "gradient": edges(y, x), "flicker": flicker(y, x)}
+            weighted = frame_weights(x.shape[1], method.ends_weight) * (y - x)
+            terms = {"l1": jnp.mean(jnp.abs(weighted)), "gradient": edges(weighted), "flicker": flicker(y - x)}
             terms["kl"] = kl(mean, log_variance)
             total = terms["l1"] + sum(method[f"{name}_weight"] * terms[name] for name in ("gradient", "flicker", "kl"))
             # 10 log10(255^2 / MSE) in gray levels is this in [-1, 1].
