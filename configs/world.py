@@ -20,17 +20,17 @@ def get_config(arg: str = "teacher"):
     if arg not in ("teacher", "sfv", "quick"):
         raise UserError(f"configs/world.py takes :teacher, :sfv or :quick, not :{arg}")
     config = defaults.teacher() if arg == "teacher" else defaults.sfv()
-    config.update(dict(dtype="float32", accumulation_steps=1, batch_size=16, keep_checkpoints=1))
+    config.update(dict(dtype="float32", accumulation_steps=1, batch_size=8, keep_checkpoints=1))
     config.data.update(source="world", world=ConfigDict(SCENES), world_size=10_000)
     config.unet.temporal_conv = "matmul"
     if arg == "teacher":
-        config.update(dict(encoders="world-encoders", steps=3000, ema_decay=0.998))
+        config.update(dict(encoders="world-encoders", steps=5000, ema_decay=0.998))
         config.unet = ConfigDict(
             dict(
                 in_channels=8,
                 out_channels=4,
-                block_out_channels=(64, 128),
-                num_attention_heads=(2, 4),
+                block_out_channels=(64, 64, 64),
+                num_attention_heads=(2, 2, 2),
                 layers_per_block=1,
                 cross_attention_dim=64,
                 addition_time_embed_dim=16,
@@ -42,14 +42,14 @@ def get_config(arg: str = "teacher"):
         )
         config.teacher.update(p_mean=0.5, p_std=1.8)
         config.generator_optimizer.update(
-            lr=2e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=2900
+            lr=1.5e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=4900
         )
     else:
-        config.update(dict(init="world-teacher", steps=600, batch_size=8, ema_decay=0.98))
+        config.update(dict(init="world-teacher", steps=600, ema_decay=0.98))
         config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
         config.generator_optimizer.update(lr=4e-4, delay_steps=20, warmup_steps=20)
         config.heads_optimizer.update(lr=6e-3, warmup_steps=20)
-    config.update(dict(log_every=50, checkpoint_every=250, sample_every=250))
+    config.update(dict(log_every=50, checkpoint_every=250, sample_every=500))
     if arg == "quick":
         config.update(dict(steps=150, log_every=10, checkpoint_every=50, sample_every=50))
     return config.lock()

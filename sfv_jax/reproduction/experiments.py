@@ -179,7 +179,7 @@ WORLD = dict(
     speeds=(1.0,),
     radii=(1.5, 2.0),
 )
-# Two rolling bodies on a drifting texture: 64 futures of each first frame.
+# Two bodies on a texture that drifts slowly: 64 futures of each first frame.
 SCENES = dict(
     size=32,
     num_frames=14,
@@ -190,10 +190,9 @@ SCENES = dict(
     backgrounds=((70, 72, 90), (96, 80, 100), (64, 96, 100), (104, 96, 76), (60, 70, 60), (110, 80, 70)),
     bodies=2,
     shade=0.55,
-    rolling=True,
     texture=16.0,
     pans=4,
-    pan_speed=0.6,
+    pan_speed=0.25,
 )
 CODEC = dict(patch=1, embed_cell=4)  # one pixel per latent cell: the tiny network learns it fastest
 WIDTH = (24, 48)
