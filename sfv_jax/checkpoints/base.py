@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from sfv_jax.checkpoints import box
 from sfv_jax.checkpoints.model_folder import ModelFolder, encoders_identity, load_codec, load_model, read_model
-from sfv_jax.checkpoints.run import restore_ema
+from sfv_jax.checkpoints.run import read_config, restore_ema
+from sfv_jax.data.worlds import World
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig
 from sfv_jax.models.codec import PatchCodec, SVDCodec
@@ -37,6 +39,7 @@ class Base:
       codec: converts images to conditions, and frames to latents and back.
       model: the model folder that contains the VAE and CLIP tower; None with the patch codec.
       step: number of training steps; None for a model folder.
+      size: (height, width) of the videos of a training in the procedural world, in pixels; None for others.
     """
 
     unet: UNetConfig
@@ -44,6 +47,7 @@ class Base:
     codec: SVDCodec | PatchCodec
     model: ModelFolder | None
     step: int | None
+    size: tuple[int, int] | None = None
 
 
 def describe_run(workdir: Path, unet: UNetConfig, codec: PatchCodec | None, model: Path | None) -> None:
@@ -154,7 +158,7 @@ def load_generator(
         shardings = place and {"unet": place(tree.abstract(UNet, config)[1])}
         params = load_model(model, ("unet",), dtype=dtype, shardings=shardings)[0]["unet"]
         encoders = None if model.meta["codec"] == "patch" else model
-        return Base(config, params, load_codec(model), encoders, None)
+        return Base(config, params, load_codec(model), encoders, None, world_size(model.meta.get("run")))
     unet, patch_codec, folder = read_run(path)
     _, abstract = tree.abstract(UNet, unet)
     name, shardings = "generator" if raw else "ema", place and place(abstract)
@@ -166,7 +170,18 @@ def load_generator(
     if codec is None:
         raise WeightsError(f"{path}/network.json names neither a patch codec nor a model folder")
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return Base(unet, params, codec, model, step)
+    recorded = (path / "config.json").is_file() and {"config": read_config(path)}
+    return Base(unet, params, codec, model, step, world_size(recorded))
+
+
+def world_size(run: Any) -> tuple[int, int] | None:
+    """Returns (height, width) of the world in the `config` of a run's record; None if it had none, or for damage."""
+    config = run.get("config") if isinstance(run, dict) else None
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict) or data.get("source") != "world" or not isinstance(data.get("world"), dict):
+        return None
+    size = data["world"].get("size", World.size)
+    return (size, size) if isinstance(size, int) else None
 
 
 def downscale_of(path: str | Path) -> int:

@@ -75,6 +75,8 @@ class Sampler:
       codec: converts images to conditions, and latents to frames.
       dtype: compute dtype of the UNet, one of `networks.DTYPES`.
       step: number of training steps of the checkpoint; None for a model folder.
+      trained_size: (height, width) of videos by default: those of a training in the procedural world, in pixels; None
+        for other models, whose videos have the size of the first image.
       decoder: description of the decoder of frames for records: "full", or that of a tiny decoder.
       mesh: devices that share batch and parameters; None for one device. The caller places `params` and the codec's
         parameters (`load` does it); the sampler places batches.
@@ -83,6 +85,7 @@ class Sampler:
     """
 
     step: int | None = None
+    trained_size: tuple[int, int] | None = None
     decoder: str | dict[str, Any] = "full"
 
     def __init__(
@@ -151,7 +154,7 @@ class Sampler:
             option = f"vae_dtype {vae_dtype!r}" if decode_pixels is None else f"decode_pixels {decode_pixels}"
             raise UserError(f"{option}: {path} has the patch codec, which has no decoder network")
         sampler = cls(base.unet, base.params, codec, dtype, mesh=mesh, check_finite=check_finite)
-        sampler.step = base.step
+        sampler.step, sampler.trained_size = base.step, base.size
         sampler.decoder = tiny.record() if tiny else "full"
         return sampler
 
@@ -216,8 +219,8 @@ class Sampler:
             codec's downscale d. The fresh noise of later steps still comes from the seed.
           num_frames: frames per video; default: `unet.num_frames`.
           height, width: pixels, multiples of d (8 for SVD). SVD was trained at multiples of 64; at other sizes the
-            UNet's levels are resized to fit, exactly as in diffusers. Default: the size of the first image, rounded
-            down.
+            UNet's levels are resized to fit, exactly as in diffusers. Default: `trained_size`, or else the size of
+            the first image, rounded down.
           fit: how images of another shape are brought to height x width, see `data.images.fitted`. "stretch" is what
             diffusers does: the VAE gets the stretched image, CLIP the original. With "crop" and "pad" both get the
             same picture, as in training caches.
@@ -400,13 +403,13 @@ class Sampler:
         return num_frames or self.unet.num_frames, size[0] // down, size[1] // down, self.codec.latent_channels
 
     def size(self, image: np.ndarray, height: int | None, width: int | None) -> tuple[int, int]:
-        """Returns `(height, width)` of the video: as given, or the image's rounded down to whole latent cells.
+        """Returns `(height, width)` of the video: as given, `trained_size`, or the image's, rounded to latent cells.
 
         Raises:
           UserError: if a given number is not a multiple of the codec's downscale.
         """
         down = self.codec.downscale
-        own_height, own_width = (max(n // down, 1) * down for n in image.shape[:2])
+        own_height, own_width = self.trained_size or (max(n // down, 1) * down for n in image.shape[:2])
         size = (height or own_height, width or own_width)
         for name, n in zip(("height", "width"), size, strict=True):
             check_side(name, n, down)

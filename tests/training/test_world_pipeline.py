@@ -95,6 +95,9 @@ def test_a_packed_model_is_the_run_in_half_precision(folders):
     videos = [sampler([image]) for sampler in (run, packed)]
     assert videos[0].shape == (1, 3, 8, 8, 3)
     assert np.abs(videos[0].astype(int) - videos[1]).max() <= 2
+    picture = np.random.default_rng(0).integers(0, 256, (40, 24, 3), np.uint8)  # videos have the world's size
+    shapes = {sampler([picture]).shape for sampler in (run, packed)}
+    assert shapes == {videos[0].shape} and packed.size(picture, None, 16) == (8, 16)
     sizes = {file.name for file in (folders / "packed").iterdir()}
     assert sizes == {"model.json", "fingerprints.json", *(f"{x}.safetensors" for x in ("unet", "vae", "image_encoder"))}
 
