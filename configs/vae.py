@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from sfv_jax import config as defaults
 from sfv_jax.errors import UserError
-from sfv_jax.reproduction.experiments import SCENES
+from sfv_jax.reproduction.experiments import VARIED
 
 
 def get_config(arg: str = ""):
@@ -32,7 +32,7 @@ def get_config(arg: str = ""):
             temporal_conv="matmul",
         )
     )
-    config.data.update(source="world", world=ConfigDict(SCENES), world_size=200_000)
+    config.data.update(source="world", world=ConfigDict(VARIED), world_size=200_000)
     config.vae.update(num_frames=2, gradient_weight=1.0, flicker_weight=1.0, kl_weight=1e-3)
     config.update(
         dict(steps=2500, batch_size=16, log_every=50, checkpoint_every=250, sample_every=250, keep_checkpoints=1)

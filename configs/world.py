@@ -24,7 +24,7 @@ def get_config(arg: str = "teacher"):
     config.data.update(source="world", world=ConfigDict(SCENES), world_size=6000)
     config.unet.temporal_conv = "matmul"
     if arg == "teacher":
-        config.update(dict(encoders="world-encoders", steps=4000, ema_decay=0.998))
+        config.update(dict(encoders="world-encoders", steps=3000, ema_decay=0.998))
         config.unet = ConfigDict(
             dict(
                 in_channels=8,
@@ -42,7 +42,7 @@ def get_config(arg: str = "teacher"):
         )
         config.teacher.update(p_mean=0.5, p_std=1.8)
         config.generator_optimizer.update(
-            lr=1.5e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=3900
+            lr=1.5e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=2900
         )
     else:
         config.update(dict(init="world-teacher", steps=600, ema_decay=0.98))

@@ -332,6 +332,7 @@ WORLD = {
     "bodies": count("bodies in a clip, each of another color", 1, len(choices.COLOURS)),
     "shade": share("brightness of one half of each body; 1: plain bodies"),
     "rolling": switch("bodies turn as if they rolled along the bottom"),
+    "finest": count("most periods of the texture over the frame", 2, 1000),
     "texture": real("RMS amplitude of the background's texture, in gray levels", 0, 128),
     "pans": count("directions in which the background drifts", 1, 360),
     "pan_speed": real("speed of the background in pixels per frame", 0, 4096),

@@ -9,6 +9,7 @@ held-out clips, for latents of unit scale.
 """
 
 import argparse
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def best(noised: np.ndarray, futures: np.ndarray, sigma: float) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a run in the world, on latents of a VAE")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run in the world, on latents of a VAE")
     parser.add_argument("--clips", type=int, default=8)
     asked = parser.parse_args()
     sampler = Sampler.load(asked.checkpoint)

@@ -30,7 +30,6 @@ PALETTE = {
 SHAPES = ("disc", "square", "triangle", "ring")
 SPLITS = {"train": 0, "heldout": 1}
 WAVES = 4  # sinusoids of a background
-FINEST = 4  # periods of the finest one over the frame
 MOST_FUTURES = 4096
 ALL = slice(None)
 _EDGE = 0.5  # pixels; outlines fade from full to empty over the width of one pixel
@@ -110,6 +109,7 @@ class World:
       shade: brightness of one half of each body, 1 for a plain one.
       rolling: whether bodies turn as if they rolled along the bottom.
       texture: RMS amplitude of the background's texture in gray levels, 0 for a plain one.
+      finest: most periods of the texture over the frame, from 2.
       pans, pan_speed: number of directions in which the background drifts, at `360 k / pans` degrees, and its speed in
         pixels per frame.
       seed: seed of all clips.
@@ -131,6 +131,7 @@ class World:
     shade: float = 1.0
     rolling: bool = False
     texture: float = 0.0
+    finest: int = 4
     pans: int = 1
     pan_speed: float = 0.0
     seed: int = 0
@@ -147,6 +148,8 @@ class World:
             raise UserError(f"need num_frames >= 1 and seed from 0 to {MOST_SEED}, got {self.num_frames}, {self.seed}")
         if not 1 <= self.bodies <= len(self.colours):
             raise UserError(f"bodies={self.bodies}: from 1 to {len(self.colours)}, as each has its own colour")
+        if self.finest < 2:
+            raise UserError(f"need finest >= 2, got {self.finest}")
         if self.pans < 1 or not 0 <= self.shade <= 1:
             raise UserError(f"need pans >= 1 and shade from 0 to 1, got {self.pans} and {self.shade}")
         count = (self.directions * len(self.speeds)) ** self.bodies * self.pans
@@ -178,7 +181,7 @@ class World:
             left = [name for name in self.colours if name not in {body.colour for body in bodies}]
             bodies.append(self._body(rng, radius, shape, left[rng.integers(len(left))], bodies))
         rng = np.random.default_rng((*entropy, _TEXTURE))
-        waves = _waves(rng, self.texture) if self.texture else ()
+        waves = _waves(rng, self.texture, self.finest) if self.texture else ()
         return Label(tuple(bodies), background, waves, int(rng.integers(self.pans)))
 
     def _body(self, rng: np.random.Generator, radius: float, shape: str, colour: str, others: list[Body]) -> Body:
@@ -303,10 +306,10 @@ def _pixels(frames: np.ndarray) -> np.ndarray:
     return np.clip(frames + 0.5, 0, 255).astype(np.uint8)
 
 
-def _waves(rng: np.random.Generator, texture: float) -> tuple[Wave, ...]:
+def _waves(rng: np.random.Generator, texture: float, finest: int) -> tuple[Wave, ...]:
     """Returns random waves whose sum has the RMS amplitude `texture`, in the mean of the colors."""
-    lines = [(x, y) for x in range(FINEST + 1) for y in range(-FINEST, FINEST + 1) if (x, y) > (0, 0)]
-    lines = [line for line in lines if math.hypot(*line) <= FINEST]
+    lines = [(x, y) for x in range(finest + 1) for y in range(-finest, finest + 1) if (x, y) > (0, 0)]
+    lines = [line for line in lines if math.hypot(*line) <= finest]
     chosen = rng.choice(len(lines), WAVES, replace=False)
     # Coarse waves are stronger, as in natural images.
     colors = rng.standard_normal((WAVES, 3)) + 1.5 * rng.standard_normal((WAVES, 1))

@@ -179,7 +179,7 @@ WORLD = dict(
     speeds=(1.0,),
     radii=(1.5, 2.0),
 )
-# Two bodies on a texture that drifts slowly: 64 futures of each first frame.
+# Two bodies on a coarse texture that drifts slowly: 64 futures of each first frame.
 SCENES = dict(
     size=32,
     num_frames=14,
@@ -189,11 +189,13 @@ SCENES = dict(
     radii=(5.0, 7.0),
     backgrounds=((70, 72, 90), (96, 80, 100), (64, 96, 100), (104, 96, 76), (60, 70, 60), (110, 80, 70)),
     bodies=2,
-    shade=0.55,
     texture=16.0,
+    finest=2,
     pans=4,
     pan_speed=0.25,
 )
+# The same with more detail and motion, for a VAE.
+VARIED = SCENES | dict(shade=0.55, rolling=True, finest=4, pan_speed=0.6)
 CODEC = dict(patch=1, embed_cell=4)  # one pixel per latent cell: the tiny network learns it fastest
 WIDTH = (24, 48)
 

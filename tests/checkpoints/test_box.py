@@ -9,7 +9,7 @@ from sfv_jax.checkpoints.exporter import export_model
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.data.pictures import psnr
 from sfv_jax.data.worlds import World
-from sfv_jax.reproduction.experiments import SCENES
+from sfv_jax.reproduction.experiments import VARIED
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.folders import WeightsError
 
@@ -33,7 +33,7 @@ def test_what_needs_a_unet_says_that_there_is_none(tmp_path):
 @pytest.mark.slow
 def test_the_vae_reconstructs_held_out_clips():
     codec, identity = load_encoders("world-encoders")
-    frames = World(**SCENES).batch(range(4), "heldout")[0]
+    frames = World(**VARIED).batch(range(4), "heldout")[0]
     latents = codec.encode(frames) * codec.scaling_factor
     assert float(np.sqrt(np.mean(np.square(latents)))) == pytest.approx(1, abs=0.1)
     assert psnr(np.asarray(codec.decode(latents)), frames) > 28 and len(identity) == 129

@@ -77,7 +77,7 @@ def test_bounce_reverses_the_motion(shape):
     np.testing.assert_allclose(WORLD.positions(down)[1], [24.5, 18.0])
 
 
-SCENES = World(**experiments.SCENES)
+SCENES = World(**experiments.VARIED)
 
 
 def test_clips_of_plain_worlds_are_those_of_before():
@@ -163,6 +163,7 @@ def test_impossible_rules_are_refused():
         {"bodies": 7},
         {"shade": 1.5},
         {"pans": 0},
+        {"finest": 1},
         {"bodies": 4},  # 65,536 futures
     ):
         with pytest.raises(ValueError):
