@@ -283,13 +283,14 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def serve(page: Page, listener: socket.socket, ready: Callable[[], None]) -> None:
-    """Serves a page until KeyboardInterrupt or SystemExit, then deletes all files.
+def serve(page: Page, listener: socket.socket, ready: Callable[[], None], halt: threading.Event | None = None) -> None:
+    """Serves a page until KeyboardInterrupt, SystemExit or `halt`, then deletes all files.
 
     Args:
       page: the application.
       listener: a bound socket.
       ready: called when it is reachable.
+      halt: ends the server when it is set.
     """
     config = uvicorn.Config(
         page.app,
@@ -307,7 +308,7 @@ def serve(page: Page, listener: socket.socket, ready: Callable[[], None]) -> Non
     thread.start()
     said = False
     try:
-        while thread.is_alive():
+        while thread.is_alive() and not (halt and halt.is_set()):
             thread.join(0.2)
             if server.started and not said:
                 said = True
