@@ -3,7 +3,6 @@
 import logging
 import os
 import warnings
-from collections.abc import Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -32,7 +31,7 @@ _PROFILED = {  # color space of a profile: its mode, and the modes of images tha
     "GRAY": ("L", _GRAY),
     "CMYK": ("CMYK", ("CMYK",)),
 }
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")  # Pillow's names; MPO: of cameras
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")  # Pillow's names of those in docs/sampling.md
 
 
 class ImageError(UserError):
@@ -62,7 +61,7 @@ def read_image(path: str | os.PathLike, most_pixels: int | None = None) -> np.nd
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of damaged metadata and of sizes below its limit
-            with _open(path, None if most_pixels is None else FORMATS) as image:
+            with _open(path, known_only=most_pixels is not None) as image:
                 _check_pixels(image, most_pixels)
                 image.load()
                 return np.asarray(_over_white(_upright(_eight_bits(image), image), path))
@@ -128,10 +127,15 @@ def _check_pixels(image: Image.Image, most: int | None) -> None:
         raise ImageError(f"{width}x{height} (width x height) is more than {most / 1e6:.3g} megapixels, the limit here")
 
 
-def _open(path: Path, formats: Sequence[str] | None = None) -> Image.Image:
-    """Opens an image file; raises ImageError for formats that need another package."""
+def _open(path: Path, *, known_only: bool = False) -> Image.Image:
+    """Opens an image file, only of `FORMATS` if asked for; raises ImageError for formats that need another package."""
+
+    def opened() -> Image.Image:
+        Image.init()
+        return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN] if known_only else None)
+
     try:
-        return Image.open(path, formats=formats)
+        return opened()
     except UnidentifiedImageError as error:
         with path.open("rb") as file:
             head = file.read(64)
@@ -142,7 +146,7 @@ def _open(path: Path, formats: Sequence[str] | None = None) -> Image.Image:
             from pillow_heif import register_heif_opener  # pyrefly: ignore[missing-import]
 
             register_heif_opener()
-            return Image.open(path, formats=formats)
+            return opened()
         if kind == "HEIC" or (kind == "AVIF" and not features.check("avif")):
             package = "pillow-heif" if kind == "HEIC" else "--upgrade pillow"
             raise ImageError(f"{kind} needs `pip install {package}`; or save the image as PNG or JPEG") from error

@@ -192,8 +192,8 @@ class Sampler:
         other = copy(self)
         other.decoder = tiny.record() if tiny else "full"
         if isinstance(self.codec, SVDCodec):
-            placed = tiny and jax.tree.map(jnp.asarray, tiny.params)
-            other.codec = self.codec.with_decoder(tiny and tiny.config, placed)
+            params = jax.tree.map(jnp.asarray, tiny.params) if tiny else None
+            other.codec = self.codec.with_decoder(tiny.config if tiny else None, params)
         return other
 
     def latents(self, condition: dict, noise: Array, **options) -> Array:

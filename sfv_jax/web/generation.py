@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +112,7 @@ class _Maker:
         self.emit("stage", name=STAGES[name], new=new)
 
     @contextlib.contextmanager
-    def watch(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
+    def watch(self, total: int, what: str) -> Generator[Callable[[int], None], None, None]:
         """Emits the progress of sampling steps, see `sampler.Watch`."""
         done = 0
 

@@ -147,7 +147,6 @@ class Models:
         steps, guidance = 1, None
         if self.main.config.get("method") == "teacher":
             steps = TEACHER_STEPS
-            # Guidance needs a model that was trained without conditions, too.
             guidance = TEACHER_GUIDANCE if not world_behind(self.main.config) else None
         return Request(
             example=0 if self.examples else None,

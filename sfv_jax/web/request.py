@@ -128,7 +128,7 @@ def parse(content: Any, offer: Offer, defaults: Request) -> Request:
     known = asdict(defaults)
     if unknown := sorted(str(name)[:40] for name in content.keys() - known.keys()):
         raise RequestError(f"There is no setting {unknown[0]!r}.")
-    values = known | content
+    values: dict[str, Any] = known | content
     for name, bounds in NUMBERS.items():
         optional = name.endswith("_guidance_scale")
         values[name] = None if optional and values[name] is None else _number(name, values[name], *bounds)

@@ -7,7 +7,7 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Page:
         self.sessions.close()
 
     @contextlib.asynccontextmanager
-    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+    async def _lifespan(self, _: Starlette) -> AsyncGenerator[None, None]:
         async def sweep() -> None:
             while True:
                 await asyncio.sleep(min(self.limits.idle / 4, 30))
@@ -150,7 +150,7 @@ class Page:
             raise
         return StreamingResponse(self._lines(session, job, events), media_type="application/x-ndjson")
 
-    async def _lines(self, session: Session, job: Job, events: asyncio.Queue) -> AsyncIterator[str]:
+    async def _lines(self, session: Session, job: Job, events: asyncio.Queue) -> AsyncGenerator[str, None]:
         """Yields the events of a job as lines; cancels the job when the page is gone."""
         event: dict[str, Any] = {}
         try:

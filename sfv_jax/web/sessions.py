@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Session:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[Path]:
+    def open(self) -> Generator[Path, None, None]:
         """Yields the folder, which is not deleted meanwhile.
 
         Raises:

@@ -77,11 +77,11 @@ def read_upload(path: Path, name: str, limits: Limits) -> np.ndarray:
 
 def plain_name(name: str) -> str:
     """Returns the last part of a name without anything that a file system or a header could take for something else."""
-    last = re.split(r"[/\\]", name)[-1]
-    stem, _, suffix = last.rpartition(".")
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", stem or suffix).strip("-")[:40]
-    suffix = re.sub(r"[^A-Za-z0-9]+", "", suffix)[:5] if last.rpartition(".")[0] else ""
-    return f"{stem or 'image'}.{suffix}" if suffix else stem or "image"
+    stem, dot, suffix = re.split(r"[/\\]", name)[-1].rpartition(".")
+    stem, suffix = (stem, suffix) if dot else (suffix, "")
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:40] or "image"
+    suffix = re.sub(r"[^A-Za-z0-9]+", "", suffix)[:5]
+    return f"{stem}.{suffix}" if suffix else stem
 
 
 def data_url(frame: np.ndarray) -> str:

@@ -114,6 +114,7 @@ def test_an_image_becomes_a_video(client, running):
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"no image", "no known kind"), (bytes(20_001), "larger than 20,000 bytes"), (encoded("PNG")[:70], "cannot read")],
+    ids=["unknown", "heavy", "cut"],
 )
 def test_bad_images_are_sentences(client, content, message):
     assert message in client.json("PUT", f"{client.base}/image?name=x.png", content, 400)["message"]
@@ -135,7 +136,7 @@ def test_an_upload_without_a_length_is_bounded(client):
     assert sent <= 2000 and not client.json("POST", f"{client.base}/alive", status=204)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[" * 30_000, b'{"seed": -1}', b'{"beside": 3}', b'"x"'])
+@pytest.mark.parametrize("body", [b"", b"{", b"[" * 30_000, b'{"seed": -1}', b'{"beside": 3}', b'"x"'], ids=len)
 def test_bad_requests_are_sentences(client, body):
     assert client.json("POST", f"{client.base}/videos", body, 400)["message"].endswith(".")
     assert client.generate()[-1] == {"event": "end"}  # the page goes on

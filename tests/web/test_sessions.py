@@ -63,6 +63,7 @@ def test_an_image_becomes_that_of_the_session(sessions, kind):
         ("a\n.eps", encoded("EPS"), "a\\n.eps: cannot read the image: no known kind"),  # Pillow would run Ghostscript
         ("a.ppm", encoded("PPM"), "a.ppm: cannot read the image: no known kind"),
     ],
+    ids=["empty", "heavy", "cut", "html", "big", "bomb", "eps", "ppm"],
 )
 def test_what_is_no_image_here_is_refused_in_a_sentence(sessions, name, content, message):
     session = sessions.begin()
