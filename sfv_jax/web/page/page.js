@@ -53,6 +53,7 @@ function complain(error) {
   if (error && !known) console.error(error);
   $("error").textContent = error ? (known ? error.message : `The page failed: ${error.message}`) : "";
   $("error").hidden = !error;
+  if (error) $("error").scrollIntoView({ block: "nearest" });
 }
 
 // ---- the image
@@ -234,7 +235,7 @@ function draw() {
     const bitmap = video.bitmaps[Math.min(frame, video.bitmaps.length - 1)];
     if (bitmap) video.canvas.getContext("2d").drawImage(bitmap, 0, 0);
   }
-  $("seek").max = Math.max(count - 1, 0);
+  $("seek").max = Math.max(...shown.map((video) => video.frames)) - 1;
   $("seek").value = frame;
   $("number").textContent = count ? `${frame + 1} / ${Math.max(...shown.map((video) => video.frames))}` : "";
 }
@@ -261,8 +262,7 @@ function results() {
     part.querySelector("h3").textContent = `${video.title}: ${video.bitmaps.length} frames in ${seconds(video.seconds)}`;
     const most = Math.max(...Object.values(video.times), 1e-9);
     for (const [stage, time] of Object.entries(video.times)) {
-      const [name, value] = [document.createElement("span"), document.createElement("span")];
-      const meter = document.createElement("meter");
+      const [name, meter, value] = ["span", "progress", "span"].map((kind) => document.createElement(kind));
       name.textContent = stage;
       value.textContent = seconds(time);
       meter.value = time / most;
