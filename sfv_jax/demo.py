@@ -20,7 +20,7 @@ from sfv_jax.runtime import commands
 FLAGS = flags.FLAGS
 
 
-def main() -> None:
+def main() -> int | None:
     if not all(map(find_spec, ("starlette", "uvicorn"))):
         raise UserError('the page needs packages that are not installed: pip install -e ".[demo]"')
     commands.apply_size()
@@ -51,7 +51,11 @@ def main() -> None:
     limits = Limits(upload_bytes=FLAGS.max_upload_bytes, upload_pixels=FLAGS.max_upload_pixels)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     page = server.Page(offered, limits, FLAGS.host)
-    server.serve(page, listener, lambda: say(f"open http://{host}:{address[1]}/ (Ctrl-C ends)"))
+    try:
+        server.serve(page, listener, lambda: say(f"open http://{host}:{address[1]}/ (Ctrl-C ends)"))
+    except KeyboardInterrupt:
+        print("demo: ended; the files of its pages are deleted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def define_flags() -> None:

@@ -86,6 +86,7 @@ class _Maker:
     def __init__(self, models: Models, session: Session, job: Job, side: int, other: bool):
         self.session, self.job, self.side = session, job, side
         self.model = models.other if other and models.other is not None else models.main
+        self.name = models.title(other)
 
     def emit(self, event: str, **fields) -> None:
         self.job.emit({"event": event, "side": self.side} | fields)
@@ -96,7 +97,7 @@ class _Maker:
         times: dict[str, float] = {}
         self.emit(
             "begin",
-            title=f"{self.model.name}, seed {options['seed']}",
+            title=f"{self.name}, seed {options['seed']}",
             frames=sampler.unet.num_frames,
             **{name: options[name] for name in ("height", "width", "fps")},
         )

@@ -70,7 +70,6 @@ class Model:
     def about(self) -> dict[str, Any]:
         """Returns what a page shows."""
         return {
-            "name": self.name,
             "step": self.first.step,
             "method": self.config.get("method"),
             "frames": self.first.unet.num_frames,
@@ -157,6 +156,12 @@ class Models:
             decoder=next(iter(self.main.samplers)),
         )
 
+    def title(self, other: bool) -> str:
+        """Returns how a page calls the main or the other model: its name, or its path if both have one name."""
+        model = self.other if other and self.other else self.main
+        twice = self.other is not None and self.other.name == self.main.name
+        return model.checkpoint if twice else model.name
+
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Returns `(height, width)` of the video for an image of this size, in whole latent cells.
 
@@ -170,6 +175,11 @@ class Models:
         scale = min(1.0, unet.sample_size * down / math.sqrt(height * width))
         own = [max(math.floor(side * scale / down + 1e-6), 1) * down for side in (height, width)]
         return self.height or own[0], self.width or own[1]
+
+    def about(self) -> list[dict[str, Any]]:
+        """Returns what a page shows of each model."""
+        models = [model for model in (self.main, self.other) if model]
+        return [model.about() | {"name": self.title(model is self.other)} for model in models]
 
 
 def make(main: Model, other: Model | None = None, height: int | None = None, width: int | None = None) -> Models:

@@ -177,8 +177,7 @@ class Page:
 def about(models: Models, limits: Limits) -> dict[str, Any]:
     """Returns what a page must know to show itself, as JSON."""
     return {
-        "model": models.main.about(),
-        "other": models.other and models.other.about(),
+        "models": models.about(),
         "defaults": asdict(models.defaults),
         "ranges": {name: bounds[1:] for name, bounds in NUMBERS.items()},
         "choices": {
@@ -291,6 +290,9 @@ def serve(page: Page, listener: socket.socket, ready: Callable[[], None], halt: 
       listener: a bound socket.
       ready: called when it is reachable.
       halt: ends the server when it is set.
+
+    Raises:
+      UserError: if the server ends by itself, which has logged why.
     """
     config = uvicorn.Config(
         page.app,
@@ -313,6 +315,8 @@ def serve(page: Page, listener: socket.socket, ready: Callable[[], None], halt: 
             if server.started and not said:
                 said = True
                 ready()
+        if not thread.is_alive():
+            raise UserError("the server ended by itself; the lines above tell why")
     finally:
         server.should_exit = True
         page.close()

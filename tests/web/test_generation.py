@@ -161,6 +161,15 @@ def test_defaults_follow_the_training(small):
         assert models.world_behind({"data": broken}) is None
 
 
+def test_two_models_of_one_name_are_told_apart_by_their_paths(small):
+    same = replace(small.other, checkpoint="runs/a/small")
+    assert [models.make(small.main, same).title(other) for other in (False, True)] == [
+        small.main.checkpoint,
+        "runs/a/small",
+    ]
+    assert [small.title(other) for other in (False, True)] == ["small", "other"]
+
+
 def test_models_of_different_kinds_are_not_compared(small, model_folder):
     with pytest.raises(UserError, match="make videos of different kinds"):
         models.make(small.main, models.load(str(model_folder)))

@@ -353,8 +353,7 @@ function describe(model) {
 
 async function begin() {
   about = await (await call("api/session", { method: "POST" })).json();
-  const other = about.other ? ` beside ${describe(about.other)}` : "";
-  $("model").textContent = `${describe(about.model)}${other}, ${about.model.frames} frames`;
+  $("model").textContent = `${about.models.map(describe).join(" beside ")}, ${about.models[0].frames} frames`;
   for (const [name, values] of Object.entries(about.choices)) {
     const control = form.elements[name];
     control.replaceChildren(...values.map((value) => new Option(name === "beside" ? BESIDE[value] : value, value)));
