@@ -244,17 +244,19 @@ class _Guard:
 
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get("host", ""), headers.get("origin")
-        named = urlsplit(f"//{host}").hostname if _splits(host) else None
-        foreign = self.own and named not in LOOPBACK or origin is not None and urlsplit(origin).netloc != host
+        outside = self.own and _split(f"//{host}")[1] not in LOOPBACK
+        foreign = outside or origin is not None and _split(origin)[0] != host
         refusal = JSONResponse({"message": "This server answers its own page only."}, 403)
         await (refusal if foreign else self.app)(scope, receive, with_headers)
 
 
-def _splits(host: str) -> bool:
+def _split(address: str) -> tuple[str | None, str | None]:
+    """Returns the host of an address with and without its port; (None, None) of what is no address."""
     try:
-        return bool(urlsplit(f"//{host}").hostname)
+        found = urlsplit(address)
+        return found.netloc, found.hostname
     except ValueError:
-        return False
+        return None, None
 
 
 def is_loopback(host: str) -> bool:

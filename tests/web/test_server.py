@@ -155,6 +155,7 @@ def test_other_origins_are_refused(client):
         {"Host": "["},
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
+        {"Origin": "http://["},
     ):
         assert "own page" in client.json("POST", "/api/session", headers=headers, status=403)["message"]
     own = {"Host": f"localhost:{client.port}", "Origin": f"http://localhost:{client.port}"}
