@@ -44,7 +44,6 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOST_REQUEST = 20_000  # bytes of the JSON of a request
 UPLOAD_SECONDS = 120.0
 UPLOADS = 4  # received and decoded at a time
@@ -244,7 +243,7 @@ class _Guard:
 
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get("host", ""), headers.get("origin")
-        outside = self.own and _split(f"//{host}")[1] not in LOOPBACK
+        outside = self.own and not is_loopback(_split(f"//{host}")[1] or "")
         foreign = outside or origin is not None and _split(origin)[0] != host
         refusal = JSONResponse({"message": "This server answers its own page only."}, 403)
         await (refusal if foreign else self.app)(scope, receive, with_headers)
