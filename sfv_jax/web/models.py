@@ -173,8 +173,10 @@ class Models:
         if world is not None and self.height is None and self.width is None:
             return world.size, world.size
         scale = min(1.0, unet.sample_size * down / math.sqrt(height * width))
-        own = [max(math.floor(side * scale / down + 1e-6), 1) * down for side in (height, width)]
-        return self.height or own[0], self.width or own[1]
+        cells = [max(math.floor(side * scale / down + 1e-6), 1) for side in (height, width)]
+        least = min(cells)  # of a very long image it was raised to 1
+        rows, columns = (min(n, unet.sample_size**2 // least) if n > least else n for n in cells)
+        return self.height or rows * down, self.width or columns * down
 
     def about(self) -> list[dict[str, Any]]:
         """Returns what a page shows of each model."""

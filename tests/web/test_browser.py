@@ -1,12 +1,8 @@
 """The command as a process and its page in a real browser: headless Chromium, driven by Playwright."""
 
 import json
-import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +10,8 @@ from PIL import Image
 
 from sfv_jax.data.video import read_clip, read_comment
 from tests.support.small_model import save_world_model
+from tests.web.test_demo import served
 
-ROOT = Path(__file__).parents[2]
 WAIT = 300_000  # milliseconds: programs are compiled meanwhile
 
 pytestmark = pytest.mark.slow
@@ -27,21 +23,12 @@ def address(small_folder, tmp_path_factory):
     pytest.importorskip("uvicorn", reason='needs pip install -e ".[demo]"')
     other = save_world_model(tmp_path_factory.mktemp("browser") / "second", seed=1)
     files = tmp_path_factory.mktemp("files")
-    command = [sys.executable, "-u", "-m", "sfv_jax.demo", f"--checkpoint={small_folder}", f"--compare={other}"]
-    command += ["--port=0", "--max_upload_bytes=100000", "--max_upload_pixels=1000000"]
-    environment = os.environ | {"TMPDIR": str(files)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if found := re.search(r"open (http://127\.0\.0\.1:\d+/)", line):
-            break
-    else:
-        raise AssertionError(said)
-    yield found[1]
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    process.stdout.close()
+    with served(
+        small_folder, files, f"--compare={other}", "--max_upload_bytes=100000", "--max_upload_pixels=1000000"
+    ) as (process, found):
+        yield found
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
     assert not list(files.glob("sfv-demo-*"))
 
 
