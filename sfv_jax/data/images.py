@@ -131,8 +131,10 @@ def _open(path: Path, *, known_only: bool = False) -> Image.Image:
     """Opens an image file, only of `FORMATS` if asked for; raises ImageError for formats that need another package."""
 
     def opened() -> Image.Image:
+        if not known_only:
+            return Image.open(path)
         Image.init()
-        return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN] if known_only else None)
+        return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
 
     try:
         return opened()
