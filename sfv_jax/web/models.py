@@ -102,9 +102,16 @@ def training_config(checkpoint: str) -> dict[str, Any]:
     path = box.located(checkpoint)
     if is_run(path):
         return read_config(path)
-    run = read_model(path).meta.get("run")
+    return recorded_config(read_model(path).meta)
+
+
+def recorded_config(meta: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a `model.json` tells of the training's config: that of the run, or the rules of the world."""
+    run, source = meta.get("run"), meta.get("source")
     config = run.get("config") if isinstance(run, dict) else None
-    return config if isinstance(config, dict) else {}
+    config = config if isinstance(config, dict) else {}
+    rules = source.get("world") if isinstance(source, dict) else None
+    return {"data": {"source": "world", "world": rules}} | config if isinstance(rules, dict) else config
 
 
 def world_behind(config: dict[str, Any]) -> World | None:

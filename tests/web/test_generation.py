@@ -170,6 +170,13 @@ def test_two_models_of_one_name_are_told_apart_by_their_paths(small):
     assert [small.title(other) for other in (False, True)] == ["small", "other"]
 
 
+def test_a_model_folder_tells_its_world_by_its_run_or_its_source():
+    source = {"source": {"world": WORLD}}
+    for meta in ({"run": {"config": CONFIG}}, source, source | {"run": {"config": {"method": "sfv"}}}):
+        assert models.world_behind(models.recorded_config(meta)).size == WORLD["size"]
+    assert models.recorded_config({"run": 3, "source": []}) == {}
+
+
 def test_models_of_different_kinds_are_not_compared(small, model_folder):
     with pytest.raises(UserError, match="make videos of different kinds"):
         models.make(small.main, models.load(str(model_folder)))
