@@ -10,6 +10,7 @@ COMMANDS = {  # in the order of a project
     "prepare": "converts a folder of videos to a latent cache",
     "train": "trains a model",
     "sample": "makes videos from images",
+    "demo": "serves a page on which an image becomes a video",
     "evaluate": "scores videos or a checkpoint",
     "plan": "predicts memory and time of a job on accelerators that need not be there",
     "benchmark": "times the networks on the device at hand",

@@ -47,9 +47,7 @@ def main() -> None:
     sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
     settings = files.Settings(
         options=commands.values(*files.OPTIONS) | {"guidance": guidance},
-        origin={"checkpoint": str(FLAGS.checkpoint), "step": sampler.step, "mesh": FLAGS.mesh}
-        | load
-        | {"decoder": sampler.decoder},
+        origin=files.origin_of(sampler, FLAGS.checkpoint, load, FLAGS.mesh),
         timed=FLAGS.times,
         **commands.values("seed", "batch_size"),
     )

@@ -31,18 +31,24 @@ _PROFILED = {  # color space of a profile: its mode, and the modes of images tha
     "GRAY": ("L", _GRAY),
     "CMYK": ("CMYK", ("CMYK",)),
 }
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")  # Pillow's names of those in docs/sampling.md
 
 
 class ImageError(UserError):
     """Unusable image; the message is one line with the file and the cause."""
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
+def read_image(path: str | os.PathLike, most_pixels: int | None = None) -> np.ndarray:
     """Reads a still image as a viewer shows it: upright, in sRGB, transparency over white.
 
     The first picture of an animation or of several pages is read. Sixteen bits per channel become eight. Of the
     metadata only the orientation and the color profile matter, and damage in them is no error: the picture is taken as
     stored, and an unusable profile is ignored with a warning (`logging`) of one line.
+
+    Args:
+      path: the file.
+      most_pixels: refuse a larger image by its header, before it is decoded, and files of no kind that docs/sampling.md
+        lists: for files from strangers. None for Pillow's limits.
 
     Returns:
       uint8 `[h, w, 3]` RGB.
@@ -55,11 +61,15 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of damaged metadata and of sizes below its limit
-            with _open(path) as image:
+            with _open(path, known_only=most_pixels is not None) as image:
+                _check_pixels(image, most_pixels)
                 image.load()
                 return np.asarray(_over_white(_upright(_eight_bits(image), image), path))
     except ImageError as error:
         raise ImageError(f"{one_line(path)}: {error}") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, above which it does not tell the size
+        most = min(most for most in (most_pixels, 2 * (Image.MAX_IMAGE_PIXELS or 0)) if most)
+        raise ImageError(f"{one_line(path)}: more than {most / 1e6:.3g} megapixels, the limit here") from error
     except Exception as error:  # decoders raise errors of every kind on damaged files
         raise ImageError(f"{one_line(path)}: cannot read the image: {_reason(error)}") from error
 
@@ -111,10 +121,23 @@ def fitted(frames: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
     return resized.reshape(*frames.shape[:-3], height, width, 3)
 
 
-def _open(path: Path) -> Image.Image:
-    """Opens an image file; raises ImageError for formats that need another package."""
+def _check_pixels(image: Image.Image, most: int | None) -> None:
+    width, height = image.size
+    if most is not None and width * height > most:
+        raise ImageError(f"{width}x{height} (width x height) is more than {most / 1e6:.3g} megapixels, the limit here")
+
+
+def _open(path: Path, *, known_only: bool = False) -> Image.Image:
+    """Opens an image file, only of `FORMATS` if asked for; raises ImageError for formats that need another package."""
+
+    def opened() -> Image.Image:
+        if not known_only:
+            return Image.open(path)
+        Image.init()
+        return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+
     try:
-        return Image.open(path)
+        return opened()
     except UnidentifiedImageError as error:
         with path.open("rb") as file:
             head = file.read(64)
@@ -125,7 +148,7 @@ def _open(path: Path) -> Image.Image:
             from pillow_heif import register_heif_opener  # pyrefly: ignore[missing-import]
 
             register_heif_opener()
-            return Image.open(path)
+            return opened()
         if kind == "HEIC" or (kind == "AVIF" and not features.check("avif")):
             package = "pillow-heif" if kind == "HEIC" else "--upgrade pillow"
             raise ImageError(f"{kind} needs `pip install {package}`; or save the image as PNG or JPEG") from error

@@ -92,7 +92,8 @@ class SVDCodec:
         self.params, self.decode_dtype = params, decode_dtype
         self.vae_config, self.clip_config = vae_config, clip_config
         options = (decode_dtype, pixels, memory)
-        self.decoder = FullDecoder(vae_config, *options) if tiny is None else TinyDecoder(tiny, *options)
+        self._decoders = lambda tiny: FullDecoder(vae_config, *options) if tiny is None else TinyDecoder(tiny, *options)
+        self.decoder = self._decoders(tiny)
         self.scaling_factor = vae_config.scaling_factor
         self.latent_channels = vae_config.latent_channels
         self.downscale = vae_config.downscale
@@ -112,6 +113,18 @@ class SVDCodec:
         """Returns the same codec, compiled programs included, with other parameters."""
         other = copy(self)
         other.params = params
+        return other
+
+    def with_decoder(self, tiny: TinyDecoderConfig | None, params: tree.Params | None = None) -> "SVDCodec":
+        """Returns the same codec, encoders and their compiled programs included, with another decoder of frames.
+
+        Args:
+          tiny: the config of a tiny decoder; None for the VAE's own decoder.
+          params: the parameters of the tiny decoder.
+        """
+        other = copy(self)
+        other.params = self.params if params is None else self.params | {"tiny_decoder": params}
+        other.decoder = self._decoders(tiny)
         return other
 
     def encode(self, frames: Array | np.ndarray, chunk_size: int | None = None) -> Array:

@@ -239,7 +239,7 @@ def _sample(sampler: "Sampler", batch: list[tuple[Job, np.ndarray]], size: tuple
     began = time.monotonic()
     options = settings.options | {"height": size[0], "width": size[1]}
     seeds = [settings.seed + job.number for job, _ in batch]
-    about = settings.origin | {"packages": package_versions("jax", "flax"), "batch_size": len(batch)}
+    about = settings.origin | surroundings(len(batch))
     if len(batch) == 1 and times is None and sampler.decoder != "full" and batch[0][0].video.suffix.lower() == ".mp4":
         _stream(sampler, *batch[0], {"seed": seeds[0]} | options, about | {"times": None})
         return
@@ -248,7 +248,7 @@ def _sample(sampler: "Sampler", batch: list[tuple[Job, np.ndarray]], size: tuple
     about |= {"seconds": seconds, "times": times}
     together = f" (with {len(batch) - 1} more)" if len(batch) > 1 else ""
     for (job, _), seed, frames in zip(batch, seeds, videos, strict=True):
-        _write(job, frames, {"seed": seed} | options | {"num_frames": len(frames)} | about)
+        write(job, frames, {"seed": seed} | options | {"num_frames": len(frames)} | about)
         made = f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} in {seconds:.2f} s{together}"
         print(f"{one_line(job.video)}: {made}", flush=True)
     if times is not None:
@@ -260,7 +260,7 @@ def _stream(sampler: "Sampler", job: Job, pixels: np.ndarray, options: dict, abo
     began = time.monotonic()
     chosen = {name: value for name, value in options.items() if name != "decode_chunk_size"}
     count = options["num_frames"] or sampler.unet.num_frames
-    _write(job, sampler.stream(pixels, watch=progress, **chosen), options | {"num_frames": count} | about)
+    write(job, sampler.stream(pixels, watch=progress, **chosen), options | {"num_frames": count} | about)
     size = f"{options['height']}x{options['width']}"
     print(
         f"{one_line(job.video)}: {count} frames of {size} in {time.monotonic() - began:.2f} s, written as they came",
@@ -268,7 +268,23 @@ def _stream(sampler: "Sampler", job: Job, pixels: np.ndarray, options: dict, abo
     )
 
 
-def _write(job: Job, frames: np.ndarray | Iterator[np.ndarray], settings: dict) -> None:
+def origin_of(sampler: "Sampler", checkpoint: str | Path, load: dict, mesh: list[str] | None = None) -> dict:
+    """Returns the fields of records that say where videos come from.
+
+    Args:
+      sampler: the loaded model.
+      checkpoint, load, mesh: arguments of its loading.
+    """
+    about = {"checkpoint": str(checkpoint), "step": sampler.step, "mesh": mesh}
+    return about | load | {"decoder": sampler.decoder}
+
+
+def surroundings(batch_size: int) -> dict:
+    """Returns the fields of records that say with what videos were made, `batch_size` at a time."""
+    return {"packages": package_versions("jax", "flax"), "batch_size": batch_size}
+
+
+def write(job: Job, frames: np.ndarray | Iterator[np.ndarray], settings: dict) -> None:
     """Writes a video between two writes of its record: a video without a record would count as someone else's.
 
     An .mp4 contains the first record as its comment. The second adds `video_sha256`, by which a change of the video is

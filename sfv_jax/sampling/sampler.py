@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sfv_jax.checkpoints.base import load_generator
+from sfv_jax.checkpoints.base import Base, load_generator
 from sfv_jax.checkpoints.decoders import choose_decoder
+from sfv_jax.checkpoints.model_folder import ModelFolder
 from sfv_jax.choices import MOST_SEED
 from sfv_jax.errors import UserError
 from sfv_jax.models import tree
@@ -31,6 +33,7 @@ Array = jax.Array
 MOST_KINDS = 64
 STAGES = {"clip": "image encoder", "encode": "VAE encoder", "denoise": "UNet", "decode": "decoder"}
 Watch = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
+Enter = Callable[[str, bool], None]
 
 
 class NonFiniteError(UserError):
@@ -38,18 +41,22 @@ class NonFiniteError(UserError):
 
 
 class _Stages:
-    """Stages of one call of a sampler: computed on its mesh, timed, and shown while they are compiled.
+    """Stages of one call of a sampler: computed on its mesh, timed, announced, and shown while they are compiled.
 
     Attributes:
       about: description of the videos.
       new: whether programs for them may have to be compiled.
     """
 
-    def __init__(self, mesh: Mesh | None, times: dict[str, float] | None, watch: Watch | None):
+    def __init__(
+        self, mesh: Mesh | None, times: dict[str, float] | None, watch: Watch | None, enter: Enter | None = None
+    ):
         self.mesh, self.times, self.watch, self.about, self.new = mesh, times, watch, "", True
+        self.enter: Enter = enter or (lambda name, new: None)
 
     def __call__(self, name: str, fn: Callable, *args, **kw) -> Any:
         """Returns `fn(...)`; with `times`, waits for it and notes its seconds."""
+        self.enter(name, self.new)
         began = time.perf_counter()
         with compiling(f"{STAGES[name]}, {self.about}") if self.watch and self.new else nullcontext():
             result = (fn if self.mesh is None else on_mesh(self.mesh, fn))(*args, **kw)
@@ -61,6 +68,18 @@ class _Stages:
     def watched(self, count: int, what: str) -> AbstractContextManager[Callable[[int], None] | None]:
         """Returns the context of the progress of `count` steps of a stage."""
         return self.watch(count, what) if self.watch and count > 1 else nullcontext()
+
+
+def _timed(coming: Iterator[np.ndarray], times: dict[str, float]) -> Iterator[np.ndarray]:
+    """Yields what comes; adds the seconds of waiting for it to `times["decode"]`."""
+    times["decode"] = 0.0
+    while True:
+        began = time.perf_counter()
+        frame = next(coming, None)
+        times["decode"] += time.perf_counter() - began
+        if frame is None:
+            return
+        yield frame
 
 
 class Sampler:
@@ -78,6 +97,7 @@ class Sampler:
       trained_size: (height, width) of videos by default: those of a training in the procedural world, in pixels; None
         for other models, whose videos have the size of the first image.
       decoder: description of the decoder of frames for records: "full", or that of a tiny decoder.
+      model: the model folder that contains the VAE and CLIP tower; None with the patch codec.
       mesh: devices that share batch and parameters; None for one device. The caller places `params` and the codec's
         parameters (`load` does it); the sampler places batches.
       check_finite: raise NonFiniteError instead of returning videos computed from NaN or infinity. The check runs on
@@ -87,6 +107,7 @@ class Sampler:
     step: int | None = None
     trained_size: tuple[int, int] | None = None
     decoder: str | dict[str, Any] = "full"
+    model: ModelFolder | None = None
 
     def __init__(
         self,
@@ -154,9 +175,29 @@ class Sampler:
             option = f"vae_dtype {vae_dtype!r}" if decode_pixels is None else f"decode_pixels {decode_pixels}"
             raise UserError(f"{option}: {path} has the patch codec, which has no decoder network")
         sampler = cls(base.unet, base.params, codec, dtype, mesh=mesh, check_finite=check_finite)
-        sampler.step, sampler.trained_size = base.step, base.size
+        sampler.step, sampler.trained_size, sampler.model = base.step, base.size, base.model
         sampler.decoder = tiny.record() if tiny else "full"
         return sampler
+
+    def with_decoder(self, decoder: str | Path) -> "Sampler":
+        """Returns the same sampler, parameters and compiled programs included, with another decoder of frames.
+
+        Args:
+          decoder: as for `load`.
+
+        Raises:
+          WeightsError: as `load`.
+          UserError: if the parameters are spread over a mesh.
+        """
+        if self.mesh is not None:
+            raise UserError("a sampler on a mesh cannot change its decoder: load it with the other one")
+        tiny = choose_decoder(str(decoder), Base(self.unet, self.params, self.codec, self.model, self.step))
+        other = copy(self)
+        other.decoder = tiny.record() if tiny else "full"
+        if isinstance(self.codec, SVDCodec):
+            params = jax.tree.map(jnp.asarray, tiny.params) if tiny else None
+            other.codec = self.codec.with_decoder(tiny.config if tiny else None, params)
+        return other
 
     def latents(self, condition: dict, noise: Array, **options) -> Array:
         """Returns `generator(params, condition, noise, ...)`: scaled latents fp32 `[b, t, h, w, c]`."""
@@ -281,7 +322,9 @@ class Sampler:
         motion_bucket_id: float = 127,
         noise_aug_strength: float = 0.02,
         guidance: tuple[float, float] | None = None,
+        times: dict[str, float] | None = None,
         watch: Watch | None = None,
+        enter: Enter | None = None,
     ) -> Iterator[np.ndarray]:
         """Yields the frames uint8 `[height, width, 3]` of the video of `image`, each as soon as it is decoded.
 
@@ -294,14 +337,18 @@ class Sampler:
           noise: `[1, t, height / d, width / d, c]`, see `__call__`.
           steps, sampler, seed, num_frames, height, width, fit, fps, motion_bucket_id, noise_aug_strength, guidance,
             watch: as for `__call__`.
+          times: as for `__call__`. "decode" grows with each frame, without the time that the caller takes.
+          enter: called before each stage with its name, see `times`, and whether it may have to be compiled first. What
+            it raises ends the call.
 
         Raises:
           UserError: as `__call__`.
           NonFiniteError: as `__call__`; for decoded frames, in place of the first of them that is not finite.
         """
+        stage = _Stages(self.mesh, times, watch, enter)
         latents, checks = self._denoised(
             checked_images([image]),
-            _Stages(self.mesh, None, watch),
+            stage,
             "stream",
             steps=steps,
             sampler=sampler,
@@ -316,7 +363,8 @@ class Sampler:
         )
         if self.check_finite:
             self._raise_nonfinite(checks, 1)
-        return self._streamed(latents)
+        stage.enter("decode", stage.new)
+        return self._streamed(latents) if times is None else _timed(self._streamed(latents), times)
 
     def _streamed(self, latents: Array) -> Iterator[np.ndarray]:
         coming = self.codec.stream(latents)

@@ -310,3 +310,14 @@ def test_any_name(tmp_path):
         with pytest.raises(ImageError) as caught:
             read_image(path)
         assert str(caught.value).isprintable()
+
+
+def test_images_of_strangers_are_bounded_by_their_header(tmp_path):
+    Image.new("1", (30, 20)).save(tmp_path / "small.png")
+    assert read_image(tmp_path / "small.png", most_pixels=600).shape == (20, 30, 3)
+    with pytest.raises(ImageError, match=r"small.png: 30x20 \(width x height\) is more than 0.000599 megapixels"):
+        read_image(tmp_path / "small.png", most_pixels=599)
+    Image.new("L", (3, 2)).save(tmp_path / "a.ppm")  # a format that is read, but that docs/sampling.md does not list
+    assert read_image(tmp_path / "a.ppm").shape == (2, 3, 3)
+    with pytest.raises(ImageError, match="a.ppm: cannot read the image: no known kind"):
+        read_image(tmp_path / "a.ppm", most_pixels=600)

@@ -22,7 +22,7 @@ from sfv_jax.models import attention, networks
 from sfv_jax.performance import job, measurement
 from sfv_jax.reproduction import experiments
 
-COMMANDS = ("train", "sample", "convert", "prepare", "evaluate", "plan", "benchmark", "reproduce", "quickstart")
+COMMANDS = ("train", "sample", "convert", "prepare", "evaluate", "plan", "benchmark", "reproduce", "quickstart", "demo")
 COMMAND = """
 import sys
 from absl import flags

@@ -129,6 +129,12 @@ def test_from_training_to_frames(trained, one_device, tmp_path, monkeypatch):
     streamed = np.stack(list(sampler.stream(image, num_frames=3)))
     assert frames.shape == streamed.shape == (3, 16, 16, 3)
     assert np.abs(frames.astype(int) - streamed).max() <= 1
+    changed = Sampler.load(model).with_decoder("tiny")
+    np.testing.assert_array_equal(np.stack(list(changed.stream(image, num_frames=3))), streamed)
+    assert changed.decoder == sampler.decoder and changed.with_decoder("full").decoder == "full"
+    np.testing.assert_array_equal(
+        changed.with_decoder("full")([image], num_frames=3), Sampler.load(model)([image], num_frames=3)
+    )
     direct = Sampler.load(model, decoder=run)
     np.testing.assert_array_equal(direct([image], num_frames=3)[0], frames)
     with pytest.raises(WeightsError, match="is a run that trains a tiny decoder: name a model here"):

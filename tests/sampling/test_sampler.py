@@ -74,7 +74,10 @@ def test_a_video_depends_on_its_own_seed_only(sampler, pair):
 
 
 def test_streamed_frames_are_those_of_the_video(sampler, pair):
-    assert_same_frames(np.stack(list(sampler.stream(IMAGES[0], seed=7)))[None], pair[:1])
+    times, entered = {}, []
+    streamed = sampler.stream(IMAGES[0], seed=7, times=times, enter=lambda name, new: entered.append(name))
+    assert_same_frames(np.stack(list(streamed))[None], pair[:1])
+    assert entered == list(times) == ["clip", "encode", "denoise", "decode"] and min(times.values()) > 0
     with pytest.raises(UserError, match="seeds are whole numbers"):
         sampler.stream(IMAGES[0], seed=-1)
 
