@@ -2,9 +2,9 @@
 
     python -m tests.extension_drift --checkpoint runs/world_teacher --steps 25 [--color match,keep] [--noise 0.02,0.1]
 
-Held-out first frames of the checkpoint's world are extended. The model sees one frame at a time, so the truth of a chunk
-is every legal continuation of the frame that it starts from: shapes are first found in that frame, near the end of the
-legal continuation that the chunk before is nearest to. The first line is the world's own clips, for comparison.
+Held-out first frames of the checkpoint's world are extended. The model sees one frame at a time, so the truth of a
+chunk is every legal continuation of the frame that it starts from: shapes are first found in that frame, near the end
+of the legal continuation that the chunk before is nearest to. The first lines are the world's own clips, for comparison.
 
   distance     RMSE in gray levels of the chunk to its nearest legal continuation
   kept         share of bodies that their own shape and color explain best in the last frame, of all shapes and colors

@@ -1,7 +1,7 @@
 """Longer videos: the last frame of a video is the image of its next chunk of frames.
 
-A model reproduces its image in its first frame, so the first frame of each further chunk repeats the frame before. It is
-left out, and shows how far the model changes colors. This module does not import JAX.
+A model reproduces its image in its first frame, so the first frame of each further chunk repeats the frame before. It
+is left out, and shows how far the model changes colors. This module does not import JAX.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
