@@ -4,7 +4,7 @@
 
 Held-out first frames of the checkpoint's world are extended. The model sees one frame at a time, so the truth of a
 chunk is every legal continuation of the frame that it starts from: shapes are first found in that frame, near the end
-of the legal continuation that the chunk before is nearest to. The first lines are the world's own clips, for comparison.
+of the legal continuation that the chunk before is nearest to. The first lines are true clips, for comparison.
 
   distance     RMSE in gray levels of the chunk to its nearest legal continuation
   kept         share of bodies that their own shape and color explain best in the last frame, of all shapes and colors

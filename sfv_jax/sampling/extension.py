@@ -65,7 +65,9 @@ class Extension:
 
     def record(self, seed: int, length: int) -> dict[str, Any]:
         """Returns the fields of a record for a video of `length` frames."""
-        return asdict(self) | {"chunk_frames": (length + self.chunks) // (self.chunks + 1), "seeds": self.seeds(seed)}
+        chunks = int(self.chunks)
+        frames = (length + chunks) // (chunks + 1)
+        return asdict(self) | {"chunks": chunks, "chunk_frames": frames, "seeds": self.seeds(seed)}
 
     def frames(
         self, call: Call, images: Sequence[np.ndarray], seeds: Sequence[int], options: dict[str, Any]
@@ -88,8 +90,10 @@ class Extension:
 
         return self._joined(chunk, chunk(0, images))
 
-    def _joined(self, chunk: Callable[[int, np.ndarray], Iterator[np.ndarray]], coming: Iterator[np.ndarray]):
-        last = np.zeros(0, np.uint8)
+    def _joined(
+        self, chunk: Callable[[int, Sequence[np.ndarray]], Iterator[np.ndarray]], coming: Iterator[np.ndarray]
+    ) -> Iterator[np.ndarray]:
+        last: Any = np.zeros(0, np.uint8)
         for n in range(self.chunks + 1):
             if n:
                 coming = chunk(n, last)
