@@ -16,6 +16,7 @@ from sfv_jax.errors import UserError
 LEAST_DEVIATION = 1.0  # gray levels; a channel of less has no contrast that could be matched
 MOST_GAIN = 1.25  # of a chunk's contrast, in either direction
 
+Images = Sequence[np.ndarray] | np.ndarray  # uint8 [h, w, 3] each
 Call = Callable[..., Iterable[np.ndarray]]  # images, seed and options to frames uint8 [b, h, w, 3], one after another
 
 
@@ -65,13 +66,11 @@ class Extension:
 
     def record(self, seed: int, length: int) -> dict[str, Any]:
         """Returns the fields of a record for a video of `length` frames."""
-        chunks = int(self.chunks)
-        frames = (length + chunks) // (chunks + 1)
-        return asdict(self) | {"chunks": chunks, "chunk_frames": frames, "seeds": self.seeds(seed)}
+        seeds = self.seeds(seed)
+        frames = (length - 1) // len(seeds) + 1
+        return asdict(self) | {"chunks": len(seeds) - 1, "chunk_frames": frames, "seeds": seeds}
 
-    def frames(
-        self, call: Call, images: Sequence[np.ndarray], seeds: Sequence[int], options: dict[str, Any]
-    ) -> Iterator[np.ndarray]:
+    def frames(self, call: Call, images: Images, seeds: Sequence[int], options: dict[str, Any]) -> Iterator[np.ndarray]:
         """Returns the frames uint8 `[b, h, w, 3]` of extended videos, each when it is there. Begins the first chunk.
 
         Args:
@@ -85,19 +84,19 @@ class Extension:
         if self.noise_aug_strength is not None:
             further["noise_aug_strength"] = self.noise_aug_strength
 
-        def chunk(n: int, images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        def chunk(n: int, images: Images) -> Iterator[np.ndarray]:
             return iter(call(images, seed=[row[n] for row in rows], **(further if n else options)))
 
         return self._joined(chunk, chunk(0, images))
 
     def _joined(
-        self, chunk: Callable[[int, Sequence[np.ndarray]], Iterator[np.ndarray]], coming: Iterator[np.ndarray]
+        self, chunk: Callable[[int, Images], Iterator[np.ndarray]], coming: Iterator[np.ndarray]
     ) -> Iterator[np.ndarray]:
-        last: Any = np.zeros(0, np.uint8)
+        last: Images = ()
         for n in range(self.chunks + 1):
             if n:
                 coming = chunk(n, last)
-                coming = map(correction(next(coming), last, self.color), coming)
+                coming = map(correction(next(coming), np.asarray(last), self.color), coming)
             for last in coming:
                 yield last
 
