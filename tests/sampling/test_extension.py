@@ -135,7 +135,7 @@ def test_colors_do_not_drift_over_seams(first, change):
 
     def last(color: str) -> np.ndarray:
         *_, frame = Extension(6, color=color).frames(moving(**change), first, [5], {})
-        return np.roll(frame, -24, axis=2).astype(float)
+        return np.roll(frame, -28, axis=2).astype(float)
 
     (once,) = [frame for n, frame in enumerate(moving(**change)(first, [5])) if n == 0]
     assert np.abs(last("match") - once).mean() < 1
@@ -168,8 +168,8 @@ def test_corrections_are_bounded():
     deviation = change(plain).astype(float).std((1, 2))
     assert deviation.max() < 1  # noise of a plain picture is not made a pattern
     weak = (128 + (strong.astype(float) - 128) / 8).astype(np.uint8)
-    gain = correction(weak, strong, "match")(weak).astype(float).std() / weak.astype(float).std()
-    assert gain == pytest.approx(MOST_GAIN, rel=0.1)
+    gained, deviation = (x.astype(float).std((1, 2)).mean() for x in (correction(weak, strong, "match")(weak), weak))
+    assert gained / deviation == pytest.approx(MOST_GAIN, rel=0.05)
     assert correction(plain, strong, "keep")(strong) is strong
 
 
