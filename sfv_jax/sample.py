@@ -98,7 +98,7 @@ def define_flags() -> None:
         "extend_color",
         "match",
         choices.COLORS,
-        "match: colors of further chunks follow the last frame before; keep: they stay as decoded",
+        "match: further chunks are shifted so that the mean color has no step at a seam; keep: colors as decoded",
     )
     commands.define_pixels("height", None, "pixels; default: height of the image in whole latent cells")
     commands.define_pixels("width", None, "pixels; default: width of the image in whole latent cells")

@@ -1,9 +1,10 @@
 """Longer videos: the last frame of a video is the image of its next chunk of frames.
 
-A model reproduces its image in its first frame, so the first frame of each further chunk repeats the frame before. It
-is left out, and shows how far the model changes colors. This module does not import JAX.
+A model reproduces its image in its first frame, so the first frame of each further chunk repeats the frame before and
+is left out. This module does not import JAX.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,9 +13,6 @@ import numpy as np
 
 from sfv_jax.choices import COLORS, MOST_CHUNKS, MOST_NOISE
 from sfv_jax.errors import UserError
-
-LEAST_DEVIATION = 1.0  # gray levels; a channel of less has no contrast that could be matched
-MOST_GAIN = 1.25  # of a chunk's contrast, in either direction
 
 Images = Sequence[np.ndarray] | np.ndarray  # uint8 [h, w, 3] each
 Call = Callable[..., Iterable[np.ndarray]]  # images, seed and options to frames uint8 [b, h, w, 3], one after another
@@ -28,8 +26,8 @@ class Extension:
       chunks: number of further chunks.
       noise_aug_strength: deviation of the noise on the image of a further chunk, which the model is told; None: as in
         the first chunk.
-      color: one of `choices.COLORS`. "match": a further chunk's channels get the means and deviations that make its
-        first frame equal to the frame before in these; "keep": they stay as decoded.
+      color: one of `choices.COLORS`. "match": all frames of a further chunk are shifted per channel so that the first
+        one shown has the mean color of the frame before; "keep": colors stay as decoded.
 
     Raises:
       UserError: if a value is impossible.
@@ -96,28 +94,22 @@ class Extension:
         for n in range(self.chunks + 1):
             if n:
                 coming = chunk(n, last)
-                coming = map(correction(next(coming), np.asarray(last), self.color), coming)
+                next(coming)
+                first = next(coming)
+                coming = map(correction(first, np.asarray(last), self.color), itertools.chain([first], coming))
             for last in coming:
                 yield last
 
 
-def correction(first: np.ndarray, before: np.ndarray, color: str) -> Callable[[np.ndarray], np.ndarray]:
+def correction(frame: np.ndarray, before: np.ndarray, color: str) -> Callable[[np.ndarray], np.ndarray]:
     """Returns the change of color for frames of a chunk, all uint8 `[b, h, w, 3]`.
 
     Args:
-      first: the chunk's first frame.
-      before: the frame that it repeats.
+      frame: the first frame of the chunk that is shown.
+      before: the frame before it.
       color: see `Extension`.
     """
     if color == "keep":
-        return lambda frame: frame
-    (mean, deviation), (target, wanted) = map(_moments, (first, before))
-    gain = np.where(deviation < LEAST_DEVIATION, 1.0, wanted / np.maximum(deviation, LEAST_DEVIATION))
-    gain = np.clip(gain, 1 / MOST_GAIN, MOST_GAIN)
-    return lambda frame: np.clip(np.rint((frame - mean) * gain + target), 0, 255).astype(np.uint8)
-
-
-def _moments(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and deviation of each channel, `[b, 1, 1, 3]`, in gray levels."""
-    frame = frame.astype(np.float32)
-    return frame.mean((1, 2), keepdims=True), frame.std((1, 2), keepdims=True)
+        return lambda x: x
+    shift = before.mean((1, 2), keepdims=True) - frame.mean((1, 2), keepdims=True)
+    return lambda x: np.clip(np.rint(x + shift), 0, 255).astype(np.uint8)
