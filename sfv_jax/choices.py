@@ -25,7 +25,7 @@ SIZES = {  # (height, width) of videos by name
     "small": (128, 192),
 }
 FITS = ("crop", "pad", "stretch")  # data.images.fitted
-COLORS = ("match", "keep")  # sampling.extension.correction
+COLORS = ("keep", "match")  # sampling.extension.correction
 
 
 def auto_dtype(platform: str) -> str:

@@ -96,9 +96,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum(
         "extend_color",
-        "match",
+        "keep",
         choices.COLORS,
-        "match: further chunks are shifted so that the mean color has no step at a seam; keep: colors as decoded",
+        "keep: colors as decoded; match: further chunks are shifted so that the mean color has no step at a seam",
     )
     commands.define_pixels("height", None, "pixels; default: height of the image in whole latent cells")
     commands.define_pixels("width", None, "pixels; default: width of the image in whole latent cells")

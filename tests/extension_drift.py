@@ -1,6 +1,6 @@
 """How videos drift when they are extended: a table over settings and numbers of chunks, in the procedural world.
 
-    python -m tests.extension_drift --checkpoint runs/world_teacher --steps 25 [--color match,keep] [--noise 0.02,0.1]
+    python -m tests.extension_drift --checkpoint runs/world_teacher --steps 25 [--color keep,match] [--noise 0.02,0.1]
 
 Held-out first frames of the checkpoint's world are extended. The model sees one frame at a time, so the truth of a
 chunk is every legal continuation of the frame that it starts from: shapes are first found in that frame, near the end
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--chunks", default="0,1,4,8", help="further chunks after which videos are scored")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--sampler", default="euler")
-    parser.add_argument("--color", default="match,keep")
+    parser.add_argument("--color", default="keep,match")
     parser.add_argument("--noise", default="0.02", help="noise_aug_strength of further chunks")
     args = parser.parse_args()
     wanted = [int(n) for n in args.chunks.split(",")]

@@ -26,8 +26,8 @@ class Extension:
       chunks: number of further chunks.
       noise_aug_strength: deviation of the noise on the image of a further chunk, which the model is told; None: as in
         the first chunk.
-      color: one of `choices.COLORS`. "match": all frames of a further chunk are shifted per channel so that the first
-        one shown has the mean color of the frame before; "keep": colors stay as decoded.
+      color: one of `choices.COLORS`. "keep": colors stay as decoded; "match": all frames of a further chunk are shifted
+        per channel so that the first one shown has the mean color of the frame before.
 
     Raises:
       UserError: if a value is impossible.
@@ -35,7 +35,7 @@ class Extension:
 
     chunks: int
     noise_aug_strength: float | None = None
-    color: str = "match"
+    color: str = "keep"
 
     def __post_init__(self):
         whole = isinstance(self.chunks, int | np.integer) and not isinstance(self.chunks, bool)

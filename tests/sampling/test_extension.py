@@ -46,7 +46,7 @@ def test_the_first_chunk_is_the_video_without_extension(sampler, options):
 
 def test_a_chunk_is_the_video_of_the_last_frame_without_its_first(sampler):
     """With colors kept as decoded, any chunk can be made again by a plain call with its recorded seed."""
-    extension = Extension(2, noise_aug_strength=0.1, color="keep")
+    extension = Extension(2, noise_aug_strength=0.1)
     longer = sampler.extend(IMAGES, extension, seed=[7, 40])
     seeds = [extension.seeds(seed) for seed in (7, 40)]
     assert len({*seeds[0], *seeds[1]}) == 6 and all(0 <= seed < 2**32 for seed in (*seeds[0], *seeds[1]))
@@ -62,7 +62,7 @@ def test_seeds_of_chunks_never_change():
 
 def test_start_noise_is_that_of_the_first_chunk(sampler):
     noise = np.random.default_rng(4).standard_normal((2, 3, 4, 4, 12), np.float32)
-    longer = sampler.extend(IMAGES, Extension(1, color="keep"), seed=[7, 40], noise=noise)
+    longer = sampler.extend(IMAGES, Extension(1), seed=[7, 40], noise=noise)
     np.testing.assert_array_equal(longer[:, :3], sampler(IMAGES, seed=[7, 40], noise=noise))
     seeds = [Extension(1).seeds(seed)[1] for seed in (7, 40)]
     np.testing.assert_array_equal(longer[:, 3:], sampler(longer[:, 2], seed=seeds)[:, 1:])
@@ -174,7 +174,7 @@ def test_the_measure_of_drift_finds_what_a_model_does_wrong():
         (dict(chunks=10**9), "chunks 1000000000: give a whole number"),
         (dict(chunks=1, noise_aug_strength=-0.1), "noise_aug_strength -0.1 of further chunks: give a number from 0"),
         (dict(chunks=1, noise_aug_strength=float("nan")), "noise_aug_strength nan of further chunks"),
-        (dict(chunks=1, color="blue"), "color 'blue': choose one of match, keep"),
+        (dict(chunks=1, color="blue"), "color 'blue': choose one of keep, match"),
     ],
 )
 def test_impossible_values(values, message):
@@ -203,14 +203,14 @@ def test_videos_and_records_of_a_folder(sampler, tmp_path):
     for n, image in enumerate(IMAGES):
         (tmp_path / "in").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / f"in/{n}.png")
-    extension = Extension(2, 0.05, "keep")
+    extension = Extension(2, 0.05, "match")
     for batch_size in (1, 2):
         out = tmp_path / str(batch_size)
         files.run(sampler, files.jobs(tmp_path / "in", out, "png"), settings(extension, batch_size))
         for n in range(2):
             record = json.loads((out / f"{n}.json").read_text())
             seeds = extension.seeds(3 + n)
-            known = {"chunks": 2, "noise_aug_strength": 0.05, "color": "keep", "chunk_frames": 3, "seeds": seeds}
+            known = {"chunks": 2, "noise_aug_strength": 0.05, "color": "match", "chunk_frames": 3, "seeds": seeds}
             assert record["extend"] == known and record["num_frames"] == 7 and record["seed"] == 3 + n
             assert Image.open(out / f"{n}.png").size == (7 * 8, 8)
     files.run(sampler, files.jobs(tmp_path / "in", tmp_path / "plain", "png"), settings(None))
@@ -295,7 +295,7 @@ def test_the_command(model_folder, tmp_path):
     assert record["extend"] == {
         "chunks": 2,
         "noise_aug_strength": 0.1,
-        "color": "match",
+        "color": "keep",
         "chunk_frames": 3,
         "seeds": Extension(2).seeds(1),
     }
