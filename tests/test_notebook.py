@@ -51,7 +51,7 @@ def test_all_cells(model_folder, pipeline_folder, tmp_path):
     """With a tiny model of random weights in place of those of the package, and of SVD."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     settings = dict(MODEL=model_folder, TEACHER=model_folder, SVD=pipeline_folder, SVD_STEPS=2, SVD_SIZE=(64, 64))
-    settings |= dict(STEPS=1, BATCH=1, INSTALL=False)
+    settings |= dict(STEPS=1, BATCH=1, TRAINABLE="conv_out", INSTALL=False)
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     program = [sys.executable, "-m", "tests.support.notebook", NOTEBOOK, *words, "--out", tmp_path / "made.ipynb"]
     quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
