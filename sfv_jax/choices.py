@@ -25,6 +25,7 @@ SIZES = {  # (height, width) of videos by name
     "small": (128, 192),
 }
 FITS = ("crop", "pad", "stretch")  # data.images.fitted
+COLORS = ("keep", "match")  # sampling.extension.correction
 
 
 def auto_dtype(platform: str) -> str:
@@ -36,6 +37,7 @@ MOST_PIXELS = 2**14  # of a side: the limit of H.264 encoders
 FPS = (0.01, 1000.0)  # range of frame rates: WebP counts milliseconds
 MOST_SEED = 2**32 - 1  # JAX uses the lowest 32 bits of a seed
 MOST_MOTION = 1023  # of the motion bucket; SVD was trained on 0 to 255
+MOST_CHUNKS = 1000  # by which a video is extended
 MOST_NOISE = 10.0  # standard deviation on the condition, for pixels in [-1, 1]
 METHODS = ("sfv", "teacher", "animatelcm", "ufogen", "ladd", "vae", "decoder")  # methods.METHODS
 TEMPORAL_CONVS = ("auto", "conv", "matmul")  # models.layers.TemporalConv

@@ -21,6 +21,7 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     from sfv_jax.sampling import files
+    from sfv_jax.sampling.extension import Extension
 
     commands.apply_size()
     todo = files.jobs(Path(FLAGS.image), Path(FLAGS.out), FLAGS.format)
@@ -28,6 +29,11 @@ def main() -> None:
     files.check_outputs(todo, FLAGS.fps, FLAGS.overwrite)
     commands.check_inputs("checkpoint")
     commands.check_decoder()
+    extension = None
+    if FLAGS.extend:
+        noise = FLAGS.noise_aug_strength if FLAGS.extend_noise_aug_strength is None else FLAGS.extend_noise_aug_strength
+        extension = Extension(FLAGS.extend, noise, FLAGS.extend_color)
+        extension.length(FLAGS.num_frames or 2)
     guidance, sizes = (commands.numbers(name, FLAGS[name].value) for name in ("guidance", "mesh"))
 
     from sfv_jax.checkpoints.base import downscale_of
@@ -35,7 +41,8 @@ def main() -> None:
     from sfv_jax.runtime.progress import say
     from sfv_jax.runtime.sharding import first_devices
     from sfv_jax.sampling.generator import check
-    from sfv_jax.sampling.sampler import Sampler, check_side
+    from sfv_jax.sampling.inputs import check_side
+    from sfv_jax.sampling.sampler import Sampler
 
     compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
     check(FLAGS.sampler, FLAGS.steps, guidance)
@@ -49,6 +56,7 @@ def main() -> None:
         options=commands.values(*files.OPTIONS) | {"guidance": guidance},
         origin=files.origin_of(sampler, FLAGS.checkpoint, load, FLAGS.mesh),
         timed=FLAGS.times,
+        extension=extension,
         **commands.values("seed", "batch_size"),
     )
     files.run(sampler, todo, settings)
@@ -70,6 +78,26 @@ def define_flags() -> None:
     )
     commands.define_seed(0, "seed of the first image; seeds of the following ones count up")
     flags.DEFINE_integer("num_frames", None, "frames per video; default: the clip length of the model", lower_bound=1)
+    flags.DEFINE_integer(
+        "extend",
+        0,
+        "further chunks of frames, each from the last frame before: num_frames - 1 more frames per chunk",
+        lower_bound=0,
+        upper_bound=choices.MOST_CHUNKS,
+    )
+    flags.DEFINE_float(
+        "extend_noise_aug_strength",
+        None,
+        "noise_aug_strength of further chunks; default: the same",
+        lower_bound=0,
+        upper_bound=choices.MOST_NOISE,
+    )
+    flags.DEFINE_enum(
+        "extend_color",
+        "keep",
+        choices.COLORS,
+        "keep: colors as decoded; match: further chunks are shifted so that the mean color has no step at a seam",
+    )
     commands.define_pixels("height", None, "pixels; default: height of the image in whole latent cells")
     commands.define_pixels("width", None, "pixels; default: width of the image in whole latent cells")
     commands.define_size()

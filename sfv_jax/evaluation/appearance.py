@@ -11,7 +11,7 @@ import numpy as np
 
 from sfv_jax.data.pictures import psnr
 from sfv_jax.errors import UserError
-from sfv_jax.sampling.sampler import resize
+from sfv_jax.sampling.inputs import resize
 
 
 def luma(frames: np.ndarray) -> np.ndarray:

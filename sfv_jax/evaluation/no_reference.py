@@ -12,7 +12,7 @@ from sfv_jax.evaluation import appearance, motion
 from sfv_jax.evaluation.clips import Clip, Reading
 from sfv_jax.evaluation.report import DOWN, IDENTICAL, UP, Cell, Report, Spread
 from sfv_jax.runtime.progress import progress
-from sfv_jax.sampling.sampler import resize
+from sfv_jax.sampling.inputs import resize
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import FileError, check_folder, one_line, read_json, replacing, sha256
 from sfv_jax.runtime.progress import progress
 from sfv_jax.runtime.versions import package_versions
+from sfv_jax.sampling.extension import Extension
 
 if TYPE_CHECKING:
     from sfv_jax.sampling.sampler import Sampler
@@ -72,6 +74,7 @@ class Settings:
       batch_size: images sampled at a time.
       timed: print and record the seconds of each stage.
       origin: more fields of the records, such as the checkpoint.
+      extension: how videos are extended; None: not at all.
     """
 
     options: dict
@@ -79,6 +82,7 @@ class Settings:
     batch_size: int
     timed: bool
     origin: dict
+    extension: Extension | None = None
 
 
 def jobs(image: Path, out: Path, kind: str) -> list[Job]:
@@ -241,26 +245,33 @@ def _sample(sampler: "Sampler", batch: list[tuple[Job, np.ndarray]], size: tuple
     seeds = [settings.seed + job.number for job, _ in batch]
     about = settings.origin | surroundings(len(batch))
     if len(batch) == 1 and times is None and sampler.decoder != "full" and batch[0][0].video.suffix.lower() == ".mp4":
-        _stream(sampler, *batch[0], {"seed": seeds[0]} | options, about | {"times": None})
+        _stream(sampler, *batch[0], settings, {"seed": seeds[0]} | options, about | {"times": None})
         return
-    videos = sampler([pixels for _, pixels in batch], seed=seeds, times=times, watch=progress, **options)
+    make = sampler if settings.extension is None else partial(sampler.extend, extension=settings.extension)
+    videos = make([pixels for _, pixels in batch], seed=seeds, times=times, watch=progress, **options)
     seconds = time.monotonic() - began
     about |= {"seconds": seconds, "times": times}
     together = f" (with {len(batch) - 1} more)" if len(batch) > 1 else ""
     for (job, _), seed, frames in zip(batch, seeds, videos, strict=True):
-        write(job, frames, {"seed": seed} | options | {"num_frames": len(frames)} | about)
+        write(job, frames, _settings({"seed": seed} | options, len(frames), settings.extension) | about)
         made = f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} in {seconds:.2f} s{together}"
         print(f"{one_line(job.video)}: {made}", flush=True)
     if times is not None:
         print("seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in times.items()))
 
 
-def _stream(sampler: "Sampler", job: Job, pixels: np.ndarray, options: dict, about: dict) -> None:
+def _stream(sampler: "Sampler", job: Job, pixels: np.ndarray, settings: Settings, options: dict, about: dict) -> None:
     """Writes one video and its record; frames are encoded while the next ones are decoded."""
     began = time.monotonic()
-    chosen = {name: value for name, value in options.items() if name != "decode_chunk_size"}
-    count = options["num_frames"] or sampler.unet.num_frames
-    write(job, sampler.stream(pixels, watch=progress, **chosen), options | {"num_frames": count} | about)
+    chosen = {name: value for name, value in options.items() if name not in ("seed", "decode_chunk_size")}
+    extension = settings.extension or Extension(0)
+    count = extension.length(options["num_frames"] or sampler.unet.num_frames)
+
+    def call(images: Sequence[np.ndarray], seed: list[int], **options) -> Iterator[np.ndarray]:
+        return (frame[None] for frame in sampler.stream(images[0], seed=seed[0], watch=progress, **options))
+
+    frames = (frame[0] for frame in extension.frames(call, [pixels], [options["seed"]], chosen))
+    write(job, frames, _settings(options, count, settings.extension) | about)
     size = f"{options['height']}x{options['width']}"
     print(
         f"{one_line(job.video)}: {count} frames of {size} in {time.monotonic() - began:.2f} s, written as they came",
@@ -282,6 +293,12 @@ def origin_of(sampler: "Sampler", checkpoint: str | Path, load: dict, mesh: list
 def surroundings(batch_size: int) -> dict:
     """Returns the fields of records that say with what videos were made, `batch_size` at a time."""
     return {"packages": package_versions("jax", "flax"), "batch_size": batch_size}
+
+
+def _settings(options: dict, length: int, extension: Extension | None) -> dict:
+    """Returns the settings of a video of `length` frames for its record."""
+    extended = {} if extension is None else {"extend": extension.record(options["seed"], length)}
+    return options | {"num_frames": length} | extended
 
 
 def write(job: Job, frames: np.ndarray | Iterator[np.ndarray], settings: dict) -> None:

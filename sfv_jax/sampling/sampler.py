@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from sfv_jax.checkpoints.base import Base, load_generator
 from sfv_jax.checkpoints.decoders import choose_decoder
 from sfv_jax.checkpoints.model_folder import ModelFolder
-from sfv_jax.choices import MOST_SEED
 from sfv_jax.errors import UserError
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise
@@ -25,7 +24,9 @@ from sfv_jax.models.networks import DTYPES
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime.progress import compiling
 from sfv_jax.runtime.sharding import on_mesh, param_shardings
+from sfv_jax.sampling.extension import Extension
 from sfv_jax.sampling.generator import Generator, share
+from sfv_jax.sampling.inputs import check_side, checked_images, checked_seeds, resize
 
 Array = jax.Array
 # Kinds of calls whose programs a process keeps. On a CPU the programs of one take about 350 memory maps, and Linux
@@ -306,6 +307,47 @@ class Sampler:
             self._raise_nonfinite(checks | {"decoded frames": sound}, len(images))
         return frames
 
+    def extend(
+        self,
+        images: Sequence[np.ndarray] | np.ndarray,
+        extension: int | Extension,
+        *,
+        seed: int | Sequence[int] = 0,
+        num_frames: int | None = None,
+        times: dict[str, float] | None = None,
+        **options,
+    ) -> np.ndarray:
+        """Returns longer videos uint8 `[b, t + n (t - 1), height, width, 3]`: n chunks of t frames follow the first.
+
+        The first t frames are those of the same call of the sampler. The last frame of a chunk is the image of the
+        next one, whose first frame repeats it and is left out. All chunks are made by the same programs; only images
+        of another size than the videos' are embedded by a program of their own in the first chunk.
+
+        Args:
+          images: as for `__call__`.
+          extension: n, or the n, noise and color of an `Extension`.
+          seed: as for `__call__`. Those of further chunks follow from it, see `Extension.seeds`.
+          num_frames: t; default: `unet.num_frames`.
+          times: receives the seconds of the stages over all chunks.
+          options: other arguments of `__call__`. Start noise is that of the first chunk.
+
+        Raises:
+          UserError: as `__call__`, or if a video of one frame is to be extended.
+          NonFiniteError: as `__call__`.
+        """
+        images = checked_images(images)
+        extension = extension if isinstance(extension, Extension) else Extension(extension)
+        extension.length(num_frames or self.unet.num_frames)
+        seeds = checked_seeds(seed, len(images))
+
+        def call(images: Sequence[np.ndarray], **options) -> Iterator[np.ndarray]:
+            own: dict[str, float] | None = None if times is None else {}
+            yield from np.moveaxis(self(images, num_frames=num_frames, times=own, **options), 1, 0)
+            if times is not None and own is not None:
+                times.update({name: times.get(name, 0) + seconds for name, seconds in own.items()})
+
+        return np.stack(list(extension.frames(call, images, seeds, options)), axis=1)
+
     def stream(
         self,
         image: np.ndarray,
@@ -513,70 +555,3 @@ class Sampler:
 
     def _vae_dtype(self) -> str:
         return jnp.dtype(getattr(self.codec, "decode_dtype", jnp.float32)).name
-
-
-def check_side(name: str, pixels: int | None, down: int) -> None:
-    """Checks that a side of a video, if given, is a multiple of the codec's downscale `down`.
-
-    Raises:
-      UserError: if it is not.
-    """
-    if pixels is not None and (pixels % down or pixels < down):
-        near = [m for m in (pixels // down * down, pixels // down * down + down) if m > 0]
-        raise UserError(f"{name} {pixels} is not a multiple of {down}; nearest: {' and '.join(map(str, near))}")
-
-
-def checked_seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """Returns a seed for each of `count` images, as for `Sampler.__call__`.
-
-    Raises:
-      UserError: if their number is another, or one is not from 0 to 2^32 - 1: JAX would use its lowest 32 bits.
-    """
-    seeds = [seed + n for n in range(count)] if isinstance(seed, int | float | np.number) else list(seed)
-    if len(seeds) != count:
-        raise UserError(f"{count} images need as many seeds, got {len(seeds)}")
-    for one in seeds:
-        if isinstance(one, bool) or not isinstance(one, int | np.integer) or not 0 <= one <= MOST_SEED:
-            raise UserError(f"seeds are whole numbers from 0 to {MOST_SEED}, got {one!r}")
-    return seeds
-
-
-def checked_images(images: Sequence[np.ndarray] | np.ndarray) -> list[np.ndarray]:
-    """Returns images as arrays uint8 `[h, w, 3]`.
-
-    Raises:
-      UserError: if there is none, or one has another shape or dtype; names the first and the remedy.
-    """
-    arrays = [np.asarray(image) for image in images]
-    if not arrays:
-        raise UserError("no images")
-    for n, image in enumerate(arrays):
-        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
-            continue
-        if image.dtype != np.uint8:
-            remedy = "convert its pixels to 0..255, np.uint8"
-        elif image.ndim == 2 and np.ndim(images) == 3 and image.shape[1] == 3:
-            remedy = "put a single image into a list"
-        elif image.ndim == 2 or image.shape[2:] == (1,):
-            remedy = "repeat a gray channel three times"
-        elif image.shape[2:] == (4,):
-            remedy = "put RGBA over a background and drop its alpha"
-        else:
-            remedy = "channels come last, and a batch is a sequence of images"
-        found = f"{image.dtype} [{', '.join(map(str, image.shape))}]"
-        raise UserError(f"image {n} must be uint8 [h, w, 3], RGB, got {found}: {remedy}")
-    return arrays
-
-
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes `image` to uint8 `[height, width, 3]` by Lanczos, without cropping, as StableVideoDiffusionPipeline does.
-
-    Raises:
-      UserError: if the image is not uint8 `[h, w, 3]`.
-    """
-    [image] = checked_images([image])
-    if image.shape[:2] == size:
-        return image
-    from PIL import Image  # not on bare accelerator images, where the benchmark runs
-
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))
