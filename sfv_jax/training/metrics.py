@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from sfv_jax.config import ConfigError
 from sfv_jax.runtime.files import free_name, write_text
@@ -36,7 +35,7 @@ class MetricWriter:
         if active:
             workdir.mkdir(parents=True, exist_ok=True)
             self.path = workdir / "metrics.jsonl"
-            self.board = SummaryWriter(str(workdir / "tensorboard"))
+            self.board = summary_writer(workdir / "tensorboard")
 
     def resume(self, step: int) -> None:
         """Removes lines after `step`, left by a crashed run, so that every step appears once; alarms remain.
@@ -117,6 +116,23 @@ def read_metrics(path: Path) -> tuple[list[dict], str]:
         elif number < len(lines):  # a whole line ends in "\n"
             bad.append(number)
     return entries, f"{len(bad)} lines are not metrics, first line {bad[0]}" if bad else ""
+
+
+def summary_writer(folder: Path):
+    """Returns tensorboardX's `SummaryWriter` of `folder`.
+
+    Where torch is installed, tensorboardX imports it for a type annotation, which takes as long as all other imports of
+    a run. So torch counts as absent for that import, unless it is loaded anyway.
+    """
+    if "torch" in sys.modules:
+        from tensorboardX import SummaryWriter
+    else:
+        sys.modules["torch"] = None  # pyrefly: ignore[unsupported-operation]  # an import of it raises ImportError
+        try:
+            from tensorboardX import SummaryWriter
+        finally:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder))
 
 
 def open_wandb(project: str, workdir: Path, config: dict):

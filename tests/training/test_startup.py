@@ -1,4 +1,7 @@
-"""What a run says before its first step."""
+"""What a run says before its first step, and what it does not load."""
+
+import subprocess
+import sys
 
 import pytest
 
@@ -24,3 +27,14 @@ def test_a_run_says_what_it_does_before_it_compiles(tmp_path, capsys):
     assert places == sorted(places)
     assert "computing in float32" in said[places[0]] and "sums of products along time" in said[places[0]]
     assert '"dtype": "float32"' in (tmp_path / "run" / "config.json").read_text()
+
+
+def test_metrics_are_written_without_torch(tmp_path):
+    """TensorBoard's writer would load it where it is; it remains to be imported by others."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom sfv_jax.training.metrics import MetricWriter\n"
+        "writer = MetricWriter(Path(sys.argv[1]))\nwriter.scalars(1, {'loss': 1.0})\nwriter.close()\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n" and list((tmp_path / "run" / "tensorboard").glob("events*"))
