@@ -158,7 +158,7 @@ def load_generator(
         shardings = place and {"unet": place(tree.abstract(UNet, config)[1])}
         params = load_model(model, ("unet",), dtype=dtype, shardings=shardings)[0]["unet"]
         encoders = None if model.meta["codec"] == "patch" else model
-        return Base(config, params, load_codec(model), encoders, None, world_size(model.meta.get("run")))
+        return Base(config, params, load_codec(model), encoders, None, world_size(exported_config(model.meta)))
     unet, patch_codec, folder = read_run(path)
     _, abstract = tree.abstract(UNet, unet)
     name, shardings = "generator" if raw else "ema", place and place(abstract)
@@ -170,17 +170,35 @@ def load_generator(
     if codec is None:
         raise WeightsError(f"{path}/network.json names neither a patch codec nor a model folder")
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    recorded = (path / "config.json").is_file() and {"config": read_config(path)}
-    return Base(unet, params, codec, model, step, world_size(recorded))
+    size = world_size(read_config(path)) if (path / "config.json").is_file() else None
+    return Base(unet, params, codec, model, step, size)
 
 
-def world_size(run: Any) -> tuple[int, int] | None:
-    """Returns (height, width) of the world in the `config` of a run's record; None if it had none, or for damage."""
+def training_config(path: str | Path) -> dict[str, Any]:
+    """Returns the config of the training of a run, or of the one that a model folder records, as JSON; {} if none."""
+    path = box.located(path)
+    return read_config(path) if is_run(path) else exported_config(read_model(path).meta)
+
+
+def exported_config(meta: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a `model.json` tells of the training's config: that of the run, or the rules of the world."""
+    run, source = meta.get("run"), meta.get("source")
     config = run.get("config") if isinstance(run, dict) else None
-    data = config.get("data") if isinstance(config, dict) else None
-    if not isinstance(data, dict) or data.get("source") != "world" or not isinstance(data.get("world"), dict):
-        return None
-    size = data["world"].get("size", World.size)
+    config = config if isinstance(config, dict) else {}
+    rules = source.get("world") if isinstance(source, dict) else None
+    return {"data": {"source": "world", "world": rules}} | config if isinstance(rules, dict) else config
+
+
+def world_rules(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the rules of the procedural world of a recorded config; None if it had another source, or for damage."""
+    data = config.get("data")
+    rules = data.get("world") if isinstance(data, dict) and data.get("source", "world") == "world" else None
+    return rules if isinstance(rules, dict) else None
+
+
+def world_size(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Returns (height, width) of the videos of the world of a recorded config, in pixels; None if it had none."""
+    size = (world_rules(config) or {"size": None}).get("size", World.size)
     return (size, size) if isinstance(size, int) else None
 
 

@@ -7,9 +7,8 @@ from typing import Any, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from sfv_jax.checkpoints.base import is_run
+from sfv_jax.checkpoints.base import is_run, training_config, world_rules
 from sfv_jax.checkpoints.model_folder import read_model
-from sfv_jax.checkpoints.run import read_config
 from sfv_jax.config import world_of
 from sfv_jax.config_check import check_fields
 from sfv_jax.data import ucf101
@@ -210,14 +209,10 @@ def _world(request: Request) -> Report:
 
 def _rules(checkpoint: str) -> dict:
     """Returns the rules of the world on which a run trains, or for which a model folder was made."""
-    if is_run(checkpoint):
-        where, data = Path(checkpoint) / "config.json", read_config(Path(checkpoint)).get("data")
-        rules = data.get("world") if isinstance(data, dict) else None
-    else:
-        model = read_model(checkpoint)
-        where, rules = model.path / "model.json", model.meta.get("source", {}).get("world")
-    if not isinstance(rules, dict):
-        raise EvaluateError(f"{where} describes no world: restore it, or name a model of the procedural world")
+    file = Path(checkpoint) / "config.json" if is_run(checkpoint) else read_model(checkpoint).path / "model.json"
+    rules = world_rules(training_config(checkpoint))
+    if rules is None:
+        raise EvaluateError(f"{file} describes no world: restore it, or name a model of the procedural world")
     check_fields(flat({"data": {"world": rules}}))
     return rules
 

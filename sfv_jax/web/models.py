@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from sfv_jax.checkpoints import box
-from sfv_jax.checkpoints.base import is_run
-from sfv_jax.checkpoints.model_folder import read_model
-from sfv_jax.checkpoints.run import read_config
+from sfv_jax.checkpoints.base import training_config, world_rules
 from sfv_jax.config import ConfigError, world_of
 from sfv_jax.config_check import check_fields
 from sfv_jax.data.worlds import World
@@ -97,31 +94,13 @@ def load(checkpoint: str, decoder: str = "full", **options: Any) -> Model:
     return Model(checkpoint, samplers, options, training_config(checkpoint))
 
 
-def training_config(checkpoint: str) -> dict[str, Any]:
-    """Returns the config of the training of a checkpoint as JSON; {} if it does not tell."""
-    path = box.located(checkpoint)
-    if is_run(path):
-        return read_config(path)
-    return recorded_config(read_model(path).meta)
-
-
-def recorded_config(meta: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a `model.json` tells of the training's config: that of the run, or the rules of the world."""
-    run, source = meta.get("run"), meta.get("source")
-    config = run.get("config") if isinstance(run, dict) else None
-    config = config if isinstance(config, dict) else {}
-    rules = source.get("world") if isinstance(source, dict) else None
-    return {"data": {"source": "world", "world": rules}} | config if isinstance(rules, dict) else config
-
-
 def world_behind(config: dict[str, Any]) -> World | None:
     """Returns the procedural world of a training; None if it had another source or its config cannot be used."""
-    data = config.get("data")
-    if not isinstance(data, dict) or data.get("source") != "world" or not isinstance(data.get("world"), dict):
+    if (rules := world_rules(config)) is None:
         return None
     try:
-        check_fields(flat({"data": {"world": data["world"]}}))
-        return world_of(ConfigDict({"data": {"world": data["world"]}}))
+        check_fields(flat({"data": {"world": rules}}))
+        return world_of(ConfigDict({"data": {"world": rules}}))
     except ConfigError:
         return None
 

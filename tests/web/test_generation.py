@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sfv_jax.checkpoints import base
 from sfv_jax.choices import PACKAGED
 from sfv_jax.data.images import read_image
 from sfv_jax.data.video import read_clip, read_comment
@@ -173,8 +174,8 @@ def test_two_models_of_one_name_are_told_apart_by_their_paths(small):
 def test_a_model_folder_tells_its_world_by_its_run_or_its_source():
     source = {"source": {"world": WORLD}}
     for meta in ({"run": {"config": CONFIG}}, source, source | {"run": {"config": {"method": "sfv"}}}):
-        assert models.world_behind(models.recorded_config(meta)).size == WORLD["size"]
-    assert models.recorded_config({"run": 3, "source": []}) == {}
+        assert models.world_behind(base.exported_config(meta)).size == WORLD["size"]
+    assert base.exported_config({"run": 3, "source": []}) == {}
 
 
 def test_models_of_different_kinds_are_not_compared(small, model_folder):
@@ -183,4 +184,4 @@ def test_models_of_different_kinds_are_not_compared(small, model_folder):
 
 
 def test_models_in_the_package_have_names():
-    assert models.training_config(PACKAGED[0])["data"]["source"] == "world"
+    assert base.training_config(PACKAGED[0])["data"]["source"] == "world"
