@@ -1,4 +1,4 @@
-"""Models in the package, small enough to come with it: so far VAE and CLIP tower of the procedural world.
+"""Models in the package, small enough to come with it: those of the procedural world (docs/world.md).
 
 Each is a packed model folder below `sfv_jax/box`, named by `NAMES` wherever a command takes a model folder. Their files
 are verified by SHA-256 when they are first used in a process.
@@ -12,6 +12,11 @@ from sfv_jax.weights.folders import WeightsError
 
 ROOT = Path(__file__).parent.parent / "box"
 NAMES: dict[str, dict[str, str]] = {  # {name: {file: SHA-256}}
+    "world-teacher": {
+        "fingerprints.json": "3885aa17b0d6ee2a58c71aaf3d142f8e1a5e3318b96e5392037b4a3a33d69b5c",
+        "model.json": "ae17f1d0d3632786ead4a8174c8c15429b23929281ec5378f0868ca7b48994f1",
+        "unet.safetensors": "aa9fd9f98c850c4a9f5992117589413a168c2d4ee14bca7a9dc758cf5d3a7350",
+    },
     "world-encoders": {
         "fingerprints.json": "648052ae95b9c323ba06b700f72448fc43fe8658d4de79ac5d48fe6eb645a1df",
         "image_encoder.safetensors": "207441a1f3bef6f3990a0a9fc7b27badced27cc1b8077163aa7c6abc4295b727",
