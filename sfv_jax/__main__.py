@@ -5,7 +5,7 @@ import runpy
 import sys
 
 COMMANDS = {  # in the order of a project
-    "quickstart": "trains a teacher and its one-step student in a procedural world and compares them, in minutes",
+    "quickstart": "makes a video with the model in the package, distills another, and compares, in minutes",
     "convert": "converts SVD's weights to a model folder, and runs back to diffusers and ComfyUI",
     "prepare": "converts a folder of videos to a latent cache",
     "train": "trains a model",

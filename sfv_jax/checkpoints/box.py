@@ -12,6 +12,11 @@ from sfv_jax.weights.folders import WeightsError
 
 ROOT = Path(__file__).parent.parent / "box"
 NAMES: dict[str, dict[str, str]] = {  # {name: {file: SHA-256}}
+    "world": {
+        "fingerprints.json": "420b096944cbf8637e7795046248dad382d77a084f17ccb9a1ff0a709d62ce72",
+        "model.json": "aa194c308735b0d3fd7259a33e5aad1a975f889b09e72242e566aef0c4d60557",
+        "unet.safetensors": "a38c6c1a5c1359632a58ada39a81325cf9a44dbe9083c575f826032612b69a95",
+    },
     "world-teacher": {
         "fingerprints.json": "3885aa17b0d6ee2a58c71aaf3d142f8e1a5e3318b96e5392037b4a3a33d69b5c",
         "model.json": "ae17f1d0d3632786ead4a8174c8c15429b23929281ec5378f0868ca7b48994f1",
