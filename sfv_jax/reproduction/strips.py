@@ -17,10 +17,10 @@ CLIPS, SHOWN = 16, 4  # held-out clips that are scored, clips in the picture
 FPS = 7
 COLUMNS = {  # scores of the table, with their names and digits
     "distance": ("distance", 1),
+    "fit": ("fit", 2),
     "path_error": ("path error", 2),
     "shape_kept": ("shape", 2),
     "colour_kept": ("color", 2),
-    "legal": ("legal", 2),
     "busiest_direction": ("busiest direction", 2),
 }
 
@@ -82,9 +82,9 @@ def table(rows: list[dict], directions: int) -> str:
     notes = [
         f"{CLIPS} held-out first frames.",
         "Distance: RMSE in gray levels (0..255) to the nearest legal continuation, 0 is perfect.",
+        "Fit: share of what differs from the background that one shape of one color explains; low for a smear.",
         "Path error: RMS distance in pixels between a body's path and the nearest legal one.",
         "Shape, color: shares of frames and bodies that keep those of the first frame.",
-        "Legal: share of clips whose bodies all follow a legal path, within a pixel.",
         f"Busiest direction: share of the most frequent motion, {1 / directions:.2f} when all are used alike,"
         " 1.00 after mode collapse.",
         "Time: condition to latents of one video on this machine, warm.",
