@@ -1,10 +1,13 @@
-"""Keeps compiled Python, also for the commands that tests start; loaded before `tests/conftest.py` imports JAX.
+"""Restores Ctrl-C and keeps compiled Python, also for the commands that tests start; loaded before `tests/conftest.py` imports JAX.
+
+A shell's background job ignores Ctrl-C, and so would the commands whose answer to it is tested.
 
 With PYTHONDONTWRITEBYTECODE, and packages that were installed without bytecode, as uv installs them, each command
 compiles the source of all that it imports: 7 of the 11 seconds of CPU time that `import sfv_jax.training.loop` took.
 """
 
 import os
+import signal
 import sys
 from importlib.util import cache_from_source, find_spec
 from pathlib import Path
@@ -13,3 +16,6 @@ if sys.dont_write_bytecode and not Path(cache_from_source(find_spec("jax").origi
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(Path(__file__).parent / ".pytest_cache" / "bytecode")
     sys.dont_write_bytecode = False
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,7 +9,8 @@ from sfv_jax.checkpoints.exporter import export_model
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.data.pictures import psnr
 from sfv_jax.data.worlds import World
-from sfv_jax.reproduction.experiments import VARIED
+from sfv_jax.evaluation.world import nearest_future
+from sfv_jax.reproduction.experiments import SCENES, VARIED
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.weights.folders import WeightsError
 
@@ -37,3 +38,21 @@ def test_the_vae_reconstructs_held_out_clips():
     latents = codec.encode(frames) * codec.scaling_factor
     assert float(np.sqrt(np.mean(np.square(latents)))) == pytest.approx(1, abs=0.1)
     assert psnr(np.asarray(codec.decode(latents)), frames) > 28 and len(identity) == 129
+
+
+@pytest.mark.slow
+def test_the_one_step_model_moves_bodies_from_the_first_frame_on():
+    """Nearer to a legal future than the still image is, and different for another seed."""
+    world = World(**SCENES)
+    truth, labels = world.batch(range(4), "heldout")
+    sampler = Sampler.load("world")
+    clips = sampler(truth[:, 0])
+    assert clips.shape == truth.shape and sampler.trained_size == (32, 32)
+    still = np.repeat(truth[:, :1], world.num_frames, axis=1)
+    far, near = (
+        np.mean([nearest_future(world, label, clip)[0] for label, clip in zip(labels, x, strict=True)])
+        for x in (still, clips)
+    )
+    assert near < 0.85 * far
+    assert psnr(clips[:, 0], truth[:, 0]) > 20
+    assert np.abs(clips.astype(int) - sampler(truth[:, 0], seed=10)).max() > 50
