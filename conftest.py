@@ -1,6 +1,7 @@
-"""Restores Ctrl-C and keeps compiled Python, also for the commands that tests start; loaded before `tests/conftest.py` imports JAX.
+"""Restores Ctrl-C and keeps compiled Python, also for the commands that tests start.
 
-A shell's background job ignores Ctrl-C, and so would the commands whose answer to it is tested.
+It is loaded before `tests/conftest.py` imports JAX. A shell's background job ignores Ctrl-C, and so would the commands
+whose answer to it is tested.
 
 With PYTHONDONTWRITEBYTECODE, and packages that were installed without bytecode, as uv installs them, each command
 compiles the source of all that it imports: 7 of the 11 seconds of CPU time that `import sfv_jax.training.loop` took.
