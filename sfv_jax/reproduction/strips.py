@@ -96,11 +96,11 @@ def picture(clips: dict[str, np.ndarray], path: Path) -> None:
     """Writes a picture and an animation of the first clips.
 
     Args:
-      clips: `{method: uint8 [n, t, h, w, 3]}`, "truth" and "still image" among them.
+      clips: `{method: uint8 [n, t, h, w, 3]}`, "truth" among them; "still image" is shown in the animation alone.
       path: PNG with the frames of a clip side by side, one row per clip and method. The animation has the suffix .gif.
     """
     shown = {name: clip[:SHOWN] for name, clip in clips.items() if name != "still image"}
     rows = [(name, clip[n]) for n in range(len(clips["truth"][:SHOWN])) for name, clip in shown.items()]
     write_video(path, sheet(rows, len(shown))[None])
-    still = {"condition": clips["still image"][:SHOWN]}
+    still = {"condition": clips["still image"][:SHOWN]} if "still image" in clips else {}
     write_video(path.with_suffix(".gif"), board([*(still | shown).items()]), fps=FPS)
