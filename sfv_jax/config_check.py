@@ -3,13 +3,16 @@
 import difflib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sfv_jax import config as configs
 from sfv_jax.config import ConfigDict, ConfigError
 from sfv_jax.config_rules import ADVERSARIAL, DISCRIMINATOR, GENERAL, METHODS, OPTIMIZER, OWN_FIELDS, RULES, prefixed
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.plain_config import flat
+
+if TYPE_CHECKING:
+    from sfv_jax.data.worlds import World
 
 WITH_HEADS = ("sfv", "ladd", "ufogen")
 OPTIMIZERS = ("generator_optimizer", "heads_optimizer")
@@ -41,6 +44,16 @@ def check_fields(fields: dict[str, Any]) -> None:
       ConfigError: as `check`.
     """
     _refuse([*_problems(fields).values()])
+
+
+def checked_world(rules: dict[str, Any]) -> "World":
+    """Returns the procedural world of recorded rules, the `data.world` of a config.
+
+    Raises:
+      ConfigError: if one is illegal.
+    """
+    check_fields(flat({"data": {"world": rules}}))
+    return configs.world_of(ConfigDict({"data": {"world": rules}}))
 
 
 def _refuse(lines: list[str]) -> None:

@@ -16,6 +16,7 @@ from absl import flags
 from sfv_jax import choices
 from sfv_jax.errors import UserError
 from sfv_jax.runtime import commands
+from sfv_jax.web.request import Limits
 
 FLAGS = flags.FLAGS
 
@@ -40,7 +41,6 @@ def main() -> int | None:
     from sfv_jax.runtime import compilation
     from sfv_jax.runtime.progress import say
     from sfv_jax.web import models
-    from sfv_jax.web.request import Limits
 
     compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
     load = commands.values("dtype", "vae_dtype", "raw")
@@ -65,8 +65,8 @@ def define_flags() -> None:
     for name in ("checkpoint", "compare", "host"):
         commands.refuse_empty(name)
     flags.DEFINE_integer("port", 7860, "port to listen at; 0: a free one", lower_bound=0, upper_bound=65535)
-    flags.DEFINE_integer("max_upload_bytes", 20_000_000, "bytes of an image, at most", lower_bound=1)
-    flags.DEFINE_integer("max_upload_pixels", 40_000_000, "pixels of an image, at most", lower_bound=1)
+    flags.DEFINE_integer("max_upload_bytes", Limits.upload_bytes, "bytes of an image, at most", lower_bound=1)
+    flags.DEFINE_integer("max_upload_pixels", Limits.upload_pixels, "pixels of an image, at most", lower_bound=1)
     commands.define_decoder("; the page also offers the others that the model has")
     commands.define_pixels("height", None, "pixels; default: from the image, or of the model's world")
     commands.define_pixels("width", None, "pixels; default: from the image, or of the model's world")

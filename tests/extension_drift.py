@@ -19,13 +19,11 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from sfv_jax.checkpoints.run import read_config
-from sfv_jax.config import world_of
+from sfv_jax.checkpoints.base import training_config, world_rules
+from sfv_jax.config_check import checked_world
 from sfv_jax.data.worlds import Label, World
 from sfv_jax.evaluation.motion import motion_energy
 from sfv_jax.evaluation.no_reference import score_clip
@@ -129,7 +127,7 @@ def main() -> None:
     parser.add_argument("--noise", default="0.02", help="noise_aug_strength of further chunks")
     args = parser.parse_args()
     wanted = [int(n) for n in args.chunks.split(",")]
-    world = world_of(ConfigDict(read_config(Path(args.checkpoint))))
+    world = checked_world(world_rules(training_config(args.checkpoint)))
     labels = [world.label(n, "heldout") for n in range(args.clips)]
     images = [world.render(label, slice(0, 1))[0] for label in labels]
     sampler = Sampler.load(args.checkpoint)

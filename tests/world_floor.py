@@ -14,10 +14,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from sfv_jax.checkpoints.run import read_config
-from sfv_jax.config import world_of
+from sfv_jax.checkpoints.base import training_config, world_rules
+from sfv_jax.config_check import checked_world
 from sfv_jax.diffusion import edm
 from sfv_jax.models.networks import Networks
 from sfv_jax.sampling.sampler import Sampler
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=8)
     asked = parser.parse_args()
     sampler = Sampler.load(asked.checkpoint)
-    world = world_of(ConfigDict(read_config(asked.checkpoint)))
+    world = checked_world(world_rules(training_config(asked.checkpoint)))
     codec, networks = sampler.codec, Networks(sampler.unet)
 
     def encode(frames: np.ndarray) -> np.ndarray:

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from sfv_jax.checkpoints.base import is_run, training_config, world_rules
 from sfv_jax.checkpoints.model_folder import read_model
-from sfv_jax.config import world_of
-from sfv_jax.config_check import check_fields
+from sfv_jax.config_check import checked_world
 from sfv_jax.data import ucf101
 from sfv_jax.errors import UserError
 from sfv_jax.evaluation import pairs, scoring
@@ -25,7 +23,6 @@ from sfv_jax.models.codec import SVDCodec
 from sfv_jax.performance import latency
 from sfv_jax.runtime.commands import check_seeds
 from sfv_jax.runtime.files import check_folder
-from sfv_jax.runtime.plain_config import flat
 from sfv_jax.runtime.sharding import first_devices
 from sfv_jax.sampling.generator import check
 from sfv_jax.sampling.sampler import Sampler
@@ -199,7 +196,7 @@ def _dataset(request: Request) -> Report:
 
 
 def _world(request: Request) -> Report:
-    world = world_of(ConfigDict({"data": {"world": _rules(_given(request.checkpoint))}}))
+    world = checked_world(_rules(_given(request.checkpoint)))
     sampler = load_sampler(request)
     options = replace(request.options, noise_aug_strength=0.0)
     model = Model(sampler, origin_of(request, sampler), options, request.batch_size)
@@ -213,7 +210,6 @@ def _rules(checkpoint: str) -> dict:
     rules = world_rules(training_config(checkpoint))
     if rules is None:
         raise EvaluateError(f"{file} describes no world: restore it, or name a model of the procedural world")
-    check_fields(flat({"data": {"world": rules}}))
     return rules
 
 

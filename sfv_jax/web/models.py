@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from sfv_jax.checkpoints.base import training_config, world_rules
-from sfv_jax.config import ConfigError, world_of
-from sfv_jax.config_check import check_fields
+from sfv_jax.config import ConfigError
+from sfv_jax.config_check import checked_world
 from sfv_jax.data.worlds import World
 from sfv_jax.errors import UserError
 from sfv_jax.models.codec import PatchCodec
-from sfv_jax.runtime.plain_config import flat
 from sfv_jax.sampling.files import origin_of
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.web.request import Offer, Request, RequestError
@@ -87,8 +85,10 @@ def load(checkpoint: str, decoder: str = "full", **options: Any) -> Model:
     first = Sampler.load(checkpoint, decoder=decoder, **options)
     samplers = {decoder: first}
     for other in ("full", "tiny"):
+        if other == decoder:
+            continue
         try:
-            samplers.setdefault(other, first.with_decoder(other))
+            samplers[other] = first.with_decoder(other)
         except UserError:  # the model has none
             continue
     return Model(checkpoint, samplers, options, training_config(checkpoint))
@@ -99,8 +99,7 @@ def world_behind(config: dict[str, Any]) -> World | None:
     if (rules := world_rules(config)) is None:
         return None
     try:
-        check_fields(flat({"data": {"world": rules}}))
-        return world_of(ConfigDict({"data": {"world": rules}}))
+        return checked_world(rules)
     except ConfigError:
         return None
 
