@@ -25,19 +25,9 @@ from sfv_jax.runtime.commands import numbers, seeds
 from sfv_jax.runtime.sharding import make_mesh, param_shardings
 from sfv_jax.sampling.sampler import NonFiniteError, Sampler
 from tests.conftest import noise
+from tests.support import small_run
 
-UNET = UNetConfig(
-    in_channels=24,
-    out_channels=12,
-    block_out_channels=(16,),
-    num_attention_heads=(2,),
-    layers_per_block=1,
-    cross_attention_dim=12,
-    addition_time_embed_dim=8,
-    num_frames=3,
-    norm_groups=4,
-    temporal_conv="matmul",
-)
+UNET = UNetConfig(**small_run.UNET | dict(in_channels=24, out_channels=12, num_frames=3, temporal_conv="matmul"))
 CODEC = PatchCodec(patch=2, embed_cell=4)
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
 

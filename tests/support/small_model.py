@@ -6,6 +6,7 @@ from sfv_jax.checkpoints.model_folder import save_model
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.models.unet import UNet, UNetConfig
+from tests.support import small_run
 
 WORLD = dict(size=16, num_frames=3, radii=[3.0, 5.0])
 CONFIG = {"method": "sfv", "data": {"source": "world", "world": WORLD}}
@@ -13,19 +14,7 @@ CONFIG = {"method": "sfv", "data": {"source": "world", "world": WORLD}}
 
 def save_world_model(folder: Path, seed: int = 0, config: dict | None = CONFIG) -> Path:
     """Writes a model of 3 frames of 16x16 pixels with the patch codec, trained with `config`; returns its folder."""
-    unet = UNetConfig(
-        in_channels=96,
-        out_channels=48,
-        block_out_channels=(16,),
-        num_attention_heads=(2,),
-        layers_per_block=1,
-        cross_attention_dim=12,
-        addition_time_embed_dim=8,
-        num_frames=3,
-        sample_size=4,
-        norm_groups=4,
-        temporal_conv="matmul",
-    )
+    unet = UNetConfig(**small_run.UNET | dict(num_frames=3, sample_size=4, temporal_conv="matmul"))
     codec = PatchCodec(patch=4, embed_cell=8)
     run = {} if config is None else {"run": {"step": 3, "raw": False, "config": config}}
     save_model(folder, {"unet": tree.init(UNet, unet, seed)}, {"unet": unet, "codec": codec}, codec="patch", extra=run)

@@ -2,6 +2,18 @@
 
 from sfv_jax import config as defaults
 
+UNET = dict(
+    in_channels=96,
+    out_channels=48,
+    block_out_channels=(16,),
+    num_attention_heads=(2,),
+    layers_per_block=1,
+    cross_attention_dim=12,
+    addition_time_embed_dim=8,
+    num_frames=2,
+    norm_groups=4,
+)
+
 
 def get_config():
     config = defaults.tiny(defaults.teacher())
@@ -18,17 +30,7 @@ def get_config():
             sample_count=1,
             patch_codec=dict(patch=4, embed_cell=8),
             data=dict(world=dict(size=16, num_frames=2), world_size=64),
-            unet=dict(
-                in_channels=96,
-                out_channels=48,
-                block_out_channels=(16,),
-                num_attention_heads=(2,),
-                layers_per_block=1,
-                cross_attention_dim=12,
-                addition_time_embed_dim=8,
-                num_frames=2,
-                norm_groups=4,
-            ),
+            unet=UNET,
         )
     )
     return config.lock()
