@@ -9,9 +9,9 @@ HEIGHT = 64  # pixels: smaller videos are enlarged by whole factors to about thi
 GAP, SPACE = 2, 8  # pixels between frames, and between groups of rows
 
 
-def enlarge(frames: np.ndarray) -> np.ndarray:
-    """Repeats the pixels of `frames [..., h, w, 3]` until they are about `HEIGHT` pixels high."""
-    factor = max(HEIGHT // frames.shape[-3], 1)
+def enlarge(frames: np.ndarray, height: int = HEIGHT) -> np.ndarray:
+    """Repeats the pixels of `frames [..., h, w, 3]` until they are about `height` pixels high."""
+    factor = max(height // frames.shape[-3], 1)
     return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 

@@ -15,6 +15,7 @@ from sfv_jax.sampling.sampler import Sampler
 
 CLIPS, SHOWN = 16, 4  # held-out clips that are scored, clips in the picture
 FPS = 7
+LARGE = 256  # pixels: height of the first video
 COLUMNS = {  # scores of the table, with their names and digits
     "distance": ("distance", 1),
     "fit": ("fit", 2),
@@ -30,7 +31,7 @@ def first_video(sampler: Sampler, image: np.ndarray, size: int, path: Path) -> N
     image = fitted(image, size, size, "crop")
     frames = sampler([image])
     still = np.repeat(image[None, None], frames.shape[1], axis=1)
-    shown = [(title, enlarge(enlarge(clip))) for title, clip in (("image", still), ("video, one step", frames))]
+    shown = [(title, enlarge(clip, LARGE)) for title, clip in (("image", still), ("video, one step", frames))]
     write_video(path, board(shown), fps=FPS)
 
 

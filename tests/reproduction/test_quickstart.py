@@ -20,7 +20,7 @@ def test_a_first_video_of_a_picture_of_any_shape(samplers, tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
     strips.first_video(samplers[1], picture, 32, tmp_path / "first.gif")
     with Image.open(tmp_path / "first.gif") as gif:
-        assert gif.n_frames == 14 and min(gif.size) > 64
+        assert gif.n_frames == 14 and min(gif.size) > 256
 
 
 @pytest.mark.slow
