@@ -1,8 +1,6 @@
 """Images to videos: `Sampler` owns the parameters of a generator and its codec."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -22,65 +20,20 @@ from sfv_jax.models.codec import PatchCodec, SVDCodec, augmentation_noise
 from sfv_jax.models.decoders import finite
 from sfv_jax.models.networks import DTYPES
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.runtime.progress import compiling
 from sfv_jax.runtime.sharding import on_mesh, param_shardings
 from sfv_jax.sampling.extension import Extension
 from sfv_jax.sampling.generator import Generator, share
 from sfv_jax.sampling.inputs import check_side, checked_images, checked_seeds, resize
+from sfv_jax.sampling.stages import Enter, Stages, Watch, timed
 
 Array = jax.Array
 # Kinds of calls whose programs a process keeps. On a CPU the programs of one take about 350 memory maps, and Linux
 # allows a process 65,530.
 MOST_KINDS = 64
-STAGES = {"clip": "image encoder", "encode": "VAE encoder", "denoise": "UNet", "decode": "decoder"}
-Watch = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
-Enter = Callable[[str, bool], None]
 
 
 class NonFiniteError(UserError):
     """NaN or infinity in the result of a stage; the message names the stage, its dtype and the remedy."""
-
-
-class _Stages:
-    """Stages of one call of a sampler: computed on its mesh, timed, announced, and shown while they are compiled.
-
-    Attributes:
-      about: description of the videos.
-      new: whether programs for them may have to be compiled.
-    """
-
-    def __init__(
-        self, mesh: Mesh | None, times: dict[str, float] | None, watch: Watch | None, enter: Enter | None = None
-    ):
-        self.mesh, self.times, self.watch, self.about, self.new = mesh, times, watch, "", True
-        self.enter: Enter = enter or (lambda name, new: None)
-
-    def __call__(self, name: str, fn: Callable, *args, **kw) -> Any:
-        """Returns `fn(...)`; with `times`, waits for it and notes its seconds."""
-        self.enter(name, self.new)
-        began = time.perf_counter()
-        with compiling(f"{STAGES[name]}, {self.about}") if self.watch and self.new else nullcontext():
-            result = (fn if self.mesh is None else on_mesh(self.mesh, fn))(*args, **kw)
-        if self.times is not None:
-            jax.block_until_ready(result)
-            self.times[name] = time.perf_counter() - began
-        return result
-
-    def watched(self, count: int, what: str) -> AbstractContextManager[Callable[[int], None] | None]:
-        """Returns the context of the progress of `count` steps of a stage."""
-        return self.watch(count, what) if self.watch and count > 1 else nullcontext()
-
-
-def _timed(coming: Iterator[np.ndarray], times: dict[str, float]) -> Iterator[np.ndarray]:
-    """Yields what comes; adds the seconds of waiting for it to `times["decode"]`."""
-    times["decode"] = 0.0
-    while True:
-        began = time.perf_counter()
-        frame = next(coming, None)
-        times["decode"] += time.perf_counter() - began
-        if frame is None:
-            return
-        yield frame
 
 
 class Sampler:
@@ -281,7 +234,7 @@ class Sampler:
           NonFiniteError: if a stage returns NaN or infinity, see `check_finite`.
         """
         images = checked_images(images)
-        stage = _Stages(self.mesh, times, watch)
+        stage = Stages(self.mesh, times, watch)
         latents, checks = self._denoised(
             images,
             stage,
@@ -387,7 +340,7 @@ class Sampler:
           UserError: as `__call__`.
           NonFiniteError: as `__call__`; for decoded frames, in place of the first of them that is not finite.
         """
-        stage = _Stages(self.mesh, times, watch, enter)
+        stage = Stages(self.mesh, times, watch, enter)
         latents, checks = self._denoised(
             checked_images([image]),
             stage,
@@ -406,7 +359,7 @@ class Sampler:
         if self.check_finite:
             self._raise_nonfinite(checks, 1)
         stage.enter("decode", stage.new)
-        return self._streamed(latents) if times is None else _timed(self._streamed(latents), times)
+        return self._streamed(latents) if times is None else timed(self._streamed(latents), times)
 
     def _streamed(self, latents: Array) -> Iterator[np.ndarray]:
         coming = self.codec.stream(latents)
@@ -422,7 +375,7 @@ class Sampler:
     def _denoised(
         self,
         images: list[np.ndarray],
-        stage: "_Stages",
+        stage: Stages,
         decoding: int | str | None,
         *,
         steps: int,

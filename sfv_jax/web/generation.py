@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sfv_jax.sampling import files
-from sfv_jax.sampling.sampler import STAGES
+from sfv_jax.sampling.stages import STAGES
 from sfv_jax.web.models import Models
 from sfv_jax.web.request import Limits, Request, RequestError
 from sfv_jax.web.sessions import Session

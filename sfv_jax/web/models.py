@@ -154,9 +154,9 @@ class Models:
         most the area that the UNet is described with: 768 x 768 pixels for SVD, which is that of 576 x 1024.
         """
         down, unet = self.main.first.codec.downscale, self.main.first.unet
-        world = world_behind(self.main.config)
-        if world is not None and self.height is None and self.width is None:
-            return world.size, world.size
+        trained = self.main.first.trained_size
+        if trained and self.height is None and self.width is None:
+            return trained
         scale = min(1.0, unet.sample_size * down / math.sqrt(height * width))
         cells = [max(math.floor(side * scale / down + 1e-6), 1) for side in (height, width)]
         least = min(cells)  # of a very long image it was raised to 1
