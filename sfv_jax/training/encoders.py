@@ -18,6 +18,7 @@ from sfv_jax.models.codec import SVDCodec
 from sfv_jax.weights.folders import refuse_existing
 
 CLIPS = 256  # whose latents determine the scaling factor
+SAME_SCALE = 0.01  # relative; a tuned decoder must not change the latents of UNets that were trained before
 TOWER = CLIPConfig(
     hidden_size=64,
     intermediate_size=128,
@@ -39,9 +40,10 @@ def export_encoders(
 ) -> None:
     """Writes a model folder without a UNet, for `config.encoders`.
 
-    The scaling factor is the inverse of the root mean square of the latents of `CLIPS` training clips. Without `base`,
-    the tower has random weights: the UNet has the whole first frame as its condition latent, and needs from the
-    embedding only that it is a fixed function of the image.
+    The scaling factor is the inverse of the root mean square of the latents of `CLIPS` training clips. One that the VAE
+    brings along stays if it is within `SAME_SCALE` of that. Without `base`, the tower has random weights: the UNet has
+    the whole first frame as its condition latent, and needs from the embedding only that it is a fixed function of the
+    image.
 
     Args:
       run: workdir of a run that trained a VAE on a world.
@@ -66,7 +68,9 @@ def export_encoders(
     world = world_of(ConfigDict(recorded))
     codec = SVDCodec(config, tower_config, {"vae": vae, "image_encoder": tower})
     square = np.mean([np.mean(np.square(codec.encode(world.clip(n)[0][None]))) for n in range(CLIPS)])
-    config = dataclasses.replace(config, scaling_factor=round(float(1 / np.sqrt(square)), 5))
+    factor = float(1 / np.sqrt(square))
+    if abs(factor / config.scaling_factor - 1) > SAME_SCALE:
+        config = dataclasses.replace(config, scaling_factor=round(factor, 5))
     components: dict[str, tree.Params | Path] = {"vae": vae, "image_encoder": tower}
     sums = {"vae/parameters": digest(vae), "image_encoder/parameters": digest(tower)}
     origin = {"folder": Path(run).name, "sha256": sums, "world": dataclasses.asdict(world)}

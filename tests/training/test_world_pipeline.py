@@ -87,6 +87,19 @@ def test_latents_have_unit_scale(folders):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("ratio", "kept"), [(1.004, True), (1.5, False)])
+def test_a_scaling_factor_that_fits_stays(folders, tmp_path, ratio, kept):
+    """A decoder that was tuned on the encoder of a model must not change the scale of the model's latents."""
+    factor = load_vae(folders / "encoders")[0].scaling_factor
+    run = shutil.copytree(folders / "decoder", tmp_path / "run")
+    network = json.loads((run / "network.json").read_text())
+    network["vae"]["scaling_factor"] = factor * ratio
+    (run / "network.json").write_text(json.dumps(network))
+    export_encoders(run, tmp_path / "again", base=folders / "encoders")
+    assert load_vae(tmp_path / "again")[0].scaling_factor == (factor * ratio if kept else factor)
+
+
+@pytest.mark.slow
 def test_a_packed_model_is_the_run_in_half_precision(folders):
     run, packed = Sampler.load(folders / "teacher"), Sampler.load(folders / "packed")
     for found, kept in zip(jax.tree.leaves(packed.params), jax.tree.leaves(run.params), strict=True):
