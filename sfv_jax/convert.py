@@ -71,6 +71,9 @@ def check() -> None:
     single = args.export and args.what in ("comfyui", "taesdv")
     if single and dst.suffix != ".safetensors":
         raise WeightsError(f"{dst}: the name of a single file must end in .safetensors")
+    if not single and dst.suffix in (".safetensors", ".ckpt", ".bin", ".pth"):
+        file = "; --what comfyui writes a file" if args.export else ""
+        raise WeightsError(f"--dst={dst}: this writes a folder, and the name is that of a file{file}")
     for path in (dst, dst.with_suffix(".md")) if single and args.what == "comfyui" else (dst,):
         refuse_existing(path, args.overwrite)
         if path.exists() and path.is_dir() == single:

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Commands print only the message. Any other exception is a bug and keeps its traceback.
     """
+
+
+class InterruptedWork(UserError):
+    """Work that was stopped on request before its end; commands exit with the code of Ctrl-C, 130."""

@@ -169,7 +169,7 @@ def _define_sampler_flags() -> None:
     flags.DEFINE_list(
         "guidance", None, "first,last weight of the guidance ramp (1.0,3.0 for SVD); default: no guidance"
     )
-    commands.define_micro_conditions("; 0 in the world")
+    commands.define_micro_conditions(note="; 0 in the world")
     flags.DEFINE_integer("decode_chunk_size", None, "frames decoded at a time; default: all", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", choices.DTYPES, "compute and parameter dtype of the UNet")
     flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the decoder")

@@ -16,10 +16,12 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from sfv_jax.errors import InterruptedWork
 from sfv_jax.runtime import commands
 from sfv_jax.runtime.files import check_folder
 
 FLAGS = flags.FLAGS
+BEGAN = time.monotonic()
 TRAINED = ("vae", "decoder", "teacher")  # from scratch, in this order
 
 
@@ -33,7 +35,7 @@ def main() -> None:
     from sfv_jax.runtime.files import write_text
     from sfv_jax.sampling.sampler import Sampler
 
-    workdir, began = Path(FLAGS.workdir), time.monotonic()
+    workdir = Path(FLAGS.workdir)
     config = FLAGS.sfv.copy_and_resolve_references()
     config.init = str(workdir / "teacher") if FLAGS.from_scratch else config.init
     check(config)
@@ -44,7 +46,7 @@ def main() -> None:
         print("1/3 a video by the one-step model in the package")
         path = workdir / "first.gif"
         strips.first_video(Sampler.load("world"), image, world.size, path)
-        print(f"Look at {path}, after {time.monotonic() - began:.0f} seconds.")
+        print(f"Look at {path}, after {time.monotonic() - BEGAN:.0f} seconds.")
     else:
         print("1/3 VAE, its decoder, and the base model")
         train_base(workdir)
@@ -56,7 +58,7 @@ def main() -> None:
     text = strips.table(rows, world.directions)
     write_text(workdir / "table.md", text + "\n")
     write_text(workdir / "table.json", json.dumps(rows, indent=1))
-    minutes = (time.monotonic() - began) / 60
+    minutes = (time.monotonic() - BEGAN) / 60
     print(f"\n{text}\n\nLook at {workdir / 'comparison.png'}. {minutes:.1f} minutes in all.")
 
 
@@ -77,13 +79,12 @@ def finish(config, workdir: Path) -> None:
     """Trains a run to its end.
 
     Raises:
-      TrainingStopped: if it was asked to stop before.
+      InterruptedWork: if it was stopped before.
     """
-    from sfv_jax.training.alarms import TrainingStopped
     from sfv_jax.training.loop import train
 
     if train(config, workdir)["step"] < config.steps:
-        raise TrainingStopped(f"{workdir} was asked to stop; run the same command again to continue")
+        raise InterruptedWork(f"the training in {workdir} was stopped; run the same command again to continue")
 
 
 def define_flags() -> None:

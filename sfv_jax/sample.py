@@ -9,6 +9,7 @@ again. Images that cannot be read are listed at the end, with exit code 1. The s
 other files are only replaced with `--overwrite`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
@@ -31,8 +32,7 @@ def main() -> None:
     commands.check_decoder()
     extension = None
     if FLAGS.extend:
-        noise = FLAGS.noise_aug_strength if FLAGS.extend_noise_aug_strength is None else FLAGS.extend_noise_aug_strength
-        extension = Extension(FLAGS.extend, noise, FLAGS.extend_color)
+        extension = Extension(FLAGS.extend, FLAGS.extend_noise_aug_strength, FLAGS.extend_color)
         extension.length(FLAGS.num_frames or 2)
     guidance, sizes = (commands.numbers(name, FLAGS[name].value) for name in ("guidance", "mesh"))
 
@@ -52,8 +52,13 @@ def main() -> None:
     load = commands.values("dtype", "vae_dtype", "decode_pixels", "raw", "check_finite", "decoder")
     say(f"loading {FLAGS.checkpoint} for {len(todo)} {'images' if len(todo) > 1 else 'image'}")
     sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
+    options = commands.values(*files.OPTIONS) | {"guidance": guidance}
+    if FLAGS.noise_aug_strength is None:
+        options["noise_aug_strength"] = sampler.noise_aug_strength
+    if extension and extension.noise_aug_strength is None:
+        extension = replace(extension, noise_aug_strength=options["noise_aug_strength"])
     settings = files.Settings(
-        options=commands.values(*files.OPTIONS) | {"guidance": guidance},
+        options=options,
         origin=files.origin_of(sampler, FLAGS.checkpoint, load, FLAGS.mesh),
         timed=FLAGS.times,
         extension=extension,
@@ -109,7 +114,7 @@ def define_flags() -> None:
         " as diffusers does",
     )
     commands.define_fps(7, "frame rate of the video; the condition of the model is fps - 1")
-    commands.define_micro_conditions()
+    commands.define_micro_conditions(None, "; default: 0.02, and 0 for models of the procedural world")
     flags.DEFINE_list("guidance", None, "first,last weight of the guidance ramp (1.0,3.0 for SVD); default: none")
     flags.DEFINE_enum("dtype", "float32", choices.DTYPES, "dtype of the UNet's parameters and computations")
     flags.DEFINE_enum("vae_dtype", "float32", choices.DTYPES, "compute dtype of the decoder")

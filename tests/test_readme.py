@@ -131,9 +131,14 @@ def test_two_commands_need_nothing_but_python():
         ("sample", ["--checkpoint=nowhere", "--image=in.png", "--out=x.mp4"], "sample: nowhere does not exist"),
         ("convert", ["--src=nowhere", "--dst=x"], "convert: nowhere does not exist"),
         (
+            "convert",
+            ["--export", "--src=nowhere", "--dst=x.safetensors"],
+            "convert: --dst=x.safetensors: this writes a folder, and the name is that of a file; --what comfyui writes",
+        ),
+        (
             "train",
             ["--config=configs/sfv.py", "--workdir=x", "--config.batchsize=1"],
-            "train: no such config field: 'batchsize' Did you mean \"batch_size\"",
+            "train: no such config field: 'batchsize'; did you mean batch_size?",
         ),
         ("train", ["--config=configs/sfv.py", "--workdir=x"], "train: config.init is empty"),
         ("prepare", ["--videos=clips", "--svd=nowhere", "--out=x"], "prepare: nowhere"),

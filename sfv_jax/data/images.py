@@ -57,7 +57,8 @@ def read_image(path: str | os.PathLike, most_pixels: int | None = None) -> np.nd
     """
     path = Path(path)
     if not os.path.isfile(path):  # a pipe would wait for its writer
-        raise ImageError(f"{one_line(path)}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
+        kind = "a folder, not an image" if os.path.isdir(path) else "not a regular file"
+        raise ImageError(f"{one_line(path)}: {kind if os.path.exists(path) else 'no such file'}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of damaged metadata and of sizes below its limit
@@ -168,7 +169,7 @@ def _kind(head: bytes) -> str:
 def _reason(error: Exception) -> str:
     """Returns the cause in one line."""
     if isinstance(error, UnidentifiedImageError):  # its message is a path
-        return "no known kind of image, or damaged at its beginning"
+        return "not an image of a known kind, or damaged at its beginning (a video is not read here)"
     text = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
     return one_line(text)
 

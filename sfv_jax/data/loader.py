@@ -89,7 +89,9 @@ def latent_source(data_dir: str | os.PathLike, split: str = "train", scaling_fac
         if not folder.is_dir():
             raise LatentError(f"{folder}: no such folder; make a cache with `python -m sfv_jax.prepare`")
         if any(read_json(folder / name) is None for name in ("dataset_info.json", "features.json")):
-            raise LatentError(f"{folder}: not a finished cache; run `python -m sfv_jax.prepare` to its end")
+            started = (folder / MANIFEST).exists()
+            remedy = "run the same command to its end" if started else "make one with `python -m sfv_jax.prepare`"
+            raise LatentError(f"{folder}: {'a cache that is not finished' if started else 'no latent cache'}; {remedy}")
         builder = tfds.builder_from_directory(os.fspath(folder))
         if split not in builder.info.splits:
             raise LatentError(f"{folder}: no split {split!r}, only {sorted(builder.info.splits)}")
@@ -207,7 +209,9 @@ def make_loader(
     if not rows or min(rows) < 0 or max(rows) >= global_batch_size:
         raise ValueError(f"rows {rows} are not rows of a batch of {global_batch_size}")
     if len(source) < global_batch_size:
-        raise UserError(f"{len(source)} examples do not fill one batch of {global_batch_size}; use a smaller batch")
+        raise UserError(
+            f"the data has {len(source)} clips, fewer than one batch; set batch_size to {len(source)} or less"
+        )
     order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     count = len(rows) * (len(order) // global_batch_size)
     dataset = grain.MapDataset.range(count).map(

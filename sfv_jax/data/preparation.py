@@ -204,7 +204,7 @@ def _claim(out: Path, plan: dict[str, list[Clip]], settings: Settings) -> dict:
     )
     changed = [f"{name} (was {then.get(name)}, is {now[name]})" for name in now if then.get(name) != now[name]]
     if changed:
-        raise LatentError(f"{out} was begun differently: {', '.join(changed)}; use another --out or the same settings")
+        raise LatentError(f"{out} has other settings: {', '.join(changed)}; use another --out or the same settings")
     return manifest
 
 

@@ -23,7 +23,6 @@ from sfv_jax.models.unet import UNetConfig
 from sfv_jax.reproduction.experiments import BASE, TABLES, Budget, runs_of, svd_config, world_config
 from sfv_jax.runtime.device import count_flops
 from sfv_jax.runtime.plain_config import flat
-from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.training.loop import train
 
 CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, an assumption: see docs/reproduction.md
@@ -65,7 +64,7 @@ class Runs:
 
         Raises:
           WorkdirError: if the workdir contains another run.
-          TrainingStopped: if training was stopped before the last step.
+          InterruptedWork: if training was stopped before the last step.
         """
         if run == BASE:
             if not self.trains_base:
@@ -78,7 +77,7 @@ class Runs:
         print(f"training {path}: {config.method}, {config.steps} steps of {config.batch_size}", flush=True)
         train(config, path)
         if not self.done(run, seed):
-            raise TrainingStopped(f"{path} was asked to stop; run the same command again to continue")
+            raise InterruptedWork(f"the training in {path} was stopped; run the same command again to continue")
         jax.clear_caches()
 
 
@@ -200,7 +199,8 @@ def plan(runs: Runs, tables: Sequence[str], seeds: Sequence[int], jobs: int = 1)
         line = f"  {run}: {settings.steps} steps of {settings.batch_size}, {counted[key]:.3g} FLOPs each"
         lines += [] if line in lines else [line]
     there = f", {len(wanted) - len(todo)} are there" if len(todo) < len(wanted) else ""
-    lines.append(f"{len(todo)} training runs ({len(seeds)} seeds){there}, {len(rows) * len(seeds)} rows in all.")
+    count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    lines.append(f"{len(todo)} training runs ({count}){there}, {len(rows) * len(seeds)} rows in all.")
     if runs.trains_base:
         # A run compiles for a minute, a row for a quarter of a minute.
         shared = (total - alone) / CPU_RATE / 60 + 1.2 * len(todo) + 0.25 * len(rows) * len(seeds)

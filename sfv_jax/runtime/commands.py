@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from sfv_jax import choices
-from sfv_jax.errors import UserError
+from sfv_jax.errors import InterruptedWork, UserError
 from sfv_jax.runtime.files import one_line
 from sfv_jax.runtime.plain_config import flat
 from sfv_jax.runtime.stopping import Interrupt
@@ -97,11 +97,11 @@ def define_seed(default: int, help: str) -> None:
     flags.DEFINE_integer("seed", default, help, **bounds, module_name=sys.argv[0])
 
 
-def define_micro_conditions(note: str = "") -> None:
-    """Defines `--motion_bucket_id` and `--noise_aug_strength`; `note` is added to the help of the second."""
+def define_micro_conditions(noise: float | None = 0.02, note: str = "") -> None:
+    """Defines `--motion_bucket_id` and `--noise_aug_strength`; the second has the default `noise`, explained by `note`."""
     for name, default, most, text in (
         ("motion_bucket_id", 127, choices.MOST_MOTION, "amount of motion, a condition of the model"),
-        ("noise_aug_strength", 0.02, choices.MOST_NOISE, f"deviation of noise on the image, pixels in [-1, 1]{note}"),
+        ("noise_aug_strength", noise, choices.MOST_NOISE, f"deviation of noise on the image, pixels in [-1, 1]{note}"),
     ):
         flags.DEFINE_float(name, default, text, lower_bound=0, upper_bound=most, module_name=sys.argv[0])
 
@@ -138,9 +138,13 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
 
     def guarded(_) -> int | None:
         logging.set_verbosity(logging.WARNING)  # orbax reports every rename
+        logging.get_absl_logger().addFilter(lambda record: "Waiting for previous save" not in record.getMessage())
         try:
             with Interrupt():
                 return main()
+        except InterruptedWork as error:
+            print(f"{command}: {_lines(error)}", file=sys.stderr)
+            return 128 + signal.SIGINT
         except UserError as error:
             sys.exit(f"{command}: {_lines(error)}")
         except KeyboardInterrupt:
@@ -162,8 +166,10 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
             while error.args and isinstance(error.args[0], Exception):
                 error = error.args[0]
             text = " ".join(str(error.args[0]).split())
-            near = "" if "Did you mean" in text else _same_end(argv, fields)
-            hint = f"; did you mean --{near}?" if near else ""
+            # ml_collections: 'batchsize' Did you mean "batch_size" instead of "batchsize"?
+            text, _, near = text.partition(" Did you mean ")
+            near = re.sub(r" instead of .*|\"", "", near) or f"--{_same_end(argv, fields)}".removesuffix("--")
+            hint = f"; did you mean {near}?" if near else ""
             sys.exit(f"{command}: no such config field: {text}{hint}")
         except flags.UnrecognizedFlagError as error:
             hint = _near(error.flagname)
@@ -173,7 +179,8 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
                 sys.exit(f"{command}: missing: {', '.join(f'--{name}' for name in missing)}; see --help")
             lines = [line.strip() for line in str(error).splitlines()]
             if "Traceback (most recent call last):" in lines:  # of a config file; the last line contains the message
-                lines = [lines[0], lines[-1].removeprefix("sfv_jax.errors.UserError: ")]
+                cause = lines[-1].removeprefix("sfv_jax.errors.UserError: ")
+                sys.exit(f"{command}: {lines[0].partition('=')[0].removeprefix('flag ')}: {cause}")
             sys.exit(f"{command}: {' '.join(filter(None, lines))}; see --help")
         except OSError as error:
             sys.exit(f"{command}: {' '.join(str(error).split())}")
@@ -213,7 +220,7 @@ def _check_config_files(argv: list[str]) -> list[str]:
                 known = {file.stem: str(file) for file in sorted(Path("configs").glob("*.py"))}
                 near = [known[stem] for stem in difflib.get_close_matches(path.stem, known, 1)]
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise _BrokenConfig(f"--{name}={one_line(text)}: there is no config file {one_line(path)}{hint}")
+                raise _BrokenConfig(f"--{name}: there is no config file {one_line(path)}{hint}")
             try:
                 fields += [f"{name}.{field}" for field in flat(flag.parser.parse(text).to_dict())]
             except flags.Error:

@@ -3,10 +3,12 @@
 import contextlib
 import functools
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
 
 LONG = 1.0  # seconds of a compilation that is reported before its program runs
+PATIENCE = 60.0  # seconds between two lines of a compilation
 
 
 @contextlib.contextmanager
@@ -52,41 +54,74 @@ def _is_chief() -> bool:
 def compiling(what: str) -> Generator[None, None, None]:
     """Says that a block compiles `what`, and how long that took: after a long compilation before its program runs.
 
-    A program that JAX has in memory is not compiled, and nothing more is said.
+    A line every minute tells that it goes on, since XLA's own warning of slow compilations reads like an error.
+    Programs that were stored by an earlier process are traced and read; that is said as well. A program that JAX has
+    in memory is not compiled, and nothing more is said.
     """
     say(f"compiling {what} ...")
-    began, found, said = time.monotonic(), False, False
-
-    def compiled(seconds: float) -> None:
-        nonlocal found, said
-        found = True
-        if seconds >= LONG and not said:
-            said = True
-            say(f"compiled in {time.monotonic() - began:.0f} s")
-
+    work = _Work()
     _listen()
-    _compiled.append(compiled)
+    _works.append(work)
+    ticker = threading.Thread(target=work.tick, name="compiling", daemon=True)
+    ticker.start()
     try:
         yield
     finally:
-        _compiled.remove(compiled)
-    if found and not said:
-        say(f"compiled in {time.monotonic() - began:.1f} s")
+        _works.remove(work)
+        work.ended.set()
+    if work.found and not work.said:
+        work.say_end(1)
 
 
-_compiled: list[Callable[[float], None]] = []  # called with the seconds of each compilation
+class _Work:
+    """What is known of the compilations of a block."""
+
+    def __init__(self):
+        self.began, self.ended = time.monotonic(), threading.Event()
+        self.found = self.said = False
+        self.stored = True  # every program so far was read from the cache
+
+    def tick(self) -> None:
+        """Prints a line every `PATIENCE` seconds until the end."""
+        while not self.ended.wait(PATIENCE):
+            say(f"still compiling, after {time.monotonic() - self.began:.0f} s")
+
+    def hear(self, seconds: float, stored: bool) -> None:
+        """Notes a compilation of some seconds."""
+        self.found, self.stored = True, self.stored and stored
+        if seconds >= LONG and not self.said:
+            self.said = True
+            self.ended.set()
+            self.say_end(0)
+
+    def say_end(self, digits: int) -> None:
+        """Says how long it took, to some digits after the point."""
+        how = "read from the cache of programs" if self.stored else "compiled"
+        say(f"{how} in {time.monotonic() - self.began:.{digits}f} s")
+
+
+_works: list[_Work] = []  # of the blocks that are running
 
 
 @functools.cache
 def _listen() -> None:
-    """Makes JAX call `_compiled`; once, since older versions have no public function that removes a listener."""
+    """Makes JAX tell `_works`; once, since older versions have no public function that removes a listener."""
     import jax
 
-    def hear(event: str, duration_secs: float, **_: str | int) -> None:
-        if event.endswith("backend_compile_duration"):
-            for hears in _compiled:
-                hears(duration_secs)
+    stored = False  # JAX tells of a hit before it tells how long the program took
 
+    def hit(event: str, **_: str | int) -> None:
+        nonlocal stored
+        stored = stored or event == "/jax/compilation_cache/cache_hits"
+
+    def hear(event: str, duration_secs: float, **_: str | int) -> None:
+        nonlocal stored
+        if event.endswith("backend_compile_duration"):
+            for work in _works:
+                work.hear(duration_secs, stored)
+            stored = False
+
+    jax.monitoring.register_event_listener(hit)
     jax.monitoring.register_event_duration_secs_listener(hear)
 
 
@@ -102,7 +137,7 @@ class ProgressReport:
 
     def __init__(self, total: int, start: int = 0, active: bool = True, label: str = "train"):
         self.total, self.active, self.label = total, active, label
-        self.began, self.first = time.monotonic(), start
+        self.began, self.first, self.step = time.monotonic(), start, start
         self.bar = None
         if active and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -114,6 +149,7 @@ class ProgressReport:
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`; without a bar, `note` prints the step."""
+        self.step = step
         if self.bar:
             self.bar.update(self.task, completed=step)
         if step == self.first + 1:  # the first step compiles, so the ETA leaves it out
@@ -124,9 +160,18 @@ class ProgressReport:
         if self.bar:
             self.bar.update(self.task, note=text)
         elif self.active:
-            done = max(step - self.first - 1, 1)
-            left = (time.monotonic() - self.began) / done * (self.total - step)
-            print(f"{self.label} {step}/{self.total}  eta {int(left) // 60}m{int(left) % 60:02d}s  {text}", flush=True)
+            print(f"{self.label} {step}/{self.total}  {self.eta()}{text}", flush=True)
+
+    def eta(self) -> str:
+        """Returns the time that is left, from the mean time of the steps after the first; "" if there are none yet.
+
+        The text of `note` is that of an earlier step than the newest one, which this counts from.
+        """
+        done = self.step - self.first - 1
+        if done < 1:
+            return ""
+        left = round((time.monotonic() - self.began) / done * (self.total - self.step))
+        return f"eta {left // 60}m{left % 60:02d}s  "
 
     def print(self, text: str) -> None:
         """Prints a line above the bar."""

@@ -144,8 +144,8 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int, accumulation_steps: int
         remedy = [f"--config.accumulation_steps={n}" for n in parts]
         remedy += [f"--config.batch_size={' or '.join(map(str, near))}"]
         raise UserError(
-            f"batch_size={batch_size} does not divide into accumulation_steps={accumulation_steps} times "
-            f"data x fsdp = {shares} devices of the mesh; set {', or '.join(remedy)}"
+            f"batch_size={batch_size} is no multiple of accumulation_steps={accumulation_steps} times the devices "
+            f"that share a batch (data x fsdp = {shares}); set {', or '.join(remedy)}"
         )
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))

@@ -97,7 +97,12 @@ class StopRequest(Interrupt):
     the disk; but a second Ctrl-C ends the process at once. With several processes, JAX's preemption service handles
     SIGTERM, and the other signals are passed on as this one: all processes stop after the same step, whichever received
     the signal. Outside the main thread nothing is recorded.
+
+    Attributes:
+      next: what happens next, for the answer to the first signal.
     """
+
+    next = "after the current step, then saving"
 
     def signals(self) -> list[signal.Signals]:
         found = [signal.SIGINT] + ([signal.SIGTERM] if _processes() == 1 else [])
@@ -113,7 +118,11 @@ class StopRequest(Interrupt):
         self.noted = True
         if _processes() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return "stopping after the current step, then saving"
+        return f"stopping {self.next}"
+
+    def before(self) -> bool:
+        """Returns whether to stop before the first step, when nothing is unsaved; always False if there are others."""
+        return self.noted and _processes() == 1
 
     def asked(self, step: int) -> bool:
         """Returns whether to save and stop now; every process must call it once after every step."""

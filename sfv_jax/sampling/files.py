@@ -188,7 +188,7 @@ def _foreign(job: Job) -> str | None:
         return f"{job.record} is no record of this command"
     if other != job.video:
         if os.path.lexists(other) or os.path.lexists(job.video):
-            return f"{job.record} is the record of {other.name}"
+            return f"{job.record}, where its record goes, is that of {other.name}"
         return None
     changed = "video_sha256" in made and job.video.is_file() and made["video_sha256"] != sha256(job.video)
     return f"{job.video} was changed since it was made" if changed else None

@@ -50,6 +50,8 @@ class Sampler:
       step: number of training steps of the checkpoint; None for a model folder.
       trained_size: (height, width) of videos by default: those of a training in the procedural world, in pixels; None
         for other models, whose videos have the size of the first image.
+      noise_aug_strength: default deviation of the noise on the image, for pixels in [-1, 1]: SVD's 0.02, and 0 for
+        models of the procedural world, which were trained without it.
       decoder: description of the decoder of frames for records: "full", or that of a tiny decoder.
       model: the model folder that contains the VAE and CLIP tower; None with the patch codec.
       mesh: devices that share batch and parameters; None for one device. The caller places `params` and the codec's
@@ -60,6 +62,7 @@ class Sampler:
 
     step: int | None = None
     trained_size: tuple[int, int] | None = None
+    noise_aug_strength: float = 0.02
     decoder: str | dict[str, Any] = "full"
     model: ModelFolder | None = None
 
@@ -131,6 +134,7 @@ class Sampler:
         sampler = cls(base.unet, base.params, codec, dtype, mesh=mesh, check_finite=check_finite)
         sampler.step, sampler.trained_size, sampler.model = base.step, base.size, base.model
         sampler.decoder = tiny.record() if tiny else "full"
+        sampler.noise_aug_strength = 0.02 if base.size is None else 0.0
         return sampler
 
     def with_decoder(self, decoder: str | Path) -> "Sampler":
@@ -194,7 +198,7 @@ class Sampler:
         fit: str = "stretch",
         fps: float = 7,
         motion_bucket_id: float = 127,
-        noise_aug_strength: float = 0.02,
+        noise_aug_strength: float | None = None,
         guidance: tuple[float, float] | None = None,
         decode_chunk_size: int | None = None,
         times: dict[str, float] | None = None,
@@ -219,7 +223,8 @@ class Sampler:
           fit: how images of another shape are brought to height x width, see `data.images.fitted`. "stretch" is what
             diffusers does: the VAE gets the stretched image, CLIP the original. With "crop" and "pad" both get the
             same picture, as in training caches.
-          fps, motion_bucket_id, noise_aug_strength: SVD's micro-conditions; the model receives fps - 1.
+          fps, motion_bucket_id, noise_aug_strength: SVD's micro-conditions; the model receives fps - 1. The default of
+            the last is the sampler's.
           guidance: first and last weight of the ramp over frames, e.g. (1.0, 3.0) for SVD; None for no guidance.
           decode_chunk_size: frames decoded at a time, default all; chunks change the result of the VAE's decoder, see
             `SVDCodec.decode`.
@@ -247,7 +252,7 @@ class Sampler:
             height=height,
             width=width,
             fit=fit,
-            ids=(fps - 1, motion_bucket_id, noise_aug_strength),
+            ids=(fps - 1, motion_bucket_id, self._strength(noise_aug_strength)),
             guidance=guidance,
         )
         t = latents.shape[1]
@@ -315,7 +320,7 @@ class Sampler:
         fit: str = "stretch",
         fps: float = 7,
         motion_bucket_id: float = 127,
-        noise_aug_strength: float = 0.02,
+        noise_aug_strength: float | None = None,
         guidance: tuple[float, float] | None = None,
         times: dict[str, float] | None = None,
         watch: Watch | None = None,
@@ -353,7 +358,7 @@ class Sampler:
             height=height,
             width=width,
             fit=fit,
-            ids=(fps - 1, motion_bucket_id, noise_aug_strength),
+            ids=(fps - 1, motion_bucket_id, self._strength(noise_aug_strength)),
             guidance=guidance,
         )
         if self.check_finite:
@@ -414,7 +419,7 @@ class Sampler:
         shape = self.latent_shape(size, num_frames)
         if noise is not None and noise.shape != (count, *shape):
             raise UserError(f"noise has shape {noise.shape}, these images need {(count, *shape)}")
-        stage.about = f"{shape[0]} frames of {size[0]}x{size[1]}" + (f" in {steps} steps" if steps > 1 else "")
+        stage.about, stage.steps = f"{shape[0]} frames of {size[0]}x{size[1]}", steps
         stage.new = self._keep_room(
             (shape, steps, sampler, guidance is None, decoding, *(image.shape for image in images))
         )
@@ -505,6 +510,9 @@ class Sampler:
             }
             videos = ", ".join(map(str, bad))
             raise NonFiniteError(f"{stage} of video {videos} not finite ({network} in {dtype}): {advice[dtype]}")
+
+    def _strength(self, given: float | None) -> float:
+        return self.noise_aug_strength if given is None else given
 
     def _vae_dtype(self) -> str:
         return jnp.dtype(getattr(self.codec, "decode_dtype", jnp.float32)).name

@@ -22,20 +22,24 @@ class Stages:
 
     Attributes:
       about: description of the videos.
+      steps: calls of the UNet.
       new: whether programs for them may have to be compiled.
     """
 
     def __init__(
         self, mesh: Mesh | None, times: dict[str, float] | None, watch: Watch | None, enter: Enter | None = None
     ):
-        self.mesh, self.times, self.watch, self.about, self.new = mesh, times, watch, "", True
+        self.mesh, self.times, self.watch = mesh, times, watch
+        self.about, self.steps, self.new = "", 1, True
         self.enter: Enter = enter or (lambda name, new: None)
 
     def __call__(self, name: str, fn: Callable, *args, **kw) -> Any:
         """Returns `fn(...)`; with `times`, waits for it and notes its seconds."""
         self.enter(name, self.new)
         began = time.perf_counter()
-        with compiling(f"{STAGES[name]}, {self.about}") if self.watch and self.new else nullcontext():
+        about = f"{STAGES[name]}, {self.about}"
+        about += f" in {self.steps} steps" if name == "denoise" and self.steps > 1 else ""
+        with compiling(about) if self.watch and self.new else nullcontext():
             result = (fn if self.mesh is None else on_mesh(self.mesh, fn))(*args, **kw)
         if self.times is not None:
             jax.block_until_ready(result)

@@ -95,6 +95,7 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
     say(describe_job(config, abstract[0], subject.source))
     with ExitStack() as stack:  # its end waits for unfinished checkpoints, also after an error
         stop = stack.enter_context(StopRequest(lambda: safe(workdir)))  # outlives the wait for the last checkpoint
+        stop.next = "before the first step: nothing is unsaved"
         checkpoints = stack.enter_context(
             closing(Checkpoints(workdir, config.keep_checkpoints, config.keep_every, config.to_dict()))
         )
@@ -103,7 +104,8 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
         latest = restored[0] if restored else None
         writer.resume(latest or 0)
         if restored is None:
-            state, frozen = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+            with compiling("the first state"):
+                state, frozen = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
         else:
             frozen = jax.jit(lambda params: init(params)[1], out_shardings=shardings[1])(params)
             _, state, position = restored
@@ -185,11 +187,15 @@ def loop(config, step_fn, state, loader, put, out: Outputs, stop: StopRequest) -
       TrainingStopped: if a number is not finite, or an alarm stops the run; checkpoints remain sound.
     """
     journal, report = out.journal, out.journal.report
+    if stop.before():
+        report.print("asked to stop before the first step: nothing was changed")
+        return state
     for step in range(report.first + 1, config.steps + 1):
         with journal.clock.measure("data_wait"):
             batch = put(next(loader))
         out.trace.at(step, state)
         first = step == report.first + 1
+        stop.next = "after the compilation and one step, then saving" if first else StopRequest.next
         with journal.clock.measure("device"), compiling("the train step") if first else nullcontext():
             state, metrics = step_fn(state, batch)
         if first:  # which is long; later steps never wait for the device

@@ -18,9 +18,9 @@ def describe_devices(config: ConfigDict, mesh: Mesh) -> str:
     mesh_ = "x".join(map(str, mesh.devices.shape))
     section = config.autoencoder if "autoencoder" in config else config.unet
     form = temporal_form(section.get("temporal_conv", "auto"))
-    form = {"conv": "convolutions", "matmul": "sums of products"}[form]
+    form = {"conv": "one convolution", "matmul": "matrix products"}[form]
     shape = f", mesh {mesh_} ({', '.join(mesh.axis_names)})" if mesh.size > 1 else ""
-    return f"devices: {devices}{hosts}{shape}; computing in {config.dtype}, {form} along time"
+    return f"devices: {devices}{hosts}{shape}; computing in {config.dtype}, temporal convolutions as {form}"
 
 
 def describe_job(config: ConfigDict, state: dict, source) -> str:
@@ -38,7 +38,8 @@ def describe_job(config: ConfigDict, state: dict, source) -> str:
     name = next(name for name in ("latents", "frames") if name in example)
     frames, *shape = example[name].shape
     kind = "latents" if name == "latents" else "pixels"
-    micro = f" in {config.accumulation_steps} parts" if config.accumulation_steps > 1 else ""
+    parts = config.accumulation_steps
+    micro = f", accumulated over {parts} micro-batches" if parts > 1 else ""
     return (
         f"{config.method} from {start}: {_count(state['generator'])} parameters{heads}{some}\n"
         f"data: {len(source)} clips of {frames} frames, {kind} {'x'.join(map(str, shape))}; "

@@ -134,7 +134,7 @@ class Models:
             guidance = TEACHER_GUIDANCE if not world_behind(self.main.config) else None
         return Request(
             example=0 if self.examples else None,
-            noise_aug_strength=0.0 if world_behind(self.main.config) else 0.02,
+            noise_aug_strength=self.main.first.noise_aug_strength,
             num_inference_steps=steps,
             min_guidance_scale=guidance and guidance[0],
             max_guidance_scale=guidance and guidance[1],

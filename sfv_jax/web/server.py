@@ -46,6 +46,7 @@ HEADERS = {
 }
 MOST_REQUEST = 20_000  # bytes of the JSON of a request
 UPLOAD_SECONDS = 120.0
+GRACE = 30.0  # seconds that the server may take to end, a busy machine included
 UPLOADS = 4  # received and decoded at a time
 PULSE = 10.0  # seconds after which a line is sent though nothing happened
 LOG = logging.getLogger(__name__)
@@ -306,8 +307,16 @@ def serve(page: Page, listener: socket.socket, ready: Callable[[], None], halt: 
         ws="none",
     )
     server = uvicorn.Server(config)
+
+    def run() -> None:
+        try:
+            server.run([listener])
+        except RuntimeError:  # it needs a thread to end, and none can be started when the command is ending itself
+            if not server.should_exit:
+                raise
+
     # In a thread, where uvicorn leaves signals to the command.
-    thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)
+    thread = threading.Thread(target=run, name="server", daemon=True)
     thread.start()
     said = False
     try:
@@ -321,4 +330,4 @@ def serve(page: Page, listener: socket.socket, ready: Callable[[], None], halt: 
     finally:
         server.should_exit = True
         page.close()
-        thread.join(5)
+        thread.join(GRACE)

@@ -48,6 +48,7 @@ def test_the_one_step_model_moves_bodies_from_the_first_frame_on():
     sampler = Sampler.load("world")
     clips = sampler(truth[:, 0])
     assert clips.shape == truth.shape and sampler.trained_size == (32, 32)
+    assert sampler.noise_aug_strength == 0  # as in training
     still = np.repeat(truth[:, :1], world.num_frames, axis=1)
     far, near = (
         np.mean([nearest_future(world, label, clip)[0] for label, clip in zip(labels, x, strict=True)])

@@ -75,7 +75,7 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def assert_unfinished(folder):
-    with pytest.raises(LatentError, match="not a finished cache"):
+    with pytest.raises(LatentError, match="a cache that is not finished; run the same command"):
         latent_source(folder)
 
 
@@ -344,7 +344,7 @@ BROKEN = {
     wrong_shape: "00000-of-00004 is damaged .*delete that file",
     other_schema: "clip 0/clip.*schema 2, this code reads 1; make the cache anew",
     damaged_metadata: "features.json cannot be used: it is cut off or not JSON .*delete it and run",
-    empty_folder: "not a finished cache; run",
+    empty_folder: "no latent cache; make one with",
 }
 
 
@@ -429,7 +429,7 @@ def test_resume_is_exact(taken):
 
 
 def test_impossible_loaders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="3 examples do not fill one batch of 4"):
+    with pytest.raises(ValueError, match="the data has 3 clips, fewer than one batch"):
         make_loader(Numbers(3), global_batch_size=4, seed=0)
     with pytest.raises(ValueError, match=r"rows \[2, 4\] are not rows of a batch of 4"):
         make_loader(Numbers(30), global_batch_size=4, seed=0, rows=[2, 4])

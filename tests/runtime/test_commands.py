@@ -27,12 +27,14 @@ COMMAND = """
 import sys
 from absl import flags
 from ml_collections import config_flags
-from sfv_jax.errors import UserError
+from sfv_jax.errors import InterruptedWork, UserError
 from sfv_jax.runtime import commands
 
 def main():
     if flags.FLAGS.fail == "user":
         raise UserError("mend this")
+    if flags.FLAGS.fail == "stopped":
+        raise InterruptedWork("stopped at step 3")
     if flags.FLAGS.fail == "bug":
         raise ValueError("inside")
     return 3
@@ -54,18 +56,23 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "arguments, code, said",
     [
+        (["--fail=stopped"], 130, "paint: stopped at step 3\n"),
         ([], 3, ""),
         (["--fail=user"], 1, "paint: mend this\n"),
-        (["--config=configs/sfv.py", "--config.sfv.p_maen=1"], 1, "paint: no such config field: 'p_maen' Did you mean"),
+        (
+            ["--config=configs/sfv.py", "--config.sfv.p_maen=1"],
+            1,
+            "paint: no such config field: 'p_maen'; did you mean p_mean?\n",
+        ),
         (["--config=configs/sfv.py", "--config.p_mean=1"], 1, "paint: no such config field: "),
-        (["--config=configs/sfv.py:huge"], 1, "paint: flag --config=configs/sfv.py:huge: "),
-        (["--config=configs/none.py"], 1, "paint: --config=configs/none.py: there is no config file configs/none.py\n"),
+        (["--config=configs/sfv.py:huge"], 1, "paint: --config: configs/sfv.py takes "),
+        (["--config=configs/none.py"], 1, "paint: --config: there is no config file configs/none.py\n"),
         (
             ["--config", "configs/svf.py"],
             1,
-            "paint: --config=configs/svf.py: there is no config file configs/svf.py; did",
+            "paint: --config: there is no config file configs/svf.py; did",
         ),
-        (["--config=configs"], 1, "paint: --config=configs: there is no config file configs\n"),
+        (["--config=configs"], 1, "paint: --config: there is no config file configs\n"),
         (["--config={}/divides.py"], 1, "paint: {}/divides.py, line 2: ZeroDivisionError: division by zero\n"),
         (["--config={}/unread.py"], 1, "paint: {}/unread.py, line 1: SyntaxError: "),
         (["--config={}/empty.py"], 1, "paint: {}/empty.py: AttributeError: "),

@@ -2,10 +2,13 @@
 
 import io
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from sfv_jax.runtime import progress
 
@@ -70,4 +73,50 @@ def test_a_short_compilation_is_said_once(monkeypatch):
 def test_a_block_that_fails_leaves_nothing_that_listens():
     with pytest.raises(ZeroDivisionError), progress.compiling("nothing"):
         1 / 0  # noqa: B018
-    assert not progress._compiled
+    assert not progress._works
+
+
+def test_a_long_compilation_shows_that_it_goes_on(monkeypatch):
+    pipe = piped(monkeypatch)
+    monkeypatch.setattr(progress, "PATIENCE", 0.01)
+    with progress.compiling("a long one"):
+        while "still compiling, after" not in pipe.shown:
+            time.sleep(0.01)
+    seen = pipe.shown
+    time.sleep(0.05)
+    assert pipe.shown == seen  # nothing more after the end
+
+
+def test_a_program_that_was_stored_is_not_called_compiled(monkeypatch, tmp_path):
+    pipe = piped(monkeypatch)
+    kept = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    kept |= {"jax_enable_compilation_cache": True, "jax_persistent_cache_min_entry_size_bytes": -1}
+    before = {name: getattr(jax.config, name) for name in kept}
+    try:
+        for name, value in kept.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        for said in ("compiled in", "read from the cache of programs in"):
+            earlier = len(pipe.shown)
+            with progress.compiling("a product"):
+                jax.jit(lambda x: jnp.sin(x) * 29 + 1)(np.ones(7, np.float32))
+            assert said in pipe.shown[earlier:]
+            jax.clear_caches()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def test_the_time_left_counts_from_the_newest_step(monkeypatch, capsys):
+    """Metrics come an interval late; at the first step no time is known."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    report = progress.ProgressReport(101, label="sfv")
+    report.advance(1)
+    report.note(1, "loss 3")
+    for step in range(2, 22):
+        now[0] += 3.0
+        report.advance(step)
+    report.note(11, "loss 2")
+    assert capsys.readouterr().out == "sfv 1/101  loss 3\nsfv 11/101  eta 4m00s  loss 2\n"

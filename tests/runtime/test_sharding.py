@@ -249,7 +249,7 @@ def test_batches_and_meshes_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=remedy):
             sharding.local_rows(alone, batch, steps)
-    with pytest.raises(ValueError, match="batch_size=8 does not divide into accumulation_steps=2 times .* = 8"):
+    with pytest.raises(ValueError, match="batch_size=8 is no multiple of accumulation_steps=2 times .* = 8"):
         sharding.local_rows(mesh, 8, 2)
     with pytest.raises(ValueError, match="data=-1 fsdp=3 spatial=1 does not cover 8|data=2 fsdp=3"):
         sharding.make_mesh(fsdp=3)

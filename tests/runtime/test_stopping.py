@@ -20,7 +20,7 @@ from sfv_jax.runtime.stopping import StopRequest
 with StopRequest(lambda: "the checkpoint of step 8 is intact") as stop:
     print("begun", flush=True)
     hashlib.pbkdf2_hmac("sha512", b"", b"", int(sys.argv[1]))
-    print("compiled", stop.asked(1), flush=True)
+    print("compiled", stop.asked(1), stop.before(), flush=True)
     time.sleep(1)
 print("left", flush=True)
 """
@@ -44,7 +44,7 @@ def test_the_first_signal_is_acknowledged_while_compiling_and_the_next_change_no
         assert process.stderr.readline().startswith(f"{number.name}: stopping after the current step, then saving")
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGHUP)
-        assert process.stdout.readline() == "compiled True\n"  # acknowledged before
+        assert process.stdout.readline() == "compiled True True\n"  # acknowledged before
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == "left\n" and process.stderr.read() == ""
     assert process.returncode == 0

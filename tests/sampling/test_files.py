@@ -144,14 +144,14 @@ def test_foreign_files_are_not_replaced(tmp_path, name, content, message):
 def test_a_changed_video_and_the_record_of_another_are_not_replaced(tmp_path):
     image = picture(tmp_path / "in/in.png")
     sample(image, tmp_path / "out.mp4")
-    with pytest.raises(SampleError, match="out.json is the record of out.mp4"):
+    with pytest.raises(SampleError, match="out.json, where its record goes, is that of out.mp4"):
         sample(image, tmp_path / "out.gif")
     (tmp_path / "out.mp4").write_bytes(b"cut by hand")
     with pytest.raises(SampleError, match="out.mp4 was changed since it was made"):
         sample(image, tmp_path / "out.mp4")
     (tmp_path / "out.mp4").unlink()
     (tmp_path / "out.gif").write_bytes(b"by hand")
-    with pytest.raises(SampleError, match="out.json is the record of out.mp4"):
+    with pytest.raises(SampleError, match="out.json, where its record goes, is that of out.mp4"):
         sample(image, tmp_path / "out.gif")
     (tmp_path / "out.gif").unlink()
     sample(image, tmp_path / "out.gif")

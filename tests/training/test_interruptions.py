@@ -158,6 +158,20 @@ def test_saved_means_committed_and_later_signals_wait_for_it(copied, monkeypatch
     assert all(step == 3 for step, text in seen if "saved step" in text) and steps_of(copied) == [1, 2, 3]
 
 
+@pytest.mark.slow
+def test_a_request_before_the_first_step_trains_none(copied, monkeypatch, capsys):
+    journal = loop.Journal
+
+    def interrupt(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return journal(*args)
+
+    monkeypatch.setattr(loop, "Journal", interrupt)
+    state = train(config_of(steps=9), copied)
+    assert steps_of(copied) == [1, 2] and int(state["step"]) == 2
+    assert "asked to stop before the first step: nothing was changed\n" in capsys.readouterr().out
+
+
 # ---- readers beside a run ----
 
 

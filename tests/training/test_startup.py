@@ -25,7 +25,7 @@ def test_a_run_says_what_it_does_before_it_compiles(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     places = [next(n for n, line in enumerate(said) if line.startswith(text)) for text in LINES]
     assert places == sorted(places)
-    assert "computing in float32" in said[places[0]] and "sums of products along time" in said[places[0]]
+    assert "computing in float32" in said[places[0]] and "temporal convolutions as matrix products" in said[places[0]]
     assert '"dtype": "float32"' in (tmp_path / "run" / "config.json").read_text()
 
 

@@ -354,7 +354,10 @@ def test_networks_larger_than_the_memory_are_refused_before_they_are_made(tmp_pa
 def test_data_that_does_not_fit(tmp_path):
     config = tiny()
     config.data.world_size = 5
-    with pytest.raises(ConfigError, match="config.batch_size=8: 5 examples do not fill one batch of 8"):
+    with pytest.raises(
+        ConfigError,
+        match="config.batch_size=8: the data has 5 clips, fewer than one batch; set batch_size to 5 or less",
+    ):
         run(config, tmp_path / "run")
 
 

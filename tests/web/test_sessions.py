@@ -53,7 +53,7 @@ def test_an_image_becomes_that_of_the_session(sessions, kind):
         ("a.png", b"", "The file is empty."),
         ("a.png", bytes(20_001), "The file is larger than 20,000 bytes, the limit here."),
         ("a.png", encoded("PNG")[:60], "a.png: cannot read the image: "),
-        ("a.jpg", b"<html>", "a.jpg: cannot read the image: no known kind of image"),
+        ("a.jpg", b"<html>", "a.jpg: cannot read the image: not an image of a known kind"),
         ("big.png", encoded("PNG", (101, 100), "1"), "big.png: 101x100 (width x height) is more than 0.01 megapixels"),
         (
             "bomb.png",
