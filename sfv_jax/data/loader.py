@@ -209,9 +209,8 @@ def make_loader(
     if not rows or min(rows) < 0 or max(rows) >= global_batch_size:
         raise ValueError(f"rows {rows} are not rows of a batch of {global_batch_size}")
     if len(source) < global_batch_size:
-        raise UserError(
-            f"the data has {len(source)} clips, fewer than one batch; set batch_size to {len(source)} or less"
-        )
+        count = len(source)
+        raise UserError(f"the data has {count} clips, fewer than one batch; set batch_size to {count} or less")
     order = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     count = len(rows) * (len(order) // global_batch_size)
     dataset = grain.MapDataset.range(count).map(

@@ -15,7 +15,7 @@ from sfv_jax.checkpoints.run import claim_workdir
 from sfv_jax.config import world_of
 from sfv_jax.config_check import check
 from sfv_jax.data.loader import latent_source, world_source
-from sfv_jax.errors import UserError
+from sfv_jax.errors import InterruptedWork, UserError
 from sfv_jax.methods.adversarial import per_head
 from sfv_jax.models.discriminator import DiscriminatorConfig
 from sfv_jax.models.networks import Networks

@@ -98,7 +98,7 @@ def define_seed(default: int, help: str) -> None:
 
 
 def define_micro_conditions(noise: float | None = 0.02, note: str = "") -> None:
-    """Defines `--motion_bucket_id` and `--noise_aug_strength`; the second has the default `noise`, explained by `note`."""
+    """Defines `--motion_bucket_id` and `--noise_aug_strength`, with the default `noise`, which `note` explains."""
     for name, default, most, text in (
         ("motion_bucket_id", 127, choices.MOST_MOTION, "amount of motion, a condition of the model"),
         ("noise_aug_strength", noise, choices.MOST_NOISE, f"deviation of noise on the image, pixels in [-1, 1]{note}"),

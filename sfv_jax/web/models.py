@@ -68,6 +68,7 @@ class Model:
             "step": self.first.step,
             "method": self.config.get("method"),
             "frames": self.first.unet.num_frames,
+            "world": self.first.trained_size is not None,
         }
 
 

@@ -1,7 +1,7 @@
 """Torch references of the tests: diffusers pipelines with the random weights of `tests.support.golden`, in float64."""
 
+import argparse
 import copy
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -228,6 +228,16 @@ def versions() -> dict[str, str]:
     return {module.__name__: module.__version__ for module in (diffusers, transformers, torch, np)}
 
 
-if __name__ == "__main__":  # FOLDER [fp16]: writes a small SVD-shaped folder of random weights
-    tiny = pipeline(UNetConfig.tiny(num_frames=14), VAEConfig.tiny(), CLIPConfig.tiny())
-    save(tiny, Path(sys.argv[1]), variant=sys.argv[2] if len(sys.argv) > 2 else None)
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.reference",
+        description="Writes a diffusers folder of SVD's kind, small and random.",
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("variant", nargs="?", choices=["fp16"], help="half precision, in files named so")
+    asked = parser.parse_args()
+    save(
+        pipeline(UNetConfig.tiny(num_frames=14), VAEConfig.tiny(), CLIPConfig.tiny()),
+        asked.folder,
+        variant=asked.variant,
+    )

@@ -155,7 +155,8 @@ def test_bad_images_and_settings_are_sentences(page, tmp_path):
         ("broken", "broken.png: cannot read the image: "),
         (
             "notes",
-            "notes.png: cannot read the image: not an image of a known kind, or damaged at its beginning (a video is not read here).",
+            "notes.png: cannot read the image: not an image of a known kind, or damaged at its beginning (a video is "
+            "not read here).",
         ),
         ("heavy", "The file is larger than 0.1 MB, the limit here."),
         ("large", "large.png: 2000x2000 (width x height) is more than 1 megapixels, the limit here."),

@@ -85,7 +85,9 @@ async function upload(file) {
     const target = place(`image?name=${encodeURIComponent(file.name)}`);
     const got = await (await call(target, { method: "PUT", body: file })).json();
     const [height, width] = got.video;
-    const text = `${got.width} x ${got.height} pixels; the video has ${width} x ${height}.`;
+    const toy = about.models.some((model) => model.world);
+    const known = toy ? " This model has seen nothing but its procedural world: a photograph becomes a blur." : "";
+    const text = `${got.width} x ${got.height} pixels; the video has ${width} x ${height}.${known}`;
     uploaded = { preview: got.preview, text };
     choose(null);
   } catch (error) {
