@@ -113,6 +113,16 @@ def model_folder(pipeline_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def smallest_model_folder(smallest_pipeline_folder, tmp_path_factory):
+    """`smallest_pipeline_folder`, converted to our model folder."""
+    from sfv_jax.checkpoints.importer import import_model
+
+    folder = tmp_path_factory.mktemp("models") / "svd-smallest"
+    import_model(smallest_pipeline_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def params(pipeline_folder):
     """`{component: parameters}` of `pipe` in our layout."""
     from sfv_jax.weights.diffusers import load_component
