@@ -39,10 +39,10 @@ def compiled_programs() -> str:
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": compiled_programs(),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # commands that start compile a hundred small programs
     }
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling costs more than running
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)  # meshes of several devices on any machine
@@ -81,9 +81,24 @@ def pipeline_folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("diffusers") / "svd-tiny"
     if find_spec("torch"):
         return request.getfixturevalue("reference").save(request.getfixturevalue("pipe"), folder)
+    return exported(folder, CONFIGS)
+
+
+@pytest.fixture(scope="session")
+def smallest_pipeline_folder(request, tmp_path_factory):
+    """A folder like `pipeline_folder`, of networks that commands compile in half the time."""
+    folder = tmp_path_factory.mktemp("diffusers") / "svd-smallest"
+    if find_spec("torch"):
+        reference = request.getfixturevalue("reference")
+        return reference.save(reference.pipeline(*golden.SMALLEST.values()), folder)
+    return exported(folder, golden.SMALLEST)
+
+
+def exported(folder: Path, configs: dict) -> Path:
+    """Returns `folder`, into which our exporter writes networks of `configs` with random weights."""
     from sfv_jax.weights.pipeline import SIGMAS, save_pipeline
 
-    save_pipeline(folder, golden.component_params, CONFIGS, SIGMAS)
+    save_pipeline(folder, lambda name: golden.component_params(name, configs[name]), configs, SIGMAS)
     return folder
 
 
@@ -94,6 +109,16 @@ def model_folder(pipeline_folder, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("models") / "svd-tiny"
     import_model(pipeline_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smallest_model_folder(smallest_pipeline_folder, tmp_path_factory):
+    """`smallest_pipeline_folder`, converted to our model folder."""
+    from sfv_jax.checkpoints.importer import import_model
+
+    folder = tmp_path_factory.mktemp("models") / "svd-smallest"
+    import_model(smallest_pipeline_folder, folder)
     return folder
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sfv_jax.reproduction.experiments import SCENES
 from tests.support.notebook import code_cells, run, run_cell, source_of
+from tests.support.small_model import save_world_model
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs/quickstart.ipynb"
@@ -47,10 +49,12 @@ def test_cells_run_as_in_jupyter(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_all_cells(model_folder, pipeline_folder, tmp_path):
-    """With a tiny model of random weights in place of those of the package, and of SVD."""
+def test_all_cells(smallest_pipeline_folder, tmp_path):
+    """With a tiny model of random weights in place of those of the package, and another in place of SVD."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    settings = dict(MODEL=model_folder, TEACHER=model_folder, SVD=pipeline_folder, SVD_STEPS=2, SVD_SIZE=(64, 64))
+    trained = {"method": "sfv", "data": {"source": "world", "world": SCENES | {"num_frames": 3}}}
+    model = save_world_model(tmp_path / "model", config=trained, size=SCENES["size"])
+    settings = dict(MODEL=model, TEACHER=model, SVD=smallest_pipeline_folder, SVD_STEPS=2, SVD_SIZE=(64, 64))
     settings |= dict(STEPS=1, BATCH=1, TRAINABLE="conv_out", INSTALL=False)
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     program = [sys.executable, "-m", "tests.support.notebook", NOTEBOOK, *words, "--out", tmp_path / "made.ipynb"]

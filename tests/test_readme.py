@@ -59,10 +59,10 @@ def workflow() -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, pipeline_folder):
+def place(tmp_path_factory, smallest_pipeline_folder):
     """A working directory with the files that the README's commands name: an SVD-shaped folder and two videos."""
     place = tmp_path_factory.mktemp("readme")
-    (place / "stable-video-diffusion-img2vid").symlink_to(pipeline_folder)
+    (place / "stable-video-diffusion-img2vid").symlink_to(smallest_pipeline_folder)
     (place / "configs").symlink_to(ROOT / "configs")
     world = World(size=64, num_frames=16, radii=(8.0, 16.0))
     for n in range(2):
@@ -76,7 +76,7 @@ def place(tmp_path_factory, pipeline_folder):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme(place, pipeline_folder):
+def test_the_commands_of_the_readme(place, smallest_pipeline_folder):
     commands = workflow()
     assert [command[2].removeprefix("sfv_jax.") for command in commands] == [
         "convert",
@@ -91,7 +91,7 @@ def test_the_commands_of_the_readme(place, pipeline_folder):
         done = subprocess.run([sys.executable, *rest, *small], cwd=place, env=QUICK, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
 
-    length = json.loads((pipeline_folder / "unet" / "config.json").read_text())["num_frames"]
+    length = json.loads((smallest_pipeline_folder / "unet" / "config.json").read_text())["num_frames"]
     frames = read_clip(place / "out.mp4", num_frames=length)
     assert frames.shape == (length, 64, 64, 3)
     record = json.loads((place / "out.json").read_text())
@@ -100,7 +100,9 @@ def test_the_commands_of_the_readme(place, pipeline_folder):
     assert [line["step"] for line in lines] == [2] and np.isfinite(list(lines[0].values())).all()
     exported = place / "exported"
     assert json.loads((exported / "model_index.json").read_text())["_class_name"] == "StableVideoDiffusionPipeline"
-    theirs, ours = (folder / "vae/diffusion_pytorch_model.safetensors" for folder in (pipeline_folder, exported))
+    theirs, ours = (
+        folder / "vae/diffusion_pytorch_model.safetensors" for folder in (smallest_pipeline_folder, exported)
+    )
     assert ours.read_bytes() == theirs.read_bytes()  # what was not trained comes out as it went in
 
     (example,) = blocks(TEXTS["README.md"], "python")

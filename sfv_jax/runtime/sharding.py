@@ -151,6 +151,16 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int, accumulation_steps: int
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
+def spread(arrays, shardings):
+    """Returns copies of a tree of whole arrays, the same in every process, in the `shardings`, a tree like it."""
+
+    def place(x, sharding):
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: np.array(whole[index]))
+
+    return jax.tree.map(place, arrays, shardings)
+
+
 def put_batch(mesh: jax.sharding.Mesh, batch: dict) -> dict:
     """Returns the global batch on `mesh`; `batch` has numpy arrays `[rows, ...]`, the `local_rows` of this process."""
     sharding = batch_sharding(mesh)

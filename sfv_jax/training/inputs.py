@@ -12,11 +12,14 @@ from sfv_jax.checkpoints.base import Base, load_generator, read_unet
 from sfv_jax.checkpoints.model_folder import ModelFolder, encoders_identity, load_codec, read_model
 from sfv_jax.config import ConfigError
 from sfv_jax.data.loader import LatentSource, WorldSource, encoders_of, latent_source, world_source
+from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
 from sfv_jax.models.networks import Networks, Params, compute_dtype
 from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime.device import memory_per_device
-from sfv_jax.runtime.sharding import param_shardings
+from sfv_jax.runtime.sharding import param_shardings, spread
+
+FEW = 2**24  # parameters of a UNet that any device holds
 
 
 def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
@@ -40,14 +43,29 @@ def load_base(config: ConfigDict, mesh: jax.sharding.Mesh) -> Base:
         networks = Networks(unet)
         place = param_shardings(mesh, networks.abstract["generator"])
         check_memory("the UNet of config.unet", networks.abstract["generator"], place)
-        init = networks.init_generator
-        if mesh.size > 1:  # on one device, compilation would take longer than initialization
-            init = jax.jit(init, static_argnums=0, out_shardings=place)
-        params = init(config.seed)
+        params = first_params(networks, config.seed, place, mesh.size)
         return Base(unet, params, codec, model, None)
     raw = config.init_weights == "generator"
     base = load_generator(config.init, raw=raw, place=lambda abstract: param_shardings(mesh, abstract))
     return replace(base, unet=configs.same_unet(base.unet, config))
+
+
+def first_params(networks: Networks, seed: int, place, devices: int) -> Params:
+    """Returns fresh parameters of the UNet, fp32, on `devices` devices.
+
+    One program that makes them takes longer to compile than they take to make, so small networks are made whole in
+    every process.
+
+    Args:
+      networks: networks of the method or of the base model.
+      seed: seed of the parameters.
+      place: tree of their shardings.
+      devices: number of devices of the shardings.
+    """
+    if devices > 1 and tree.count(networks.abstract["generator"]) > FEW:
+        return jax.jit(networks.init_generator, static_argnums=0, out_shardings=place)(seed)
+    params = networks.init_generator(seed)
+    return params if devices == 1 else spread(params, place)
 
 
 def check_backbone(config: ConfigDict, unet: UNetConfig) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from sfv_jax.checkpoints import exporter, fingerprints, importer, run
 from sfv_jax.checkpoints import model_folder as store
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig, CLIPVision
+from sfv_jax.runtime.sharding import make_mesh, replicated_sharding
 from sfv_jax.weights.folders import WeightsError
 from sfv_jax.weights.lazy import save_tree
 from tests.conftest import noise
@@ -37,6 +39,26 @@ def test_the_checksum_is_that_of_checkpoints(dtype):
     expected = run.fingerprints(jax.tree.map(jnp.asarray, values))
     found = {path.replace(".", "/"): fingerprints.fingerprint(x) for path, x in tree.flatten(values).items()}
     assert found == expected
+
+
+@pytest.mark.parametrize(("rows", "cut"), [(8, False), (2**15, True)])
+def test_small_arrays_on_several_devices_are_saved_whole(tmp_path, rows, cut):
+    """No program cuts them for the devices, each of which would write a part; large ones are cut."""
+    mesh = make_mesh(4, 2, 1)
+    state = {"whole": jax.device_put(noise(1, rows, 16), replicated_sharding(mesh)), "step": jnp.int32(3)}
+    state["split"] = jax.device_put(noise(2, 16, 8), NamedSharding(mesh, P("fsdp")))
+    programs: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda *_, fun_name="", **__: programs.append(fun_name))
+    for _ in range(2):  # the second restores
+        with closing(run.Checkpoints(tmp_path)) as checkpoints:
+            if found := checkpoints.restore(state):
+                jax.tree.map(np.testing.assert_array_equal, found[1], state)
+                assert found[1]["split"].sharding == state["split"].sharding
+            else:
+                checkpoints.save(3, state, {"position": 1})
+                checkpoints.wait()
+                assert any("slice" in name for name in programs) == cut, programs
+    assert found[0] == 3 and found[2] == {"position": 1}
 
 
 def test_long_arrays_are_summed_in_parts(monkeypatch):

@@ -520,11 +520,12 @@ def test_latency_needs_the_array_libraries_only():
 
 
 @pytest.mark.slow
-def test_the_command_by_the_protocol_on_ucf101(ucf, model_folder, tmp_path):
+def test_the_command_by_the_protocol_on_ucf101(ucf, smallest_model_folder, tmp_path):
     """The whole command on a fake UCF-101 with a tiny SVD."""
     (tmp_path / "mine.py").write_text(FUNCTION)
-    command = [sys.executable, "-m", "sfv_jax.evaluate", f"--checkpoint={model_folder}", "--dataset=ucf101"]
-    command += [f"--data={ucf}", f"--out={tmp_path / 'out'}", "--features=mine:mean_and_motion", "--n=20", "--shown=2"]
+    command = [sys.executable, "-m", "sfv_jax.evaluate", f"--checkpoint={smallest_model_folder}"]
+    command += ["--dataset=ucf101", f"--data={ucf}", f"--out={tmp_path / 'out'}", "--n=20", "--shown=2"]
+    command.append("--features=mine:mean_and_motion")
     command += [f"--{name}={value}" for name, value in (SMALL | {"height": 64, "width": 64}).items()]
     command += [
         "--num_frames=2",

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -122,13 +123,16 @@ def test_real_stages_broken_on_purpose(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BREAKING)
 
     def broken(ways: str, *arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
-        done = check(tmp_path / "out", *arguments, BREAK=ways, PYTHONPATH=str(tmp_path))
-        return done, json.loads((tmp_path / "out" / "results.json").read_text())
+        out = tmp_path / ways.partition("=")[0]
+        done = check(out, *arguments, BREAK=ways, PYTHONPATH=str(tmp_path))
+        return done, json.loads((out / "results.json").read_text())
 
-    done, found = broken("parity=missing,sampling=memory", "--only=device,parity,sampling")
+    with ThreadPoolExecutor() as beside:  # the second only waits
+        hanging = beside.submit(broken, "diffusers=hang", "--only=diffusers", "--minutes=0.2")
+        done, found = broken("parity=missing,sampling=memory", "--only=device,parity,sampling")
     ended = {stage: outcome["status"] for stage, outcome in found["stages"].items()}
     assert ended == {"device": "done", "parity": "failed", "sampling": "failed"}, done.stdout
     assert "No module named 'flax'" in found["stages"]["parity"]["reason"]
     assert done.returncode == 1 and found["figures"]["device"]["matmul_flops_float32"] > 0
-    done, found = broken("diffusers=hang", "--only=diffusers", "--minutes=0.2")
+    done, found = hanging.result()
     assert done.returncode == 1 and found["stages"]["diffusers"]["status"] == "cut", done.stdout

@@ -52,7 +52,7 @@ def launch(workdir: Path, *flags: str) -> subprocess.CompletedProcess:
 def run(workdir: Path, devices: int, steps: int, **mesh) -> dict:
     """Trains in this process on the first `devices`; returns the last state."""
     config = small_run.get_config()
-    config.update(dict(steps=steps, mesh=mesh, sample_every=0))
+    config.update(dict(steps=steps, mesh=mesh, sample_every=0, checkpoint_every=steps))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
         return jax.device_get(loop.train(config, workdir))

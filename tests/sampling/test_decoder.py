@@ -86,10 +86,10 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(model_folder, tmp_path_factory) -> tuple[Path, Path]:
+def trained(smallest_model_folder, tmp_path_factory) -> tuple[Path, Path]:
     """A model folder of this module's own, and the run of a decoder for it on the procedural world."""
     folder = tmp_path_factory.mktemp("decoder")
-    model = shutil.copytree(model_folder, folder / "model")
+    model = shutil.copytree(smallest_model_folder, folder / "model")
     return model, folder / "run"
 
 

@@ -274,14 +274,15 @@ def test_impossible_flags_are_one_line(arguments, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(model_folder, tmp_path):
+def test_the_command(smallest_model_folder, tmp_path):
     """A folder of images to longer videos by the networks of SVD's kinds."""
     (tmp_path / "in").mkdir()
     for n in range(2):
         pixels = np.random.default_rng(n).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"in/{n}.png")
-    program = [sys.executable, "-m", "sfv_jax.sample", f"--checkpoint={model_folder}", f"--image={tmp_path / 'in'}"]
-    program += ["--format=png", "--batch_size=2", "--num_frames=3", "--extend_noise_aug_strength=0.1", "--steps=2"]
+    program = [sys.executable, "-m", "sfv_jax.sample", f"--checkpoint={smallest_model_folder}"]
+    program += [f"--image={tmp_path / 'in'}", "--format=png", "--batch_size=2", "--num_frames=3", "--steps=2"]
+    program.append("--extend_noise_aug_strength=0.1")
     strips = []
     for extend in (0, 2):
         out = tmp_path / str(extend)

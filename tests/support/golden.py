@@ -24,6 +24,11 @@ from sfv_jax.weights.diffusers import manifest, their_name, to_ours
 
 FOLDER = Path(__file__).parents[1] / "golden"
 CONFIGS = {"unet": UNetConfig.tiny(), "vae": VAEConfig.tiny(), "image_encoder": CLIPConfig.tiny()}
+SMALLEST = {  # not of the golden files: the same classes with fewer layers
+    "unet": UNetConfig.tiny(block_out_channels=(32,), num_attention_heads=(2,)),
+    "vae": VAEConfig.tiny(layers_per_block=1),
+    "image_encoder": CLIPConfig.tiny(num_hidden_layers=1),
+}
 
 STEPS = (1, 4, 8, 16, 25)  # of the noise schedules
 SIDES = (100, 224, 448, 576, 768, 1024, 1080, 1920)  # resized to 224 for CLIP
@@ -70,10 +75,10 @@ def component_weights(component: str, config=None) -> dict[str, np.ndarray]:
     return random_weights(manifest(component, config or CONFIGS[component]), seed=list(CONFIGS).index(component) + 1)
 
 
-def component_params(component: str) -> tree.Params:
-    """Returns `component_weights` of a tiny network in our layout."""
-    weights = component_weights(component)
-    _, shapes = tree.abstract(COMPONENTS[component].module, CONFIGS[component])
+def component_params(component: str, config=None) -> tree.Params:
+    """Returns `component_weights` of a network, by default of the tiny one, in our layout."""
+    weights = component_weights(component, config)
+    _, shapes = tree.abstract(COMPONENTS[component].module, config or CONFIGS[component])
     return tree.unflatten({path: to_ours(path, weights[their_name(path)]) for path in tree.flatten(shapes)})
 
 

@@ -23,6 +23,7 @@ from sfv_jax.checkpoints.run import Checkpoints, WorkdirError
 from sfv_jax.config import ConfigError
 from sfv_jax.errors import UserError
 from sfv_jax.models import tree
+from sfv_jax.models.layers import kernel_init
 from sfv_jax.models.networks import Networks
 from sfv_jax.runtime import sharding
 from sfv_jax.training import inputs, loop
@@ -349,6 +350,24 @@ def test_networks_larger_than_the_memory_are_refused_before_they_are_made(tmp_pa
     monkeypatch.setattr(loop, "check_memory", lambda what, *_: made() if "state" in what else None)
     with pytest.raises(AssertionError):  # the state is checked too
         run(tiny(), tmp_path / "run")
+
+
+def test_first_parameters_are_the_same_whether_one_program_makes_them_or_not(monkeypatch):
+    """Large networks are made in parts, by one program; small ones are made whole and then spread."""
+
+    def init(seed):
+        return {"kernel": kernel_init(jax.random.key(seed), (3, 3, 32, 64)), "bias": jax.numpy.zeros(64)}
+
+    networks = SimpleNamespace(init_generator=init, abstract={"generator": jax.eval_shape(partial(init, 0))})
+    place = sharding.param_shardings(sharding.make_mesh(1, 8, 1), networks.abstract["generator"])
+    spread = inputs.first_params(networks, 3, place, 8)
+    monkeypatch.setattr(inputs, "FEW", 0)
+    made = inputs.first_params(networks, 3, place, 8)
+    assert not made["kernel"].is_fully_replicated and made["bias"].is_fully_replicated
+    for name, x in init(3).items():
+        assert spread[name].sharding == made[name].sharding == place[name]
+        np.testing.assert_array_equal(spread[name], made[name])
+        np.testing.assert_array_equal(spread[name], x)
 
 
 def test_data_that_does_not_fit(tmp_path):
