@@ -103,8 +103,12 @@ def define_flags() -> None:
         choices.COLORS,
         "keep: colors as decoded; match: further chunks are shifted so that the mean color has no step at a seam",
     )
-    commands.define_pixels("height", None, "pixels; default: height of the image in whole latent cells")
-    commands.define_pixels("width", None, "pixels; default: width of the image in whole latent cells")
+    commands.define_pixels(
+        "height", None, "pixels; default: height of the image in whole latent cells, or of the model's world"
+    )
+    commands.define_pixels(
+        "width", None, "pixels; default: width of the image in whole latent cells, or of the model's world"
+    )
     commands.define_size()
     flags.DEFINE_enum(
         "fit",

@@ -36,7 +36,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "config file, such as configs/sfv.py; configs/sfv.py:tiny is small",
+        "config file, such as configs/sfv.py; some take a word: configs/sfv.py:tiny trains in a procedural world",
         lock_config=True,
     )
     flags.DEFINE_string("workdir", None, "folder of the run, created if absent")

@@ -114,7 +114,11 @@ def test_an_image_becomes_a_video(client, running):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no image", "not an image of a known kind"), (bytes(20_001), "larger than 20,000 bytes"), (encoded("PNG")[:70], "cannot read")],
+    [
+        (b"no image", "not an image of a known kind"),
+        (bytes(20_001), "larger than 20,000 bytes"),
+        (encoded("PNG")[:70], "cannot read"),
+    ],
     ids=["unknown", "heavy", "cut"],
 )
 def test_bad_images_are_sentences(client, content, message):

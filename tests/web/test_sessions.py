@@ -60,7 +60,11 @@ def test_an_image_becomes_that_of_the_session(sessions, kind):
             encoded("PNG", (20_000, 20_000), "1", compress_level=9)[:5000],
             "bomb.png: more than 0.01 megapix",
         ),
-        ("a\n.eps", encoded("EPS"), "a\\n.eps: cannot read the image: not an image of a known"),  # Pillow would run Ghostscript
+        (
+            "a\n.eps",
+            encoded("EPS"),
+            "a\\n.eps: cannot read the image: not an image of a known",
+        ),  # Pillow would run Ghostscript
         ("a.ppm", encoded("PPM"), "a.ppm: cannot read the image: not an image of a known"),
     ],
     ids=["empty", "heavy", "cut", "html", "big", "bomb", "eps", "ppm"],
