@@ -190,6 +190,7 @@ def loop(config, step_fn, state, loader, put, out: Outputs, stop: StopRequest) -
     if stop.before():
         report.print("asked to stop before the first step: nothing was changed")
         return state
+    drawn = False
     for step in range(report.first + 1, config.steps + 1):
         with journal.clock.measure("data_wait"):
             batch = put(next(loader))
@@ -214,6 +215,12 @@ def loop(config, step_fn, state, loader, put, out: Outputs, stop: StopRequest) -
             report.print(f"asked to stop: saved step {step}; run the same command again to continue")
             break
         if out.previews and (step % config.sample_every == 0 or last):
-            out.previews.draw(state["generator"], state["ema"], step)
+            with nullcontext() if drawn else compiling(f"the pictures of samples/, at step {step}"):
+                out.previews.draw(state["generator"], state["ema"], step)
+            drawn = True
             journal.clock.pause()
+    else:
+        if report.first < config.steps:
+            out.checkpoints.wait()
+            report.print(f"finished: saved step {config.steps}")
     return state
