@@ -15,7 +15,7 @@ from jax.stages import Wrapped
 
 from sfv_jax import config as configs
 from sfv_jax.checkpoints.base import is_run, read_run
-from sfv_jax.checkpoints.decoders import FOLDER, read_tiny
+from sfv_jax.checkpoints.decoders import own_decoder, read_tiny
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.config import ConfigDict, ConfigError
 from sfv_jax.config_check import check
@@ -114,8 +114,8 @@ def tiny_of(name: str, config: ConfigDict, sizes: Sizes) -> TinyDecoderConfig | 
     """Returns the sizes of the decoder that `--decoder` names; None for the VAE's own.
 
     Args:
-      name: "full"; "tiny" for that in the model folder of `config.init`, or TAESDV's layout if there is none; "wide";
-        else the file, folder or run of a tiny decoder.
+      name: "full"; "tiny" for that of the model of `config.init`, or TAESDV's layout if there is none; "wide"; else
+        the file, folder, run or name of a tiny decoder.
       config: config of the job.
       sizes: the networks of `config`.
 
@@ -129,8 +129,8 @@ def tiny_of(name: str, config: ConfigDict, sizes: Sizes) -> TinyDecoderConfig | 
         raise ConfigError(f"decoder {name!r}: the patch codec has no decoder network; give config.init")
     vae, _ = sizes.encoders
     model = (read_run(Path(config.init))[2] if is_run(config.init) else Path(config.init)) if config.init else None
-    if name == "tiny" and model and (model / FOLDER).is_dir():
-        name = str(model / FOLDER)
+    if name == "tiny" and model and (own := own_decoder(read_model(model))):
+        return read_tiny(own).config
     if name in VARIANTS:
         return VARIANTS[name](vae.latent_channels, vae.downscale)
     return read_tiny(Path(name)).config
