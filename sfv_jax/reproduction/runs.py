@@ -179,9 +179,7 @@ def forward_flops(unet: UNetConfig, discriminator: tuple | None, shape: tuple[in
     return found[0], found[1], found[2]
 
 
-def plan(
-    runs: Runs, tables: Sequence[str], seeds: Sequence[int], jobs: int = 1, decoder: str = "full"
-) -> list[str]:
+def plan(runs: Runs, tables: Sequence[str], seeds: Sequence[int], jobs: int = 1, decoder: str = "full") -> list[str]:
     """Returns lines of text on the missing training runs of these tables, and their cost with `jobs` runs at a time.
 
     Rows by a tiny `decoder` are counted, too.

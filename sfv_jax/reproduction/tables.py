@@ -80,8 +80,8 @@ def make_report(
     notes = [*bench.notes, "N: conditions, held out."]
     notes.append(f"Interval: {several}." if len(seeds) > 1 else f"Seed {seeds[0]}; interval: bootstrap, 95 %.")
     notes.append(
-        "ms: one video on this machine, warm: per UNet call (two networks where guided), of decoding, and from image to "
-        "frames."
+        "ms: one video on this machine, warm: per UNet call (two networks where guided), latents to frames, and image "
+        "to frames."
     )
     times = ["ms per call", "ms decoding", "ms in all", "A100 s"]
     columns = ["", "published FVD", "FVD", "N", "interval", *bench.columns, *times]

@@ -115,7 +115,7 @@ def define_decoder(note: str = "") -> None:
 
 
 def check_decoder(more: tuple[str, ...] = ()) -> None:
-    """Checks that the file or folder of the flag `decoder` exists, unless it is full, tiny, in the package or in `more`.
+    """Checks that the file or folder of the flag `decoder` exists, unless it is full, tiny, packaged or one of `more`.
 
     Raises:
       UserError: if it does not.
