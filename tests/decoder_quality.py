@@ -43,7 +43,7 @@ def blurred(x: np.ndarray) -> np.ndarray:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Returns the structural similarity of frames uint8 `[..., h, w, 3]`, a mean over positions, channels and frames."""
+    """Returns the structural similarity of frames uint8 `[..., h, w, 3]`, a mean over positions, channels, frames."""
     x, y = (np.moveaxis(v.astype(np.float64), -1, -3) for v in (a, b))
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mx, my = blurred(x), blurred(y)
@@ -91,9 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="world", help="a one-step model of the world, on latents of a VAE")
     parser.add_argument("--decoder", default="tiny", help="as for sfv_jax.sample")
-    parser.add_argument(
-        "--base", default="world-teacher", help="base model that is sampled in 16 and 8 steps; '': none"
-    )
+    parser.add_argument("--base", default="world-teacher", help="base model sampled in 16 and 8 steps; '': none")
     parser.add_argument("--clips", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the pictures")
     asked = parser.parse_args()
@@ -136,9 +134,8 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     shown = [("truth", truth), ("encoded, full", encoded["full"]), ("encoded, tiny", encoded["tiny"])]
     picture(shown, asked.out / "decoders_encoded.png")
-    picture(
-        [("generated, full", made["full"]), ("generated, tiny", made["tiny"])], asked.out / "decoders_generated.png"
-    )
+    shown = [(f"generated, {name}", frames) for name, frames in made.items()]
+    picture(shown, asked.out / "decoders_generated.png")
     print(f"look at {asked.out}/decoders_encoded.png and decoders_generated.png")
 
 
