@@ -60,8 +60,6 @@ def test_a_plan_and_a_measurement():
     found = measurement.run(asked)
     assert [row["name"] for row in found["rows"]] == ["decode, full", "decode, tiny"]
     assert found["ratio"] > 0
-    with pytest.raises(ValueError, match="--compare decoders: give --decoder"):
-        measurement.run(measurement.Request("tiny", 16, 16, compare="decoders", dtype="float32"))
 
 
 def test_the_distillation_at_full_size():
