@@ -180,7 +180,8 @@ def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int,
     state, frozen = with_shardings(abstract, shardings)
     (h, w), n, unet = (side // sizes.downscale for side in size), config.batch_size, sizes.unet
     frames = configs.world_of(config).num_frames if config.data.source == "world" else unet.num_frames
-    real = {"frames": ((n, frames, *size, 3), jnp.uint8)} if config.get("decoder", {}).get("real_weight") else {}
+    seen = subject == decoder.SUBJECT and config.decoder.real_weight
+    real = {"frames": ((n, frames, *size, 3), jnp.uint8)} if seen else {}
     batch = shapes(
         mesh,
         **real,
