@@ -1,5 +1,7 @@
 """Tiny decoders in plans and measurements."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -19,7 +21,7 @@ from tests.test_configs import get_config
 OWN = TinyDecoderConfig(4, 3, (8, 8, 8, 4), (1, 1, 1, 1))
 
 
-def test_what_a_decoder_is_called(tmp_path):
+def test_what_a_decoder_is_called(tmp_path, monkeypatch):
     """A model's own tiny decoder goes before the public sizes; without a model those are meant."""
     config, sizes = configs.sfv(), NETWORKS["svd"]
     assert programs.tiny_of("full", config, sizes) is None
@@ -29,6 +31,7 @@ def test_what_a_decoder_is_called(tmp_path):
     save_tiny(tmp_path / "tiny_decoder", OWN, params, LatentSpace())
     assert programs.tiny_of(str(tmp_path / "tiny_decoder"), config, sizes) == OWN
     config.init = str(tmp_path)
+    monkeypatch.setattr(programs, "read_model", lambda path: SimpleNamespace(home=lambda part: path))
     assert programs.tiny_of("tiny", config, sizes) == OWN
     with pytest.raises(WeightsError, match="nowhere does not exist"):
         programs.tiny_of("nowhere", config, sizes)
