@@ -159,9 +159,10 @@ def test_rows_by_a_tiny_decoder(bench, monkeypatch):
     assert len(loaded) == 4
 
 
-def test_a_decoder_of_another_model_is_refused_before_anything_is_read(model_folder, tmp_path):
-    request = jobs.Request(tmp_path, scale="svd", svd=str(model_folder), data="cache", real="none", decoder="tiny")
-    with pytest.raises(UserError, match="decoder 'tiny': .* has no tiny_decoder; train one"):
+def test_an_impossible_decoder_is_refused_before_videos_are_read(tmp_path):
+    options = dict(scale="svd", svd="world-teacher", data="cache", real="none", decoder=str(tmp_path))
+    request = jobs.Request(tmp_path, **options)
+    with pytest.raises(UserError, match="is neither a tiny decoder's folder nor a run that trains one"):
         jobs.bench_for(request, jobs.runs_for(request))
 
 
