@@ -25,12 +25,14 @@ from sfv_jax.data.pictures import psnr, sheet
 from sfv_jax.data.video import write_video
 from sfv_jax.evaluation.world import score
 from sfv_jax.performance.timing import alternate, warm
+from sfv_jax.reproduction.strips import inputs
 from sfv_jax.sampling import Sampler
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM, as in its paper (Wang et al. 2004)
 SHOWN = 3  # clips in the picture
 SCORES = ("distance", "fit", "shape_kept", "colour_kept", "path_error", "legal")
 GAIN = 4
+OPTIONS = {"noise_aug_strength": 0.0}  # as in the world
 
 
 def blurred(x: np.ndarray) -> np.ndarray:
@@ -67,11 +69,18 @@ def scored(name: str, found: dict) -> str:
     return f"| {name} | " + " | ".join(f"{found[key]:.3f}" for key in SCORES) + " |"
 
 
+def generated(sampler: Sampler, truth: np.ndarray, steps: int, decoder: str) -> dict[str, np.ndarray]:
+    """Returns the same videos of the first frames of `truth` by the VAE's decoder, "full", and by `decoder`, "tiny"."""
+    latents = sampler.latents(*inputs(sampler, truth), steps=steps)
+    codecs = {"full": sampler.codec, "tiny": sampler.with_decoder(decoder).codec}
+    return {name: np.asarray(codec.decode(latents)) for name, codec in codecs.items()}
+
+
 def first_frame(sampler: Sampler, image: np.ndarray) -> tuple[float, float]:
     """Returns the seconds from the end of the UNet to the first streamed frame and to the last, of a warm call."""
     seconds: list[float] = []
     for _ in range(2):
-        coming = sampler.stream(image, noise_aug_strength=0.0, times={})  # waits for the UNet
+        coming = sampler.stream(image, **OPTIONS, times={})  # waits for the UNet
         began, seconds = time.perf_counter(), []
         for _ in coming:
             seconds.append(time.perf_counter() - began)
@@ -87,6 +96,19 @@ def picture(clips: list[tuple[str, np.ndarray]], path: Path) -> None:
     write_video(path, sheet(rows, len(clips))[None])
 
 
+def print_times(samplers: dict[str, Sampler], latents: np.ndarray, image: np.ndarray) -> None:
+    """Prints the third table, of one video with `latents [1, t, h, w, c]` or of `image`."""
+    calls = {name: lambda sampler=sampler: sampler.codec.decode(latents) for name, sampler in samplers.items()}
+    decoding = {name: 1000 * timing.median for name, timing in alternate(calls, 9).items()}
+    print("\n| decoder | decoding, ms | image to frames, ms | first streamed frame, ms | last, ms |")
+    print("| --- |" + " ---: |" * 4)
+    for name, sampler in samplers.items():
+        whole = 1000 * warm(lambda sampler=sampler: sampler([image], **OPTIONS), 5).median
+        first, last = (1000 * seconds for seconds in first_frame(sampler, image))
+        print(f"| {name} | {decoding[name]:.1f} | {whole:.1f} | {first:.1f} | {last:.1f} |")
+    print(f"full / tiny in decoding: {decoding['full'] / decoding['tiny']:.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="world", help="a one-step model of the world, on latents of a VAE")
@@ -100,9 +122,8 @@ def main() -> None:
     world = checked_world(world_rules(training_config(asked.checkpoint)))
     truth, labels = world.batch(range(asked.clips), "heldout")
     latents = full.codec.encode(truth) * full.codec.scaling_factor
-    options = dict(noise_aug_strength=0.0)
     encoded = {name: np.asarray(sampler.codec.decode(latents)) for name, sampler in samplers.items()}
-    made = {name: sampler(list(truth[:, 0]), **options) for name, sampler in samplers.items()}
+    made = generated(full, truth, 1, asked.decoder)
     print(f"{asked.clips} held-out clips of {asked.checkpoint}; tiny: {samplers['tiny'].decoder}\n")
     print("| latents | frames | PSNR, dB | SSIM | flicker |\n| --- | --- | ---: | ---: | ---: |")
     for name, frames in encoded.items():
@@ -115,22 +136,11 @@ def main() -> None:
         print(scored(f"one step, {name}", score(world, labels, frames)), flush=True)
     if asked.base:
         base = Sampler.load(asked.base)
-        print(scored("base, 16 steps, full", score(world, labels, base(list(truth[:, 0]), steps=16, **options))))
-        tiny = base.with_decoder(asked.decoder)(list(truth[:, 0]), steps=16, **options)
-        print(scored("base, 16 steps, tiny", score(world, labels, tiny)))
-        print(scored("base, 8 steps, full", score(world, labels, base(list(truth[:, 0]), steps=8, **options))))
+        for steps in (16, 8):
+            for name, frames in generated(base, truth, steps, asked.decoder).items():
+                print(scored(f"base, {steps} steps, {name}", score(world, labels, frames)), flush=True)
 
-    one, image = latents[:1], truth[0, 0]
-    calls = {name: lambda sampler=sampler: sampler.codec.decode(one) for name, sampler in samplers.items()}
-    decoding = {name: 1000 * timing.median for name, timing in alternate(calls, 9).items()}
-    whole = {name: 1000 * warm(lambda s=s: s([image], **options), 5).median for name, s in samplers.items()}
-    streamed = {name: [1000 * x for x in first_frame(sampler, image)] for name, sampler in samplers.items()}
-    print("\n| decoder | decoding, ms | image to frames, ms | first streamed frame, ms | last, ms |")
-    print("| --- |" + " ---: |" * 4)
-    for name in samplers:
-        first, last = streamed[name]
-        print(f"| {name} | {decoding[name]:.1f} | {whole[name]:.1f} | {first:.1f} | {last:.1f} |")
-    print(f"full / tiny in decoding: {decoding['full'] / decoding['tiny']:.1f}")
+    print_times(samplers, latents[:1], truth[0, 0])
     asked.out.mkdir(parents=True, exist_ok=True)
     shown = [("truth", truth), ("encoded, full", encoded["full"]), ("encoded, tiny", encoded["tiny"])]
     picture(shown, asked.out / "decoders_encoded.png")

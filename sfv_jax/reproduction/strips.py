@@ -38,6 +38,20 @@ def first_video(sampler: Sampler, image: np.ndarray, size: int, path: Path) -> N
     write_video(path, board(shown), fps=FPS)
 
 
+def inputs(sampler: Sampler, frames: np.ndarray) -> tuple[dict, jax.Array]:
+    """Returns the conditions and the start noise, as `Sampler.latents` takes them, of videos of `frames [n, t, ...]`.
+
+    Args:
+      sampler: the model.
+      frames: clips uint8 `[n, t, h, w, 3]`, whose first frames are the images.
+    """
+    first = frames[:, 0]
+    size = first.shape[1:3]
+    keys = jax.random.split(jax.random.key(0), len(first))
+    condition = sampler.condition(list(first), size, keys, (6.0, 127.0, 0.0))
+    return condition, jax.random.normal(jax.random.key(1), (len(first), *sampler.latent_shape(size)))
+
+
 def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray, tuple[float, float]]:
     """Generates clips from the first frames of `frames`.
 
@@ -45,11 +59,7 @@ def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray
       Clips uint8 `[n, t, h, w, 3]`, and the milliseconds of a single video from condition to latents, and from latents
       to frames: the best of five calls after one that compiles.
     """
-    first = frames[:, 0]
-    size = first.shape[1:3]
-    keys = jax.random.split(jax.random.key(0), len(first))
-    condition = sampler.condition(list(first), size, keys, (6.0, 127.0, 0.0))
-    noise = jax.random.normal(jax.random.key(1), (len(first), *sampler.latent_shape(size)))
+    condition, noise = inputs(sampler, frames)
     generated = np.asarray(sampler.codec.decode(sampler.latents(condition, noise, steps=steps)))
     one = {k: v[:1] for k, v in condition.items()}
     latents = sampler.latents(one, noise[:1], steps=steps)
