@@ -18,6 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from sfv_jax import choices
+from sfv_jax.errors import UserError
 from sfv_jax.runtime import commands
 from sfv_jax.runtime.files import check_file
 
@@ -25,6 +26,8 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
+    if FLAGS.compare == "decoders" and FLAGS.decoder == "full":
+        raise UserError("--compare decoders: give --decoder, the tiny decoder that is compared with the full one")
     if FLAGS.json:
         check_file(Path(FLAGS.json), f"--json={FLAGS.json}")
     from dataclasses import fields

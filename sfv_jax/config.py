@@ -318,7 +318,7 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
       UserError: if `arg` is neither "" nor "tiny".
     """
     if arg not in ("", "tiny"):
-        also = ":small, :printed, :printed,tiny, " if config.method == "sfv" else ""
+        also = {"sfv": ":small, :printed, :printed,tiny, ", "decoder": ":world, "}.get(config.method, "")
         raise UserError(f"configs/{config.method}.py takes {also}:tiny or nothing, not :{arg}")
     return (tiny(config) if arg else config).lock()
 

@@ -276,7 +276,7 @@ METHODS = {
         "variant": choice("sizes of the decoder: TAESDV's, or a wider one", *choices.TINY_DECODERS),
         "block_out_channels": count("widths from the latents to the pixels; (): the variant's", 1, 4096, length=(0, 8)),
         "layers_per_block": count("blocks with memory of each level; (): the variant's", 0, 8, length=(0, 8)),
-        "init": text("file, folder or run of a tiny decoder to start from; empty: random weights"),
+        "init": text("file, folder, run or name of a tiny decoder to start from; empty: random weights"),
         "crop": count("side of random squares in latent cells; 0: whole frames", 0, 4096),
         "l1_weight": real("weight of the L1 distance from the teacher's frames"),
         "flicker_weight": real("weight of the L1 distance of frame differences"),

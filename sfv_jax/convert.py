@@ -11,6 +11,7 @@
     python -m sfv_jax.convert --src runs/decoder --dst models/svd/tiny_decoder
     python -m sfv_jax.convert --src taesdv.pth --allow_pickle --dst models/svd/tiny_decoder
     python -m sfv_jax.convert --export --src models/svd/tiny_decoder --dst decoder.safetensors --what taesdv
+    python -m sfv_jax.convert --export --src runs/world_decoder --dst models/world-decoder --what model --fp16
 
 A `--dst` named `tiny_decoder`, in a model folder, receives a tiny decoder of that model: from the run that trained it,
 another such folder, or a file under TAESDV's names. The export of a training run contains the newest moving average,
@@ -86,7 +87,7 @@ def check() -> None:
 
 def main() -> None:
     check()
-    from sfv_jax.checkpoints.decoders import export_decoder, import_decoder
+    from sfv_jax.checkpoints.decoders import export_decoder, import_decoder, is_decoder_run, pack_decoder
     from sfv_jax.checkpoints.exporter import export_model
     from sfv_jax.checkpoints.importer import ReadOptions, import_model
     from sfv_jax.training.encoders import export_encoders
@@ -100,6 +101,9 @@ def main() -> None:
         report(args.dst)
     elif args.export and args.what == "taesdv":
         export_decoder(args.src, args.dst, **commands.values("raw", "fp16"))
+    elif args.export and args.what == "model" and is_decoder_run(Path(args.src)):
+        pack_decoder(args.src, args.dst, **commands.values("raw", "fp16", "overwrite"))
+        report(args.dst)
     elif not args.export and Path(args.dst).name == choices.TINY_DECODER:
         found = import_decoder(args.src, args.dst, **commands.values("base", "raw", "allow_pickle", "overwrite"))
         print(f"{choices.TINY_DECODER:14} {found.record()['parameters']:>13,} parameters  float32")

@@ -7,10 +7,10 @@
 
 `--scale world`, the default, uses tiny networks and the procedural world; `--fast` trains less. `--scale svd` is the
 published configuration on a model folder, a latent cache and, for FVD, a folder of real videos whose first frames are
-the conditions. The command first prints the cost of the runs; `--dry_run` stops there. Every stage is stored:
-trained models as ordinary workdirs, samples and scores as files. So the same command continues after an interruption,
-and changes nothing when everything is done. `index.html` in the workdir shows tables, clips side by side and training
-curves.
+the conditions; `--decoder` adds rows of one step whose frames a tiny decoder decodes. The command first prints the cost
+of the runs; `--dry_run` stops there. Every stage is stored: trained models as ordinary workdirs, samples and scores as
+files. So the same command continues after an interruption, and changes nothing when everything is done. `index.html` in
+the workdir shows tables, clips side by side and training curves.
 """
 
 import sys
@@ -52,6 +52,9 @@ def check() -> None:
     if FLAGS.height % 64 or FLAGS.width % 64:
         raise UserError(f"--height={FLAGS.height} --width={FLAGS.width}: both must be multiples of 64")
     commands.check_inputs("svd", "data", "real", "i3d")
+    commands.check_decoder()
+    if FLAGS.scale == "world" and FLAGS.decoder != "full":
+        raise UserError(f"--decoder={FLAGS.decoder}: --scale world has no VAE whose decoder it could replace")
     if not FLAGS.dry_run:
         check_folder(Path(FLAGS.workdir), f"--workdir={FLAGS.workdir}")
 
@@ -69,7 +72,7 @@ def request() -> "Request":
         arguments=tuple(sys.argv[1:]),
         **commands.values("scale", "fast", "dry_run", "svd", "data", "real", "i3d"),
         **commands.values("batch_norm_eps", "allow_torchscript"),
-        **commands.values("height", "width", "batch_size", "jobs"),
+        **commands.values("height", "width", "batch_size", "jobs", "decoder"),
     )
 
 
@@ -92,6 +95,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("allow_torchscript", False, "svd: run TorchScript other than StyleGAN-V's as --i3d too")
     commands.define_pixels("height", 576, "svd: height of sampled videos in pixels, a multiple of 64", least=64)
     commands.define_pixels("width", 1024, "svd: width of sampled videos in pixels, a multiple of 64", least=64)
+    commands.define_decoder("; svd: adds its rows of one step")
     flags.DEFINE_integer("batch_size", 8, "svd: videos sampled per call", lower_bound=1)
     flags.DEFINE_integer(
         "jobs", None, "runs at a time; default one, in the world on CPU one per core up to 4", lower_bound=1

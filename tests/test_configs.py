@@ -33,6 +33,15 @@ def test_numbers_equal_the_defaults(name):
     assert get_config(name)("tiny").to_dict() == defaults.tiny(expected).to_dict()
 
 
+def test_the_decoder_of_the_world_is_narrow():
+    config = get_config("decoder")("world")
+    check(config)
+    assert config.init == "world-encoders" and config.data.source == "world" and config.decoder.crop == 0
+    assert len(config.decoder.block_out_channels) == len(config.decoder.layers_per_block) == 3
+    with pytest.raises(UserError, match="takes :world, :tiny or nothing, not :worlds"):
+        get_config("decoder")("worlds")
+
+
 def test_printed_has_the_numbers_of_the_paper_alone():
     printed = defaults.printed()
     assert get_config("sfv")("printed").to_dict() == printed.to_dict()

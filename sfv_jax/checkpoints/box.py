@@ -29,6 +29,7 @@ NAMES: dict[str, dict[str, str]] = {  # {name: {file: SHA-256}}
         "vae.safetensors": "a3878412f2906fec5c61d5b5bb83f39cdce4d157e9f30b974baecb5eb2d80594",
     },
 }
+DECODERS = {"world-encoders": "world-decoder"}  # {VAE and CLIP tower: the tiny decoder of their latents}
 
 
 @functools.cache
@@ -60,3 +61,13 @@ def located(path: str | Path) -> Path:
 def name_of(path: Path) -> str | None:
     """Returns the name of the model whose folder in the package is `path`; None for other folders."""
     return path.name if path.parent == ROOT and path.name in NAMES else None
+
+
+def decoder_of(path: Path) -> Path | None:
+    """Returns the folder of the tiny decoder in the package for the encoders in `path`; None if there is none.
+
+    Raises:
+      WeightsError: as `folder`.
+    """
+    name = DECODERS.get(name_of(path) or "")
+    return folder(name) if name in NAMES else None

@@ -5,6 +5,10 @@
 
 A folder of this kind may lie anywhere; inside a model folder it is what `--decoder tiny` means. A file with TAESDV's
 names is read, too; a tiny decoder decodes the latents of one VAE only, so what is known of that VAE is recorded.
+
+The decoders in the package (checkpoints/box.py) are packed model folders whose `model.json` names their encoders:
+
+    world-decoder/model.json  tiny_decoder.safetensors  fingerprints.json
 """
 
 import dataclasses
@@ -14,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from sfv_jax.checkpoints import fingerprints
+from sfv_jax.checkpoints import box, fingerprints
 from sfv_jax.checkpoints.base import Base
-from sfv_jax.checkpoints.model_folder import ModelFolder, read_model
-from sfv_jax.checkpoints.run import restore_ema
+from sfv_jax.checkpoints.model_folder import ModelFolder, load_model, read_model, save_model
+from sfv_jax.checkpoints.run import read_config, restore_ema
 from sfv_jax.choices import TINY_DECODER
 from sfv_jax.models import tree
 from sfv_jax.models.codec import SVDCodec
@@ -71,7 +76,8 @@ class StoredDecoder:
 
     def record(self) -> dict[str, Any]:
         """Returns the JSON description of the decoder for the record of a video."""
-        return {"path": str(self.path), "parameters": tree.count(self.params)} | self.origin
+        path = box.name_of(self.path) or str(self.path)
+        return {"path": path, "parameters": tree.count(self.params)} | self.origin
 
 
 def latent_space(model: ModelFolder) -> LatentSpace:
@@ -87,7 +93,7 @@ def latent_space(model: ModelFolder) -> LatentSpace:
     if prints:
         text = json.dumps({path: prints[path].get("float32") for path in sorted(prints)})
         known.append(f"weights:{hashlib.sha256(text.encode()).hexdigest()}")
-    return LatentSpace(model.configs["vae"].scaling_factor, tuple(known))
+    return LatentSpace(model.config("vae").scaling_factor, tuple(known))
 
 
 def check_space(decoder: StoredDecoder, model: ModelFolder) -> None:
@@ -121,7 +127,7 @@ def choose_decoder(name: str, base: Base, *, allow_pickle: bool = False) -> Stor
     """Returns the decoder that `--decoder` names for a loaded model; None for the VAE's own.
 
     Args:
-      name: "full"; "tiny" for that in the model folder; else a file, a folder, or the workdir of a run.
+      name: "full", or as for `find_decoder`.
       base: the model.
       allow_pickle: also read `.pth` files, as `weights.reader.open_weights` does.
 
@@ -132,16 +138,37 @@ def choose_decoder(name: str, base: Base, *, allow_pickle: bool = False) -> Stor
         return None
     if base.model is None or not isinstance(base.codec, SVDCodec):
         raise WeightsError(f"decoder {name!r}: this model has the patch codec, which has no decoder network")
-    folder = base.model.home(FOLDER)
-    path = folder / FOLDER if name == "tiny" else Path(name)
-    if name == "tiny" and not path.is_dir():
+    return find_decoder(name, base.model, allow_pickle=allow_pickle)
+
+
+def find_decoder(name: str, model: ModelFolder, *, allow_pickle: bool = False) -> StoredDecoder:
+    """Returns a tiny decoder of the latents of `model`, which has a VAE.
+
+    Args:
+      name: "tiny" for that of the model, see `own_decoder`; else a file, a folder, the workdir of a run, or the name of
+        a decoder in the package.
+      model: the model folder.
+      allow_pickle: also read `.pth` files, as `weights.reader.open_weights` does.
+
+    Raises:
+      WeightsError: if there is no such decoder, or it decodes another latent space.
+    """
+    path = own_decoder(model) if name == "tiny" else Path(name)
+    if path is None:
+        folder = model.home("vae")
         raise WeightsError(
             f"decoder 'tiny': {folder} has no {FOLDER}; train one (configs/decoder.py) and put it there: "
-            f"python -m sfv_jax.convert --src RUN --dst {path}"
+            f"python -m sfv_jax.convert --src RUN --dst {folder / FOLDER}"
         )
     found = read_tiny(path, allow_pickle=allow_pickle)
-    check_space(found, base.model)
+    check_space(found, model)
     return found
+
+
+def own_decoder(model: ModelFolder) -> Path | None:
+    """Returns the place of a model's tiny decoder: beside its VAE, or in the package if the VAE is there; or None."""
+    folder = model.home("vae")
+    return folder / FOLDER if (folder / FOLDER).is_dir() else box.decoder_of(folder)
 
 
 def is_decoder_run(path: Path) -> bool:
@@ -158,7 +185,8 @@ def read_tiny(path: Path, *, raw: bool = False, allow_pickle: bool = False) -> S
     """Reads a decoder.
 
     Args:
-      path: a folder as above, the workdir of a run, or a file under TAESDV's names (or that of such a folder).
+      path: a folder as above, the workdir of a run, a file under TAESDV's names (or that of such a folder), or the name
+        of a decoder in the package.
       raw: read the trained weights of a run instead of their moving average.
       allow_pickle: also read `.pth` files, only their tensors.
 
@@ -166,6 +194,7 @@ def read_tiny(path: Path, *, raw: bool = False, allow_pickle: bool = False) -> S
       WeightsError: if it is none of these, or damaged.
       WorkdirError: if the run has no checkpoint yet.
     """
+    path = box.located(path)
     if not path.exists():
         raise WeightsError(f"{path} does not exist: name a tiny decoder's folder or file, or the run that trains it")
     if is_decoder_run(path):
@@ -174,6 +203,8 @@ def read_tiny(path: Path, *, raw: bool = False, allow_pickle: bool = False) -> S
         params, step = restore_ema(path, tree.abstract(TinyTemporalDecoder, config)[1], name=part)
         params = {k: v for k, v in params.items() if k != "projectors"}
         return StoredDecoder(path, config, params, space, origin | {"run": path.resolve().name, "step": step})
+    if (path / f"{FOLDER}.safetensors").is_file():
+        return _read_packed(path)
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and not (path / CONFIG).is_file():
         raise WeightsError(f"{path} is neither a tiny decoder's folder nor a run that trains one: it has no {CONFIG}")
@@ -188,6 +219,16 @@ def read_tiny(path: Path, *, raw: bool = False, allow_pickle: bool = False) -> S
     config = taesdv_config(tensors)
     params = read_decoder(tensors, taesdv_names(config), config)
     return StoredDecoder(path, config, params, _space_of(tensors), {"sha256": sha256(path)})
+
+
+def _read_packed(folder: Path) -> StoredDecoder:
+    """Reads the decoder of a packed model folder."""
+    model = read_model(folder)
+    params, configs, meta = load_model(model, (FOLDER,), dtype=np.float32)
+    run = {k: v for k, v in meta.get("run", {}).items() if k == "step"}
+    origin = run | {"sha256": sha256(folder / f"{FOLDER}.safetensors")}
+    arrays = jax.tree.map(np.asarray, params[FOLDER])
+    return StoredDecoder(folder, configs[FOLDER], arrays, latent_space(model), origin)
 
 
 def _space_of(tensors: Tensors) -> LatentSpace:
@@ -284,6 +325,38 @@ def import_decoder(
     origin = {k: v for k, v in found.origin.items() if k != "sha256"} | {"source": Path(src).resolve().name}
     save_tiny(dst, found.config, found.params, space, origin, overwrite=overwrite)
     return dataclasses.replace(found, space=space)
+
+
+def pack_decoder(
+    src: str | Path, dst: str | Path, *, raw: bool = False, fp16: bool = False, overwrite: bool = False
+) -> None:
+    """Writes the decoder of a run as a packed model folder, which names the encoders in the package that it belongs to.
+
+    Args:
+      src: the workdir of the run.
+      dst: the folder to write.
+      raw: take the trained weights instead of their moving average.
+      fp16: write half precision.
+      overwrite: replace an existing `dst`.
+
+    Raises:
+      WeightsError: if its VAE is not in the package, or `dst` exists.
+      WorkdirError: if the run has no checkpoint yet.
+    """
+    refuse_existing(Path(dst), overwrite)
+    found = read_tiny(Path(src), raw=raw)
+    known = {name: read_model(name) for name in box.DECODERS if name in box.NAMES}
+    fitting = [name for name, model in known.items() if {*latent_space(model).identities} & {*found.space.identities}]
+    if not fitting:
+        raise WeightsError(
+            f"{src} was distilled from a VAE that is not in the package ({', '.join(known)}): write it to "
+            f"MODEL/{FOLDER} instead, without --export"
+        )
+    source = {"sha256": known[fitting[0]].meta["source"]["sha256"]}
+    run = {"step": found.origin["step"], "raw": raw, "config": read_config(Path(src))}
+    extra = {"source": source, "encoders": fitting[0], "run": run}
+    packed = "float16" if fp16 else "float32"
+    save_model(dst, {FOLDER: found.params}, {FOLDER: found.config}, extra=extra, packed=packed, overwrite=overwrite)
 
 
 def export_decoder(src: str | Path, dst: str | Path, *, raw: bool = False, fp16: bool = False) -> None:

@@ -7,7 +7,8 @@
 
 Small networks can instead be packed as one safetensors file each, `DIR/unet.safetensors` and so on, with the paths of
 the parameters as names. The package contains such folders (checkpoints/box.py), which have names instead of paths. A
-UNet that was trained on the encoders of one of them does not repeat them: `encoders` in its `model.json` names it.
+UNet, or a tiny decoder, that was trained on the encoders of one of them does not repeat them: `encoders` in its
+`model.json` names it.
 
 The state of a training run has another format (sfv_jax/checkpoints/run.py).
 """
@@ -24,8 +25,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sfv_jax.checkpoints import box, fingerprints
+from sfv_jax.choices import TINY_DECODER
 from sfv_jax.models import tree
 from sfv_jax.models.codec import PatchCodec, SVDCodec
+from sfv_jax.models.tiny_decoder import TinyDecoderConfig, TinyTemporalDecoder
 from sfv_jax.runtime.files import write_json
 from sfv_jax.weights.components import COMPONENTS, make_config
 from sfv_jax.weights.folders import WeightsError, new_folder, printable, read_json, shape_problems
@@ -36,7 +39,9 @@ from sfv_jax.weights.writer import write_safetensors
 
 FORMAT, VERSION = "sfv_jax", 1
 CODECS = ("svd", "patch")
-CONFIGS = {name: component.config for name, component in COMPONENTS.items()} | {"codec": PatchCodec}
+MODULES = {name: component.module for name, component in COMPONENTS.items()} | {TINY_DECODER: TinyTemporalDecoder}
+CONFIGS = {name: component.config for name, component in COMPONENTS.items()}
+CONFIGS |= {"codec": PatchCodec, TINY_DECODER: TinyDecoderConfig}
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,9 @@ class ModelFolder:
 
     def home(self, name: str) -> Path:
         """Returns the folder that stores a component: this one, or that of the shared encoders."""
-        return self.path if self.encoders is None or name == "unet" else self.encoders.path
+        if self.encoders is not None and name in self.encoders.configs:
+            return self.encoders.path
+        return self.path
 
     def config(self, name: str) -> Any:
         """Returns the config of a component.
@@ -161,7 +168,7 @@ def _describe(name: str, params: tree.Params | Path, configs: dict) -> dict:
 
 def _check(name: str, found: dict[str, tuple], config, where: str) -> tree.Params:
     """Returns the parameter shapes of `config`; raises WeightsError if `found` differs, and lists all differences."""
-    _, shapes = tree.abstract(COMPONENTS[name].module, config)
+    _, shapes = tree.abstract(MODULES[name], config)
     problems = shape_problems(found, {k: v.shape for k, v in tree.flatten(shapes).items()})
     if problems:
         raise WeightsError(f"{name}: {where} do not fit the config:\n  " + "\n  ".join(problems))
@@ -213,7 +220,7 @@ def _configs(meta: dict, where: str) -> dict[str, Any]:
 
     components, configs, source = (meta.get(name, {}) for name in ("components", "configs", "source"))
     digests = source.get("sha256", {}) if isinstance(source, dict) else None
-    if not objects(components, COMPONENTS):
+    if not objects(components, MODULES):
         raise WeightsError(f"{where} is damaged: components is {printable(components)}")
     sound = {
         "codec": meta.get("codec") in CODECS,

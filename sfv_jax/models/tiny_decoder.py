@@ -1,4 +1,4 @@
-"""Tiny temporal decoder of video latents: 1.6 M parameters, and 1/19 of the FLOPs of SVD's decoder.
+"""Tiny temporal decoder of video latents: 1.6 M parameters, and 1/16 of the FLOPs of SVD's decoder.
 
 The layout is that of TAESDV (madebyollin/taesdv, MIT): 3x3 convolutions, nearest upsampling, and blocks that see one
 frame of the past. So frames can be decoded all at once, or one after another with one array per block carried along.

@@ -15,12 +15,12 @@ from jax.stages import Wrapped
 
 from sfv_jax import config as configs
 from sfv_jax.checkpoints.base import is_run, read_run
-from sfv_jax.checkpoints.decoders import FOLDER, read_tiny
+from sfv_jax.checkpoints.decoders import own_decoder, read_tiny
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.config import ConfigDict, ConfigError
 from sfv_jax.config_check import check
 from sfv_jax.errors import UserError
-from sfv_jax.methods import METHODS
+from sfv_jax.methods import METHODS, decoder
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig, CLIPVision
 from sfv_jax.models.codec import PatchCodec, SVDCodec
@@ -104,9 +104,14 @@ def sizes_of(config: ConfigDict) -> Sizes:
         patch = configs.patch_codec_of(config) if world else None
         return Sizes(configs.unet_of(config), *((None, None) if world else (VAEConfig.svd(), CLIPConfig.svd())), patch)
     unet, patch, model = read_run(Path(config.init)) if is_run(config.init) else (None, None, Path(config.init))
-    found = read_model(model).configs if model else {}
-    unet = configs.same_unet(unet or found["unet"], config)
-    patch = patch or found.get("codec")
+    opened = read_model(model) if model else None
+    found = opened.configs if opened else {}
+    if unet is None and config.method == decoder.SUBJECT and "unet" not in found:
+        unet = configs.unet_of(config)  # a VAE alone can teach; only the length of a clip is taken from this
+    if unet is None and opened is not None:
+        unet = opened.config("unet")
+    assert unet is not None, "a run has a UNet"
+    unet, patch = configs.same_unet(unet, config), patch or found.get("codec")
     return Sizes(unet, None if patch else found["vae"], None if patch else found["image_encoder"], patch)
 
 
@@ -114,8 +119,8 @@ def tiny_of(name: str, config: ConfigDict, sizes: Sizes) -> TinyDecoderConfig | 
     """Returns the sizes of the decoder that `--decoder` names; None for the VAE's own.
 
     Args:
-      name: "full"; "tiny" for that in the model folder of `config.init`, or TAESDV's layout if there is none; "wide";
-        else the file, folder or run of a tiny decoder.
+      name: "full"; "tiny" for that of the model of `config.init`, or TAESDV's layout if there is none; "wide"; else
+        the file, folder, run or name of a tiny decoder.
       config: config of the job.
       sizes: the networks of `config`.
 
@@ -129,8 +134,8 @@ def tiny_of(name: str, config: ConfigDict, sizes: Sizes) -> TinyDecoderConfig | 
         raise ConfigError(f"decoder {name!r}: the patch codec has no decoder network; give config.init")
     vae, _ = sizes.encoders
     model = (read_run(Path(config.init))[2] if is_run(config.init) else Path(config.init)) if config.init else None
-    if name == "tiny" and model and (model / FOLDER).is_dir():
-        name = str(model / FOLDER)
+    if name == "tiny" and model and (own := own_decoder(read_model(model))):
+        return read_tiny(own).config
     if name in VARIANTS:
         return VARIANTS[name](vae.latent_channels, vae.downscale)
     return read_tiny(Path(name)).config
@@ -159,22 +164,28 @@ def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int,
     """
     check(config)
     method = METHODS[config.method]
-    if hasattr(method, "SUBJECT"):
-        raise ConfigError(f"config.method={config.method!r} trains no UNet, and only those are planned")
+    subject = getattr(method, "SUBJECT", "unet")
+    if subject not in ("unet", decoder.SUBJECT):
+        raise ConfigError(f"config.method={config.method!r}: only trainings of UNets and tiny decoders are planned")
+    if subject == decoder.SUBJECT and sizes.patch is not None:
+        raise ConfigError(f"config.init={config.init!r} has the patch codec: there is no VAE to distill")
     try:
         local_rows(mesh, config.batch_size, config.accumulation_steps)
-        networks = method.make_networks(sizes.unet, config)
+        networks, start = _trained(config, sizes, sizes.unet)
+        counted, _ = _trained(config, sizes, configs.plain_unet(sizes.unet))
     except UserError as error:
         raise ConfigError(f"config: {error}") from error
-    abstract = jax.eval_shape(
-        lambda params: method.init_state(networks, config, params), networks.abstract["generator"]
-    )
+    abstract = jax.eval_shape(lambda params: method.init_state(networks, config, params), start)
     shardings = param_shardings(mesh, abstract)
     state, frozen = with_shardings(abstract, shardings)
     (h, w), n, unet = (side // sizes.downscale for side in size), config.batch_size, sizes.unet
+    frames = configs.world_of(config).num_frames if config.data.source == "world" else unet.num_frames
+    seen = subject == decoder.SUBJECT and config.decoder.real_weight
+    real = {"frames": ((n, frames, *size, 3), jnp.uint8)} if seen else {}
     batch = shapes(
         mesh,
-        latents=((n, unet.num_frames, h, w, unet.out_channels), jnp.float32),
+        **real,
+        latents=((n, frames, h, w, unet.out_channels), jnp.float32),
         cond_latent=((n, h, w, unet.in_channels - unet.out_channels), jnp.float32),
         image_embed=((n, unet.cross_attention_dim), jnp.float32),
         ids=((n, 3), jnp.float32),
@@ -182,16 +193,31 @@ def train_program(config: ConfigDict, mesh: Mesh, sizes: Sizes, size: tuple[int,
     optimizer = {name: state[name] for name in state if name.startswith("opt_")}
     parts = {"parameters": {k: v for k, v in state.items() if k != "ema" and k not in optimizer}}
     parts |= {"optimizer": optimizer, "EMA": state["ema"], "frozen": frozen, "batch": batch}
-    plain = configs.plain_unet(unet)
     step: Any = jit_train_step(method, networks, config, mesh, shardings)
     return Program(
         "train step",
         step,
         (state, frozen, batch),
         parts,
-        method.make_train_step(method.make_networks(plain, config), config),
+        method.make_train_step(counted, config),
         donates=True,
     )
+
+
+def _trained(config: ConfigDict, sizes: Sizes, unet: UNetConfig) -> tuple[Any, Any]:
+    """Returns the networks of `config.method`, and the shapes of the parameters that its `init_state` starts from.
+
+    Raises:
+      UserError: if training would reject the recipe.
+    """
+    method = METHODS[config.method]
+    if config.method != decoder.SUBJECT:
+        networks = method.make_networks(unet, config)
+        return networks, networks.abstract["generator"]
+    generates = bool(config.decoder.generated_share)
+    networks = method.make_networks(decoder.Teacher(sizes.encoders[0], unet if generates else None), config)
+    start = {name: networks.abstract[name] for name in ("decoder", "teacher")}
+    return networks, start | ({"unet": Networks(unet).abstract["generator"]} if generates else {})
 
 
 def sample_programs(

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ml_collections import ConfigDict
 
@@ -53,6 +53,7 @@ class Row:
       guidance: scales in the first and the last frame; None for no guidance.
       published: the paper's FVD (UCF-101 first frames); None if not published.
       seconds: the paper's UNet time of a video on one A100; None if not published.
+      decoder: decoder of the frames, as for `Sampler.load`.
     """
 
     label: str
@@ -62,12 +63,14 @@ class Row:
     guidance: tuple[float, float] | None = None
     published: float | None = None
     seconds: float | None = None
+    decoder: str = "full"
 
     @property
     def key(self) -> str:
-        """Name of the row's files; rows with the same model, steps and guidance share their files."""
+        """Name of the row's files; rows with the same model, steps, guidance and decoder share their files."""
         guided = "-guided" if self.guidance else ""
-        return f"{self.run}-{self.steps}{guided}".replace(" ", "_")
+        tiny = "" if self.decoder == "full" else "-tiny_decoder"
+        return f"{self.run}-{self.steps}{guided}{tiny}".replace(" ", "_")
 
 
 def _svd(steps: int, published: float, seconds: float) -> Row:
@@ -141,6 +144,17 @@ TABLES = {
         [_sfv(f"P_mean {n}", f"long, P_mean {n}", None) for n in (-6, -5, -4, -3)] + [_sfv("P_mean -1", "long", None)],
     ),
 }
+
+
+def rows_of(table: str, decoder: str = "full") -> list[Row]:
+    """Returns the rows of a table, and after each of one step, whose time is mostly decoding, the same by `decoder`."""
+    rows: list[Row] = []
+    for row in TABLES[table][1]:
+        rows.append(row)
+        if decoder != "full" and row.steps == 1:
+            label = f"{row.label}, tiny decoder"
+            rows.append(replace(row, label=label, published=None, seconds=None, decoder=decoder))
+    return rows
 
 
 def runs_of(tables: Sequence[str]) -> list[str]:

@@ -6,13 +6,15 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from sfv_jax.checkpoints.decoders import find_decoder
+from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import LOCK
 from sfv_jax.evaluation.report import Report
 from sfv_jax.reproduction import experiments
@@ -55,6 +57,7 @@ class Request:
     jobs: int | None = None
     share: tuple[int, int] | None = None
     settings: tuple[str, ...] = ()
+    decoder: str = "full"
     arguments: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -79,7 +82,7 @@ def run(request: Request) -> None:
     methods = [(name, seed) for seed in request.seeds for name in experiments.runs_of(request.only)]
     jobs = min(request.jobs or default_jobs(request.scale), len(methods))
     if not request.share:
-        print("\n".join(plan(runs, request.only, request.seeds, jobs)), flush=True)
+        print("\n".join(plan(runs, request.only, request.seeds, jobs, request.decoder)), flush=True)
     if request.dry_run:
         return
     bench = bench_for(request, runs)
@@ -126,14 +129,17 @@ def bench_for(request: Request, runs: Runs) -> Bench:
 
     Raises:
       ReproduceError: if a folder or file is not given, or too few clips can be read.
+      WeightsError: if the decoder is none of the model's latents.
     """
     if request.scale == "world":
         return world_bench(request.workdir, runs, request.budget)
     if not request.real:
         raise ReproduceError("--scale svd needs --real (only --dry_run does without it)")
     loading = {"batch_norm_eps": request.batch_norm_eps, "allow_torchscript": request.allow_torchscript}
+    about = {} if request.decoder == "full" else find_decoder(request.decoder, read_model(runs.base)).record()
     size = (request.height, request.width)
-    return svd_bench(runs, request.real, request.i3d, size, request.batch_size, loading)
+    bench = svd_bench(runs, request.real, request.i3d, size, request.batch_size, loading)
+    return replace(bench, decoder=request.decoder, about_decoder=about)
 
 
 def _run_share(request: Request, bench: Bench, methods: list[tuple[str, int]]) -> None:
@@ -151,7 +157,7 @@ def _run_share(request: Request, bench: Bench, methods: list[tuple[str, int]]) -
 def ensure_run(bench: Bench, run: str, tables: Sequence[str], seed: int) -> dict[str, tuple[dict, np.ndarray]]:
     """Trains a run and makes its rows, as far as they are missing; returns (record, clips) by row key."""
     bench.runs.ensure(run, seed)
-    rows = {row.key: row for name in tables for row in TABLES[name][1] if row.run == run}
+    rows = {row.key: row for name in tables for row in bench.rows(name) if row.run == run}
     load = cache(lambda: Sampler.load(bench.runs.workdir(run, seed), **bench.load))
     return {key: ensure_row(bench, row, seed, load) for key, row in rows.items()}
 

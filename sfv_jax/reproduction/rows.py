@@ -21,7 +21,7 @@ from sfv_jax.evaluation.clips import Reading, find_clips
 from sfv_jax.evaluation.features import compute
 from sfv_jax.evaluation.frechet import MIN_SAMPLES, measure
 from sfv_jax.evaluation.protocol import Protocol
-from sfv_jax.reproduction.experiments import BASE, Budget, Row
+from sfv_jax.reproduction.experiments import BASE, Budget, Row, rows_of
 from sfv_jax.reproduction.runs import ReproduceError, Runs
 from sfv_jax.runtime.files import FileError, read_arrays, read_json, replacing, write_json
 from sfv_jax.runtime.sharding import make_mesh
@@ -46,6 +46,8 @@ class Bench:
       load: arguments of `Sampler.load`.
       batch: videos sampled per call.
       skipped: a line for each real clip that could not be read.
+      decoder: tiny decoder of further rows, as for `Sampler.load`; "full" for none.
+      about_decoder: its description for records.
     """
 
     runs: Runs
@@ -59,6 +61,12 @@ class Bench:
     load: dict[str, Any]
     batch: int
     skipped: list[str] = field(default_factory=list)
+    decoder: str = "full"
+    about_decoder: dict[str, Any] = field(default_factory=dict)
+
+    def rows(self, table: str) -> list[Row]:
+        """Returns the rows of a table, a key of `TABLES`."""
+        return rows_of(table, self.decoder)
 
 
 def world_bench(workdir: Path, runs: Runs, budget: Budget) -> Bench:
@@ -149,14 +157,16 @@ def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -
     path = bench.runs.workdir(row.run, seed)
     trained = read_config(path) if (path / "config.json").is_file() else None
     origin = [str(path), trained, row.run, row.steps, row.sampler, row.guidance, seed, bench.options]
+    origin += [] if row.decoder == "full" else [bench.about_decoder]
     digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode() + bench.truth.tobytes()).hexdigest()
     kept = folder / "row.json"
     with contextlib.suppress(FileError):  # missing or damaged: made anew
         if (record := read_json(kept, "", ("digest",)))["digest"] == digest:
             return record, read_clips(folder, bench, digest)
-    sampler = load()
+    sampler = load() if row.decoder == "full" else load().with_decoder(row.decoder)
     clips = sample_clips(bench, sampler, row, seed, folder, digest)
     record = {"digest": digest} | bench.score(clips) | latency(bench, sampler, row)
+    record |= {} if row.decoder == "full" else {"decoder": bench.about_decoder}
     write_json(kept, record)
     return record, clips
 
@@ -206,14 +216,16 @@ def _read_batch(file: Path, count: int, digest: str) -> np.ndarray:
 
 
 def latency(bench: Bench, sampler: Sampler, row: Row, repeats: int = 5) -> dict:
-    """Returns the milliseconds of one video per UNet call and from image to frames, each the best of `repeats` calls.
+    """Returns the milliseconds of one video per UNet call, of decoding it, and from image to frames.
 
-    A call that compiles goes before.
+    Each is the best of `repeats` calls. A call that compiles goes before.
     """
-    calls, wholes = [], []
+    calls, decodes, wholes = [], [], []
     for _ in range(repeats + 1):
         times, began = {}, time.perf_counter()
         sampler(bench.images[:1], times=times, **how(row), **bench.options)
         wholes.append(time.perf_counter() - began)
         calls.append(times["denoise"] / row.steps)
-    return {"ms_call": 1000 * min(calls[1:]), "ms_whole": 1000 * min(wholes[1:])}
+        decodes.append(times["decode"])
+    found = {"ms_call": calls, "ms_decode": decodes, "ms_whole": wholes}
+    return {name: 1000 * min(seconds[1:]) for name, seconds in found.items()}

@@ -20,7 +20,7 @@ from sfv_jax.methods.adversarial import per_head
 from sfv_jax.models.discriminator import DiscriminatorConfig
 from sfv_jax.models.networks import Networks
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.reproduction.experiments import BASE, TABLES, Budget, runs_of, svd_config, world_config
+from sfv_jax.reproduction.experiments import BASE, Budget, rows_of, runs_of, svd_config, world_config
 from sfv_jax.runtime.device import count_flops
 from sfv_jax.runtime.plain_config import flat
 from sfv_jax.training.loop import train
@@ -178,9 +178,12 @@ def forward_flops(unet: UNetConfig, discriminator: tuple | None, shape: tuple[in
     return found[0], found[1], found[2]
 
 
-def plan(runs: Runs, tables: Sequence[str], seeds: Sequence[int], jobs: int = 1) -> list[str]:
-    """Returns lines of text on the missing training runs of these tables, and their cost with `jobs` runs at a time."""
-    rows = {row.key for name in tables for row in TABLES[name][1]}
+def plan(runs: Runs, tables: Sequence[str], seeds: Sequence[int], jobs: int = 1, decoder: str = "full") -> list[str]:
+    """Returns lines of text on the missing training runs of these tables, and their cost with `jobs` runs at a time.
+
+    Rows by a tiny `decoder` are counted, too.
+    """
+    rows = {row.key for name in tables for row in rows_of(name, decoder)}
     wanted = ([(BASE, 0)] if runs.trains_base else []) + [(run, seed) for seed in seeds for run in runs_of(tables)]
     todo = [(run, seed) for run, seed in wanted if not runs.done(run, seed)]
     if not todo:

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sfv_jax.checkpoints.decoders import own_decoder
 from sfv_jax.data.images import fitted
 from sfv_jax.data.pictures import board, enlarge, sheet
 from sfv_jax.data.video import write_video
@@ -16,6 +17,8 @@ from sfv_jax.sampling.sampler import Sampler
 CLIPS, SHOWN = 16, 4  # held-out clips that are scored, clips in the picture
 FPS = 7
 LARGE = 256  # pixels: height of the first video
+TINY = "SF-V, 1 step, tiny decoder"
+TIMES = {"milliseconds": "ms per video", "decoding": "ms decoding"}
 COLUMNS = {  # scores of the table, with their names and digits
     "distance": ("distance", 1),
     "fit": ("fit", 2),
@@ -35,51 +38,79 @@ def first_video(sampler: Sampler, image: np.ndarray, size: int, path: Path) -> N
     write_video(path, board(shown), fps=FPS)
 
 
-def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray, float]:
-    """Generates clips from the first frames of `frames`.
+def inputs(sampler: Sampler, frames: np.ndarray) -> tuple[dict, jax.Array]:
+    """Returns the conditions and the start noise, as `Sampler.latents` takes them, of videos of `frames [n, t, ...]`.
 
-    Returns:
-      Clips uint8 `[n, t, h, w, 3]`, and the milliseconds of a single video from condition to latents: the best of five
-      calls after one that compiles.
+    Args:
+      sampler: the model.
+      frames: clips uint8 `[n, t, h, w, 3]`, whose first frames are the images.
     """
     first = frames[:, 0]
     size = first.shape[1:3]
     keys = jax.random.split(jax.random.key(0), len(first))
     condition = sampler.condition(list(first), size, keys, (6.0, 127.0, 0.0))
-    noise = jax.random.normal(jax.random.key(1), (len(first), *sampler.latent_shape(size)))
+    return condition, jax.random.normal(jax.random.key(1), (len(first), *sampler.latent_shape(size)))
+
+
+def videos(sampler: Sampler, frames: np.ndarray, steps: int) -> tuple[np.ndarray, tuple[float, float]]:
+    """Generates clips from the first frames of `frames`.
+
+    Returns:
+      Clips uint8 `[n, t, h, w, 3]`, and the milliseconds of a single video from condition to latents, and from latents
+      to frames: the best of five calls after one that compiles.
+    """
+    condition, noise = inputs(sampler, frames)
     generated = np.asarray(sampler.codec.decode(sampler.latents(condition, noise, steps=steps)))
     one = {k: v[:1] for k, v in condition.items()}
+    latents = sampler.latents(one, noise[:1], steps=steps)
     timed = warm(lambda: sampler.latents(one, noise[:1], steps=steps), repeats=5)
-    return generated, 1000 * timed.best
+    decoded = warm(lambda: sampler.codec.decode(latents), repeats=5)
+    return generated, (1000 * timed.best, 1000 * decoded.best)
+
+
+def by_tiny_decoder(sampler: Sampler) -> Sampler | None:
+    """Returns the same sampler with the tiny decoder of its model; None if there is none."""
+    model = sampler.model
+    return sampler.with_decoder("tiny") if model is not None and own_decoder(model) is not None else None
 
 
 def compare(world: World, teacher: Sampler, student: Sampler) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """Samples and scores teacher and student on held-out clips; returns (rows of the table, clips by name)."""
+    """Samples and scores teacher and student on held-out clips; returns (rows of the table, clips by name).
+
+    If the model has a tiny decoder, the last row is of the student's videos decoded by it. Those clips, which look the
+    same, are not returned.
+    """
     truth, labels = world.batch(range(CLIPS), "heldout")
     clips = {"truth": truth, "still image": np.repeat(truth[:, :1], truth.shape[1], axis=1)}
     latency = {}
-    for name, sampler, steps in (
+    ways = [
         ("teacher, 25 steps", teacher, 25),
         ("teacher, 4 steps", teacher, 4),
         ("teacher, 1 step", teacher, 1),
         ("SF-V, 1 step", student, 1),
-    ):
+    ]
+    tiny = by_tiny_decoder(student)
+    if tiny is not None:
+        ways.append((TINY, tiny, 1))
+    for name, sampler, steps in ways:
         clips[name], latency[name] = videos(sampler, truth, steps)
     rows = []
     for name, frames in clips.items():
         scores = score(world, labels, frames)
-        rows.append({"name": name, "milliseconds": latency.get(name)} | {key: scores[key] for key in COLUMNS})
-    return rows, clips
+        times = dict(zip(TIMES, latency.get(name, (None, None)), strict=True))
+        rows.append({"name": name} | times | {key: scores[key] for key in COLUMNS})
+    return rows, {name: frames for name, frames in clips.items() if name != TINY}
 
 
 def table(rows: list[dict], directions: int) -> str:
     """Returns the rows as a Markdown table, with the definitions of its columns."""
     titles = [title for title, _ in COLUMNS.values()]
-    lines = [f"| | ms per video | {' | '.join(titles)} |", "| --- |" + " ---: |" * (1 + len(titles))]
+    titles = [*TIMES.values(), *titles]
+    lines = [f"| | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
     for row in rows:
-        time_ = "" if row["milliseconds"] is None else f"{row['milliseconds']:.0f}"
-        scores = " | ".join(f"{row[key]:.{digits}f}" for key, (_, digits) in COLUMNS.items())
-        lines.append(f"| {row['name']} | {time_} | {scores} |")
+        cells = ["" if row[key] is None else f"{row[key]:.0f}" for key in TIMES]
+        cells += [f"{row[key]:.{digits}f}" for key, (_, digits) in COLUMNS.items()]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     notes = [
         f"{CLIPS} held-out first frames.",
         "Distance: RMSE in gray levels (0..255) to the nearest legal continuation, 0 is perfect.",
@@ -88,7 +119,7 @@ def table(rows: list[dict], directions: int) -> str:
         "Shape, color: shares of frames and bodies that keep those of the first frame.",
         f"Busiest direction: share of the most frequent motion, {1 / directions:.2f} when all are used alike,"
         " 1.00 after mode collapse.",
-        "Time: condition to latents of one video on this machine, warm.",
+        "Times of one video on this machine, warm: condition to latents, and latents to frames.",
     ]
     return "\n".join([*lines, "", *notes])
 

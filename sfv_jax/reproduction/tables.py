@@ -31,7 +31,7 @@ def cells(bench: Bench, row: Row, record: dict) -> list:
     shown = [record[name] for name in bench.columns.values()]
     interval = f"{low:.1f} to {high:.1f}"
     published, seconds = (None if x is None else f"{x:g}" for x in (row.published, row.seconds))  # as printed
-    times = [record["ms_call"], record["ms_whole"], seconds]
+    times = [record["ms_call"], record.get("ms_decode"), record["ms_whole"], seconds]  # earlier records have no decode
     return [row.label, published, record["fvd"], len(bench.images), interval, *shown, *times]
 
 
@@ -79,17 +79,21 @@ def make_report(
     several = f"means of seeds {', '.join(map(str, seeds))}; interval: lowest and highest seed"
     notes = [*bench.notes, "N: conditions, held out."]
     notes.append(f"Interval: {several}." if len(seeds) > 1 else f"Seed {seeds[0]}; interval: bootstrap, 95 %.")
-    notes.append("ms: one video on this machine, warm: per UNet call (two networks where guided), and image to frames.")
-    columns = ["", "published FVD", "FVD", "N", "interval", *bench.columns, "ms per call", "ms in all", "A100 s"]
+    notes.append(
+        "ms: one video on this machine, warm: per UNet call (two networks where guided), latents to frames, and image "
+        "to frames."
+    )
+    times = ["ms per call", "ms decoding", "ms in all", "A100 s"]
+    columns = ["", "published FVD", "FVD", "N", "interval", *bench.columns, *times]
     for name in tables:
-        title, rows = TABLES[name]
+        title, rows = TABLES[name][0], bench.rows(name)
         found = [summarise(records[row.key]) for row in rows]
         lines = [cells(bench, row, record) for row, record in zip(rows, found, strict=True)]
         report.table(title, columns, lines, orders(rows, found) + (notes if name == tables[-1] else []))
     if bench.skipped:
         report.text(f"{len(bench.skipped)} real clips could not be read and are in no row", bench.skipped)
-    names = dict.fromkeys(row.label for name in tables for row in TABLES[name][1] if row.key in clips)
-    keys = {row.label: row.key for name in tables for row in TABLES[name][1]}
+    keys = {row.label: row.key for name in tables for row in bench.rows(name)}
+    names = [label for label, key in keys.items() if key in clips]
     shown = {"truth": bench.truth} | {label: clips[keys[label]] for label in names}
     grid = {f"condition {n}": {label: x[n] for label, x in shown.items()} for n in range(min(SHOWN, len(bench.images)))}
     report.clips("Side by side", grid, fps=4)

@@ -108,20 +108,20 @@ def define_micro_conditions(noise: float | None = 0.02, note: str = "") -> None:
 
 def define_decoder(note: str = "") -> None:
     """Defines `--decoder`; `note` is added to its help."""
-    text = "decoder of frames: full (the VAE's), tiny (that in the model folder), or a tiny decoder's file or folder"
+    text = "decoder of frames: full (the VAE's), tiny (that of the model), or a tiny decoder's file, folder or name"
     text += note
     flags.DEFINE_string("decoder", "full", text, module_name=sys.argv[0])
     refuse_empty("decoder")
 
 
 def check_decoder(more: tuple[str, ...] = ()) -> None:
-    """Checks that the file or folder of the flag `decoder` exists, unless it is full, tiny or one of `more`.
+    """Checks that the file or folder of the flag `decoder` exists, unless it is full, tiny, packaged or one of `more`.
 
     Raises:
       UserError: if it does not.
     """
     name = flags.FLAGS.decoder
-    if name not in ("full", "tiny", *more) and not Path(name).exists():
+    if name not in ("full", "tiny", *choices.PACKAGED, *more) and not Path(name).exists():
         raise UserError(f"--decoder={name}: choose full or tiny, or name the file or folder of a tiny decoder")
 
 

@@ -145,15 +145,14 @@ class Sampler:
 
         Raises:
           WeightsError: as `load`.
-          UserError: if the parameters are spread over a mesh.
         """
-        if self.mesh is not None:
-            raise UserError("a sampler on a mesh cannot change its decoder: load it with the other one")
         tiny = choose_decoder(str(decoder), Base(self.unet, self.params, self.codec, self.model, self.step))
         other = copy(self)
         other.decoder = tiny.record() if tiny else "full"
         if isinstance(self.codec, SVDCodec):
             params = jax.tree.map(jnp.asarray, tiny.params) if tiny else None
+            if params is not None and self.mesh is not None:
+                params = jax.device_put(params, param_shardings(self.mesh, params))
             other.codec = self.codec.with_decoder(tiny.config if tiny else None, params)
         return other
 

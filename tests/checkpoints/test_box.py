@@ -41,6 +41,18 @@ def test_the_vae_reconstructs_held_out_clips():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("world-decoder" not in box.NAMES, reason="the tiny decoder is not in the package")
+def test_the_tiny_decoder_is_nearly_as_good_as_that_of_the_vae():
+    frames = World(**SCENES).batch(range(4), "heldout")[0]
+    full = Sampler.load("world")
+    tiny = full.with_decoder("tiny")
+    assert isinstance(tiny.decoder, dict) and tiny.decoder["path"] == "world-decoder"
+    latents = full.codec.encode(frames) * full.codec.scaling_factor
+    by_full, by_tiny = (np.asarray(sampler.codec.decode(latents)) for sampler in (full, tiny))
+    assert psnr(by_tiny, by_full) > 27 and psnr(by_tiny, frames) > psnr(by_full, frames) - 2
+
+
+@pytest.mark.slow
 def test_the_one_step_model_moves_bodies_from_the_first_frame_on():
     """Nearer to a legal future than the still image is, and different for another seed."""
     world = World(**SCENES)

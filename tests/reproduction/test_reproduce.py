@@ -59,7 +59,7 @@ class Made:
 
     def __call__(self, images, *, seed=0, times=None, steps, sampler, guidance, noise_aug_strength):
         if times is not None:
-            times["denoise"] = 0.01 * steps
+            times |= {"denoise": 0.01 * steps, "decode": 0.02}
         seed = [seed] if times is not None else seed
         noise = [
             np.random.default_rng(n).integers(0, 9, (2, *image.shape)) for n, image in zip(seed, images, strict=True)
@@ -129,6 +129,41 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
     runs = dataclasses.replace(bench.runs, config=lambda run, seed: small_config(run, seed + 2, str(bench.runs.base)))
     with pytest.raises(WorkdirError, match="seed"):
         runs.ensure(BASE, 0)
+
+
+def test_rows_by_a_tiny_decoder(bench, monkeypatch):
+    """Each row of one step has another; one is made again when the decoder is another, and the others are not."""
+
+    class Tiny(Made):
+        def with_decoder(self, name):
+            assert name == "own"
+            return lambda images, **options: Made.__call__(self, images, **options) // 2
+
+    loaded = []
+    monkeypatch.setattr(Tiny, "load", classmethod(lambda cls, path: loaded.append(path) or cls()))
+    monkeypatch.setattr(jobs, "Sampler", Tiny)
+    jobs.reproduce(bench, ["small"], [0])
+    assert len(loaded) == 2
+    tiny = dataclasses.replace(bench, decoder="own", about_decoder={"sha256": "a"})
+    report = jobs.reproduce(tiny, ["small"], [0])
+    rows = report.record["rows"]
+    assert [*rows] == ["teacher-1", "teacher-1-tiny_decoder", "animatelcm-2"] and len(loaded) == 3
+    plain, [other] = rows["teacher-1"][0], rows["teacher-1-tiny_decoder"]
+    assert other["decoder"] == {"sha256": "a"} and "decoder" not in plain
+    assert other["fvd"] < 0.6 * plain["fvd"] and other["ms_decode"] == 20 and other["ms_whole"] > 0
+    table = (bench.runs.folder / "scores.md").read_text()
+    assert "| base, 1 step, tiny decoder |  |" in table and "ms decoding" in table
+    jobs.reproduce(tiny, ["small"], [0])
+    assert len(loaded) == 3
+    jobs.reproduce(dataclasses.replace(tiny, about_decoder={"sha256": "b"}), ["small"], [0])
+    assert len(loaded) == 4
+
+
+def test_an_impossible_decoder_is_refused_before_videos_are_read(tmp_path):
+    options = dict(scale="svd", svd="world-teacher", data="cache", real="none", decoder=str(tmp_path))
+    request = jobs.Request(tmp_path, **options)
+    with pytest.raises(UserError, match="is neither a tiny decoder's folder nor a run that trains one"):
+        jobs.bench_for(request, jobs.runs_for(request))
 
 
 def test_several_seeds_give_a_mean_and_a_range():

@@ -94,6 +94,7 @@ EFFORT = [f"--{name}={x}" for name in ("compile_effort", "compile_memory_effort"
 SIZE = ["--size=0x0", "--size=huge", "--size=576", "--size=576x1024 --height=576", "--size=99999x8", "--size="]
 MESH = ["--mesh=0,1", "--mesh=1", "--mesh=-1,1", "--mesh=1,1,1,1", "--mesh=a,b", "--mesh=1.5,1"]
 GUIDANCE = ["--guidance=nan,3", "--guidance=1", "--guidance=1,inf", "--guidance=-1,3", "--guidance=1,2,3"]
+DECODER = ["--decoder=", "--decoder=huge", "--decoder={}/absent"]
 PLACES = ["={}/file", "={}/file/below/it", "=", "= "]
 SAMPLING = ["--steps=0", "--sampler=ddim", "--dtype=int8", "--vae_dtype=x", "--decode_chunk_size=0", "--batch_size=0"]
 WRONG = {
@@ -105,7 +106,7 @@ WRONG = {
         *("--out={}/out.gif --fps=60", "--image={}/absent.png", "--image={}/file", "--image={}/folder"),
         *("--image={}/images", "--image={}/images --out={}/images --format=png", "--checkpoint={}/absent"),
         "--image={}/pair --out={}/new --seed=4294967295",  # two images
-        *(*SIZE, "--fit=zoom", "--fit=", "--image={}/broken --out={}/new"),
+        *(*SIZE, *DECODER, "--fit=zoom", "--fit=", "--image={}/broken --out={}/new"),
     ],
     "convert": [
         *("--src=", "--src={}/absent", "--base={}/absent", *(f"--dst{x}" for x in PLACES), "--dst={}/folder"),
@@ -123,7 +124,7 @@ WRONG = {
     ],
     "evaluate": [
         *(*FPS, *SEED, *MICRO, *SIDES, *EFFORT, *MESH, *GUIDANCE, *SAMPLING, *(f"--out{x}" for x in PLACES)),
-        *(*SIZE, "--videos={}/folder", "--reference={}/folder"),
+        *(*SIZE, *DECODER, "--videos={}/folder", "--reference={}/folder"),
         *("--videos={}/absent", "--reference={}/absent", "--i3d={}/absent", "--images={}/absent", "--svd={}/absent"),
         *("--checkpoint={}/absent", "--data={}/absent", "--statistics={}/folder", "--statistics={}/file/x.npz"),
         *("--n=-1", "--n=7", "--num_frames=1", "--score_height=0", "--score_width=nan", "--crop=center"),
@@ -131,19 +132,28 @@ WRONG = {
         *("--batch_norm_eps=nan", "--batch_norm_eps=0", "--batch_norm_eps=-1"),
     ],
     "plan": [
-        *(*SIDES, *SIZE, *EFFORT, "--efficiency=0", "--efficiency=nan", "--efficiency=1.5", "--memory_gib=nan"),
+        *(
+            *SIDES,
+            *SIZE,
+            *DECODER,
+            *EFFORT,
+            "--efficiency=0",
+            "--efficiency=nan",
+            "--efficiency=1.5",
+            "--memory_gib=nan",
+        ),
         *("--memory_gib=0", "--memory_gib=-1", "--batch_size=0", "--steps=0", "--what=dream", "--dtype=int8"),
         *("--json={}/folder", "--json={}/file/x.json", "--picture={}/folder", "--picture={}/x.svg", "--hlo={}/file"),
         *("--decode_pixels=-1", "--decode_chunk_size=0", "--config=none.py"),
     ],
     "benchmark": [
         *(*SIDES, "--num_frames=0", "--batch_size=0", "--repeats=0", "--networks=huge", "--dtype=int8"),
-        *("--compare=torch", "--json={}/folder", "--json={}/file/x.json"),
+        *("--decoder=huge", "--compare=decoders", "--compare=torch", "--json={}/folder", "--json={}/file/x.json"),
     ],
     "reproduce": [
         *(*SIDES, *EFFORT, *(f"--workdir{x}" for x in PLACES), "--height=100", "--seeds=a", "--seeds=-1", "--seeds="),
         *("--seeds=4294967296", f"--seeds={LONG}", "--only=table9", "--share=2", "--share=a/b", f"--share={LONG}/1"),
-        *("--jobs=0", "--batch_size=0"),
+        *("--jobs=0", "--batch_size=0", *DECODER, "--decoder=tiny", *(f"--scale=svd {x}" for x in DECODER)),
         *("--scale=x", "--svd={}/absent", "--data={}/absent", "--real={}/absent", "--i3d={}/absent"),
     ],
     "quickstart": [*(f"--workdir{x}" for x in PLACES), *EFFORT],

@@ -135,6 +135,8 @@ def test_from_training_to_frames(trained, one_device, tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         changed.with_decoder("full")([image], num_frames=3), Sampler.load(model)([image], num_frames=3)
     )
+    shared = Sampler.load(model, mesh=make_mesh(1, 2, 1, devices=jax.devices()[:2])).with_decoder("tiny")
+    assert np.abs(shared([image], num_frames=3)[0].astype(int) - frames).max() <= 1
     direct = Sampler.load(model, decoder=run)
     np.testing.assert_array_equal(direct([image], num_frames=3)[0], frames)
     with pytest.raises(WeightsError, match="is a run that trains a tiny decoder: name a model here"):

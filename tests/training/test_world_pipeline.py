@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,17 +13,19 @@ import pytest
 from sfv_jax import config as configs
 from sfv_jax.checkpoints import box
 from sfv_jax.checkpoints.base import load_encoders, load_vae
-from sfv_jax.checkpoints.decoders import latent_space
+from sfv_jax.checkpoints.decoders import find_decoder, latent_space, pack_decoder, read_tiny
 from sfv_jax.checkpoints.exporter import export_model
 from sfv_jax.checkpoints.model_folder import load_model, read_model
 from sfv_jax.config import ConfigDict, ConfigError
 from sfv_jax.data.worlds import World
 from sfv_jax.models import tree
+from sfv_jax.reproduction import strips
 from sfv_jax.runtime import sharding
 from sfv_jax.sampling.sampler import Sampler
 from sfv_jax.training import loop
 from sfv_jax.training.encoders import export_encoders
 from sfv_jax.weights.folders import WeightsError
+from tests.test_configs import get_config
 
 RULES = dict(size=8, num_frames=3, radii=(1.5, 2.0), bodies=2, texture=8.0)
 SIZES = dict(block_out_channels=(8, 8), layers_per_block=1, norm_groups=4, temporal_conv="matmul")
@@ -215,6 +218,64 @@ def test_unets_in_the_package_share_their_encoders(folders, boxed, tmp_path):
     (tmp_path / "unet/model.json").write_text(json.dumps(about))
     with pytest.raises(WeightsError, match="was trained on another version of enc"):
         read_model(tmp_path / "unet")
+
+
+@pytest.mark.slow
+def test_a_tiny_decoder_in_the_package_belongs_to_its_encoders(folders, boxed, tmp_path, monkeypatch):
+    """It is found by its name and as that of every model of these encoders, and refused by others."""
+    monkeypatch.setattr(box, "DECODERS", {"enc": "dec"})
+    export_encoders(folders / "decoder", tmp_path / "packed", fp16=True)
+    boxed(tmp_path / "packed", "enc")
+    config = get_config("decoder")("tiny")
+    config.update(dict(init="enc", steps=1, batch_size=2, log_every=1, sample_every=0))
+    config.data.update(world=ConfigDict(RULES), world_size=8)
+    config.decoder.update(block_out_channels=(6, 4), layers_per_block=(1, 1), crop=0)
+    loop.train(config, tmp_path / "run")
+    pack_decoder(tmp_path / "run", tmp_path / "fp16", fp16=True)
+    with pytest.raises(WeightsError, match="exists already"):
+        pack_decoder(tmp_path / "run", tmp_path / "fp16")
+    place = boxed(tmp_path / "fp16", "dec")
+    assert {x.name for x in place.iterdir()} == {"model.json", "fingerprints.json", "tiny_decoder.safetensors"}
+    found, trained = read_tiny(Path("dec")), read_tiny(tmp_path / "run")
+    halved = jax.tree.map(lambda x: np.float32(np.float16(x)), trained.params)
+    jax.tree.map(np.testing.assert_array_equal, found.params, halved)
+    assert found.config == trained.config and found.space == trained.space == latent_space(read_model("enc"))
+    assert found.record()["path"] == "dec" and found.record()["step"] == 1 and len(found.record()["sha256"]) == 64
+
+    run = shutil.copytree(folders / "teacher", tmp_path / "unet")
+    network = json.loads((run / "network.json").read_text()) | {"model": "enc"}
+    (run / "network.json").write_text(json.dumps(network))
+    image = World(**RULES).clip(0)[0][0]
+    full, named, own = (Sampler.load(run, decoder=name) for name in ("full", "dec", "tiny"))
+    assert full.decoder == "full" and named.decoder == own.decoder == found.record()
+    np.testing.assert_array_equal(named([image]), own([image]))
+    assert np.abs(named([image]).astype(int) - full([image])).max() > 9
+    assert strips.by_tiny_decoder(full) is not None
+    # A model with encoders of its own has none, and this is not one of theirs.
+    with pytest.raises(WeightsError, match="packed has no tiny_decoder; train one"):
+        find_decoder("tiny", read_model(folders / "packed"))
+    with pytest.raises(WeightsError, match="dec has no unet, only"):
+        Sampler.load("dec")
+    assert find_decoder("dec", read_model(folders / "packed")).space == found.space  # the same VAE, elsewhere
+    export_encoders(folders / "vae", tmp_path / "first")
+    with pytest.raises(WeightsError, match="was distilled from another VAE than that of") as caught:
+        find_decoder("dec", read_model(tmp_path / "first"))
+    assert "\n" not in str(caught.value)
+    # Encoders that were trained again take no decoder of before.
+    about = json.loads((place / "model.json").read_text())
+    about["source"]["sha256"]["vae/parameters"] = 64 * "0"
+    (tmp_path / "fp16/model.json").write_text(json.dumps(about))
+    shutil.rmtree(place)
+    boxed(tmp_path / "fp16", "dec")
+    for use in (lambda: read_tiny(Path("dec")), lambda: Sampler.load(run, decoder="tiny")):
+        with pytest.raises(
+            WeightsError, match="dec was trained on another version of enc than the one in this package"
+        ):
+            use()
+    # A decoder of a VAE that is not in the package is not packed.
+    monkeypatch.setattr(box, "DECODERS", {})
+    with pytest.raises(WeightsError, match=r"is not in the package \(\): write it to MODEL/tiny_decoder instead"):
+        pack_decoder(tmp_path / "run", tmp_path / "other")
 
 
 def test_what_a_vae_cannot_be_trained_on_is_refused(tmp_path):
