@@ -256,6 +256,7 @@ def main() -> None:
         parser.error(f"no sets {unknown}; there are {', '.join(sets)}")
     for model in asked.models.split(",") if asked.models else []:
         sets[model] = generated(damages.reference, model)
+    asked.out.mkdir(parents=True, exist_ok=True)
     i3d = fvd.load_i3d(None)[0]
     parts: dict[str, Callable] = {
         "i3d": lambda clips: compute(i3d, clips),
@@ -265,8 +266,8 @@ def main() -> None:
     if asked.network:
         parts["world"], about = worldnet.load(world, asked.network)
         print(f"network of world-FVD: {about['accuracy']}, trained in {about['seconds']:.0f} s")
-        futures = np.stack([parts["world"](world.render_futures(label)) for label in damages.labels])
-    asked.out.mkdir(parents=True, exist_ok=True)
+        of_all = lambda _: np.stack([parts["world"](world.render_futures(label)) for label in damages.labels])  # noqa: E731
+        futures = kept(asked.out / f"futures-{asked.clips}.npz", damages.reference, {"futures": of_all})["futures"]
     found = {}
     for name, clips in sets.items():
         path = asked.out / f"{name.replace('/', '--')}-{asked.clips}.npz"

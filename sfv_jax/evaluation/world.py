@@ -10,9 +10,9 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from sfv_jax.evaluation.frechet import MIN_SAMPLES, Moments, extrapolate, freche
 
 Network = tuple[Callable[[np.ndarray], np.ndarray], dict]  # features of clips, and their description
 LEGAL = 1.0  # pixels: RMS distance to the nearest legal path below which a path is legal
-INTACT = 0.15  # squared error around an intact body, at most, over the body's own squared contrast
+INTACT = 0.2  # squared error of an intact body, at most, over its squared contrast; half a contrast has 0.25
 _GRID = 0.5  # pixels between the candidate positions of the object
 _AROUND = 2.0  # pixels around a body in which the frame must be as the scene without it
 _VISIBLE = 0.25  # share of a body's squared contrast that must not be hidden by other bodies
@@ -37,8 +37,8 @@ MEANINGS = {
     "shape_kept": "share of frames in which the condition's shape fits best, mean over bodies",
     "colour_kept": "share of frames in which a body's color is nearest to the condition's, mean over bodies",
     "path_error": "RMS distance in pixels between a body's path and the nearest legal one, mean over clips and bodies",
-    "intact": "share of frames in which a body is intact, wherever it is: drawn at the best place in its own size,"
-    f" shape and color, it leaves a squared error of at most {INTACT:.0%} of its squared contrast; mean over bodies",
+    "intact": "share of frames in which a body is intact, wherever it is: drawn at the best place in its own size"
+    f" and color, its own shape fits best and leaves at most {INTACT:.0%} of its squared contrast; mean over bodies",
     "body_error": "distance in pixels between a body and the nearest legal path, where a body that is not intact counts"
     " half the frame's side, and none counts more; mean over frames and bodies",
     "legal": f"share of clips whose bodies all follow a legal path, within {LEGAL:g} pixel",
@@ -139,6 +139,12 @@ def world_fvd(
     }
 
 
+def redrawn(world: World, labels: list[Label], seed: int = 0) -> np.ndarray:
+    """Draws another true continuation of the first frame of each label: uint8 `[n, t, h, w, 3]`."""
+    rng, several = np.random.default_rng(seed), [world.futures(label) for label in labels]
+    return np.stack([world.render(futures[rng.integers(len(futures))]) for futures in several])
+
+
 _network = lru_cache(maxsize=8)(worldnet.load)
 
 
@@ -229,7 +235,8 @@ class Sighting:
       positions: float64 `[t, 2]`, (x, y) in pixels, to half a pixel.
       error: `[t]`, squared error of the drawing in and around the body over the body's squared contrast with what
         lies behind it, where other bodies do not hide it.
-      intact: bool `[t]`, whether the error is at most `INTACT` and enough of the body is visible.
+      intact: bool `[t]`, whether the error is at most `INTACT`, no other shape has a smaller one at this place, and
+        enough of the body is visible.
     """
 
     positions: np.ndarray
@@ -246,30 +253,27 @@ def sight(world: World, scene: Label, frames: np.ndarray) -> list[Sighting]:
     bodies, behind = scene.bodies, world.background(scene)
     places = [_places(world, body) for body in bodies]
     stamps = [world.stamp(body, some) for body, some in zip(bodies, places, strict=True)]
-    colors = [np.array(PALETTE[body.colour], np.float32) for body in bodies]
     chosen: dict[int, np.ndarray] = {}
-    found: dict[int, Sighting] = {}
 
-    def layer(n: int) -> tuple[np.ndarray, np.ndarray]:
+    def over(frames: np.ndarray, n: int) -> np.ndarray:
         coverage, tone = (x[chosen[n]][..., None] for x in stamps[n])
-        return coverage, coverage * tone * colors[n]
+        return frames + coverage * (tone * _color(bodies[n]) - frames)
 
-    def over(frames: np.ndarray, several: Iterable[int]) -> np.ndarray:
-        for n in several:
-            coverage, paint = layer(n)
-            frames = (1 - coverage) * frames + paint
-        return frames
+    def around(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns what lies behind body n, what the others leave to explain, and how visible it is, where they are."""
+        base = reduce(over, [k for k in sorted(chosen) if k < n], behind)
+        rest, visible = base, np.ones((*frames.shape[:3], 1), np.float32)
+        for k in [k for k in sorted(chosen) if k > n]:
+            rest, visible = over(rest, k), visible * (1 - stamps[k][0][chosen[k]][..., None])
+        return base, frames - rest, visible
 
     for n in [*range(len(bodies))] * _SWEEPS:
-        back, front = ([k for k in sorted(chosen) if side * (k - n) > 0] for side in (-1, 1))
-        base = over(behind, back)
-        visible = math.prod((1 - layer(k)[0][..., 0] for k in front), start=np.ones(frames.shape[:3], np.float32))
-        rest = frames - over(base, front)
-        chosen[n] = _best_place(stamps[n], colors[n], base, rest, visible)
-        coverage, paint = layer(n)
-        drawn = paint - coverage * base
-        found[n] = _sighting(world, bodies[n], places[n][chosen[n]], drawn, rest, visible[..., None])
-    return [found[n] for n in range(len(bodies))]
+        chosen[n] = _best_place(stamps[n], _color(bodies[n]), *around(n))
+    return [_judge(world, body, places[n][chosen[n]], *around(n)) for n, body in enumerate(bodies)]
+
+
+def _color(body: Body) -> np.ndarray:
+    return np.array(PALETTE[body.colour], np.float32)
 
 
 def _best_place(stamp, color: np.ndarray, base: np.ndarray, rest: np.ndarray, visible: np.ndarray) -> np.ndarray:
@@ -282,29 +286,36 @@ def _best_place(stamp, color: np.ndarray, base: np.ndarray, rest: np.ndarray, vi
       stamp: a and m at each place, `[p, h, w]`.
       color: k.
       base, rest: b and r, float32 `[t, h, w, 3]`.
-      visible: v, float32 `[t, h, w]`.
+      visible: v, float32 `[t, h, w, 1]`.
     """
     a, m = (x.reshape(len(x), -1) for x in stamp)
+    r, b = visible * rest, visible * base
+    v = visible[..., 0] * np.sqrt(color @ color)
 
     def over(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # [p, k], [t, h, w] -> [p, t]
         return x @ y.reshape(len(y), -1).T
 
-    squares = visible * visible
-    grown = over(a * a * m * m, squares * (color @ color)) - over(a * a * m, 2 * squares * (base @ color))
-    grown += over(a * a, squares * np.square(base).sum(-1))
-    grown -= over(a * m, 2 * visible * (rest @ color)) - over(a, 2 * visible * (rest * base).sum(-1))
+    grown = over(a * a * m * m, v * v) - over(a * a * m, 2 * (b @ color) * visible[..., 0])
+    grown += over(a * a, (b * b).sum(-1)) - over(a * m, 2 * (r @ color)) + over(a, 2 * (r * base).sum(-1))
     return grown.argmin(0)
 
 
-def _sighting(
-    world: World, body: Body, positions: np.ndarray, drawn: np.ndarray, rest: np.ndarray, visible: np.ndarray
+def _judge(
+    world: World, body: Body, positions: np.ndarray, base: np.ndarray, rest: np.ndarray, visible: np.ndarray
 ) -> Sighting:
-    """Judges a body at `positions [t, 2]`, which adds `visible * drawn` `[t, h, w, 3]` to explain `rest`."""
+    """Judges a body at `positions [t, 2]`; the other arguments are those of `_best_place`."""
     window = world.stamp(dataclasses.replace(body, shape="disc", radius=body.radius + _AROUND), positions)[0]
-    wrong = np.square(visible * (rest - visible * drawn)).sum(-1)
-    seen, whole = (np.square(x).sum((1, 2, 3)) for x in (visible * drawn, drawn))
-    error = (window * wrong).sum((1, 2)) / np.maximum(seen, 1.0)
-    return Sighting(positions, error, (error <= INTACT) & (seen >= _VISIBLE * whole))
+    drawn = {}
+    for shape in world.shapes:
+        coverage, tone = (x[..., None] for x in world.stamp(dataclasses.replace(body, shape=shape), positions))
+        drawn[shape] = coverage * (tone * _color(body) - base)
+    wrong = {
+        k: (window * np.square(rest - visible * x).sum(-1) * visible[..., 0] ** 2).sum((1, 2)) for k, x in drawn.items()
+    }
+    seen, whole = (np.square(x).sum((1, 2, 3)) for x in (visible * drawn[body.shape], drawn[body.shape]))
+    error = wrong[body.shape] / np.maximum(seen, 1.0)
+    best = wrong[body.shape] <= np.min([*wrong.values()], axis=0)
+    return Sighting(positions, error, (error <= INTACT) & best & (seen >= _VISIBLE * whole))
 
 
 def body_error(world: World, body: Body, found: Sighting) -> float:
