@@ -5,9 +5,9 @@
 Every set has the same held-out first frames. `truth` is another legal future of each than the reference's, and all
 damages but `frozen` and `smeared` are done to the clips of `truth`, behind the first frame, which stays right. A score
 sees a damage if the damaged set scores outside the range of 100 redraws of truth: for each first frame one of its
-true futures (for distances of sets, two). Such numbers are bold.
+true futures (for distances of two sets, two). Such numbers are bold.
 
-Measurements are stored in `--out`, so `--only` can make the table in parts: it has the rows that were measured. They
+Measurements are stored in `--out`, so `--only` and `--scores` can make the tables in parts. They
 are reused for the same clips; name another folder after a change of a score.
 `--models` adds models by their names or folders, with their sampling steps. I3D needs the extra `fvd`, flow OpenCV;
 world-FVD is measured if `--network` names a folder, in which its network is trained if it is missing.
@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,18 +125,22 @@ def _bodies(label: Label, change: Callable[[Body], Body]) -> Label:
     return dataclasses.replace(label, bodies=tuple(map(change, label.bodies)))
 
 
-def clip_by_clip(world: World, labels: list[Label], clips: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns scores of each clip, `exact` and `plain` `[n, scores]`, and the `directions` of its nearest future."""
-    rows: dict[str, list] = {"exact": [], "plain": [], "directions": []}
-    with progress(len(clips), "clips scored") as advance:
+def exactly(world: World, labels: list[Label], clips: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the scores of each clip, `exact [n, scores]`, and the `directions` of its nearest future."""
+    scores, directions = [], []
+    with progress(len(clips), "clips scored exactly") as advance:
         for label, clip in zip(labels, clips, strict=True):
-            scores = exact.score(world, [label], clip[None])
-            plain, _ = score_clip(clip, clip[0])
-            rows["exact"].append([scores[name] for name in CLIPWISE])
-            rows["plain"].append([plain[name] for name in PLAIN])
-            rows["directions"].append([body.direction for body in exact.nearest_future(world, label, clip)[1].bodies])
+            found = exact.score(world, [label], clip[None])
+            scores.append([found[name] for name in CLIPWISE])
+            directions.append([body.direction for body in exact.nearest_future(world, label, clip)[1].bodies])
             advance(1)
-    return {name: np.array(x) for name, x in rows.items()}
+    return {"exact": np.array(scores), "directions": np.array(directions)}
+
+
+def plainly(clips: np.ndarray) -> np.ndarray:
+    """Returns the scores without a reference of each clip, `[n, scores]`."""
+    found = [score_clip(clip, clip[0])[0] for clip in clips]
+    return np.array([[scores[name] for name in PLAIN] for scores in found])
 
 
 def kept(path: Path, clips: np.ndarray, parts: dict[str, Callable]) -> dict[str, np.ndarray]:
@@ -171,56 +176,52 @@ def busiest(directions: np.ndarray, world: World) -> float:
     return float(np.bincount(directions.ravel(), minlength=world.directions).max() / directions.size)
 
 
-def scored(world: World, sets: dict[str, dict], futures: np.ndarray | None) -> dict[str, dict[str, tuple]]:
-    """Returns `{score: {set: number}}`, and the range over redraws of truth as the set "range".
+def scored(world: World, sets: dict[str, dict], futures: np.ndarray | None) -> dict[str, dict[str, dict]]:
+    """Returns `{table: {score: {set: number}}}`, with the range over redraws of truth as the set "range".
 
     Args:
       world: the world.
       sets: measurements by set, "reference" and those of true clips among them.
       futures: features `[n, futures, d]` of all futures, for world-FVD.
     """
-    rng, true = np.random.default_rng(1), [x for name, x in sets.items() if name.split()[0] in ("reference", "truth")]
-    found: dict[str, dict] = {}
+    rng, true = np.random.default_rng(1), [x for name, x in sets.items() if is_true(name)]
+    result: dict[str, dict[str, dict]] = {}
 
-    def add(names, value: Callable[[dict], list[float]], null: Callable[[], list[float]]) -> None:
-        draws = np.array([null() for _ in range(REDRAWS)])
-        for name, low, high in zip(names, draws.min(0), draws.max(0), strict=True):
-            found[name] = {"range": (low, high)}
-        for one, x in sets.items():
-            if one != "reference":
-                for name, number in zip(names, value(x), strict=True):
-                    found[name][one] = number
+    def add(table: str, names, key: str, value: Callable, count: int = 1) -> None:
+        """Adds scores, the `value` of one set of measurements `key`, or of two."""
+        if not all(key in x for x in sets.values()):
+            return
+        several, first = np.stack([x[key] for x in true]), sets["reference"][key]
+        draws = np.array([value(*redraw(rng, several, count)) for _ in range(REDRAWS)])
+        found = {name: {"range": (x.min(), x.max())} for name, x in zip(names, draws.T, strict=True)}
+        for one in [one for one in sets if one != "reference"]:
+            for name, number in zip(names, value(*[first, sets[one][key]][2 - count :]), strict=True):
+                found[name][one] = number
+        result.setdefault(table, {}).update(found)
 
-    for kind, names in (("exact", CLIPWISE), ("plain", PLAIN)):
-        several = np.stack([x[kind] for x in true])
-        add(names, lambda x, k=kind: x[k].mean(0), lambda s=several: redraw(rng, s, 1)[0].mean(0))
-    taken = np.stack([x["directions"] for x in true])
-    add(["busiest"], lambda x: [busiest(x["directions"], world)], lambda: [busiest(redraw(rng, taken, 1)[0], world)])
-    drawn, first = np.stack([x["i3d"] for x in true]), sets["reference"]["i3d"]
-    add(DISTANCES, lambda x: distances(first, x["i3d"]), lambda: distances(*redraw(rng, drawn, 2)))
+    add("distances", DISTANCES, "i3d", distances, 2)
     if futures is not None:
-        learned, whole = np.stack([x["world"] for x in true]), Moments.of(futures.reshape(-1, futures.shape[-1]))
-        between = lambda x: [frechet_distance(whole, Moments.of(x))]  # noqa: E731
-        add(["world-FVD"], lambda x: between(x["world"]), lambda: between(redraw(rng, learned, 1)[0]))
-    return found
+        whole = Moments.of(futures.reshape(-1, futures.shape[-1]))
+        add("distances", ["world-FVD"], "world", lambda x: [frechet_distance(whole, Moments.of(x))])
+    add("exact", CLIPWISE, "exact", lambda x: x.mean(0))
+    add("exact", ["busiest"], "directions", lambda x: [busiest(x, world)])
+    add("plain", PLAIN, "plain", lambda x: x.mean(0))
+    return result
 
 
-def tables(found: dict[str, dict[str, tuple]]) -> str:
-    """Returns Markdown tables of all scores; numbers outside the range of truth are bold."""
-    groups = [[x for x in (*DISTANCES, "world-FVD") if x in found], [*CLIPWISE, "busiest"], [*PLAIN]]
-    text = []
-    for names in groups:
-        if not names:
-            continue
-        ranges = [found[name]["range"] for name in names]
-        text += ["| | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
-        text += ["| --- |" + " ---: |" * len(names)]
-        text += ["| range of truth | " + " | ".join(f"{low:.3g} to {high:.3g}" for low, high in ranges) + " |"]
-        for one in found[names[0]]:
-            if one != "range":
-                text += [f"| {one} | " + " | ".join(cell(found[name], one) for name in names) + " |"]
-        text += [""]
-    return "\n".join(text)
+def is_true(name: str) -> bool:
+    """Returns whether a set has true clips."""
+    return name.split()[0] in ("reference", "truth")
+
+
+def table(found: dict[str, dict]) -> str:
+    """Returns a Markdown table of scores; numbers outside the range of truth are bold."""
+    ranges = [f"{low:.3g} to {high:.3g}" for low, high in (scores["range"] for scores in found.values())]
+    lines = [["", *(name.replace("_", " ") for name in found)], ["---", *["---:"] * len(found)]]
+    lines += [["range of truth", *ranges]]
+    for one in [one for one in next(iter(found.values())) if one != "range"]:
+        lines.append([one, *(cell(scores, one) for scores in found.values())])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(scores: dict[str, tuple], one: str) -> str:
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the measurements")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--only", default="", help="sets to measure now, with commas; the true ones always are")
+    parser.add_argument("--scores", default="i3d,exact,plain", help="kinds of scores to measure now")
     parser.add_argument("--models", default="", help="NAME:STEPS with commas: models to score beside the damages")
     parser.add_argument("--network", type=Path, help="folder of world-FVD's network")
     asked = parser.parse_args()
@@ -257,25 +259,25 @@ def main() -> None:
     for model in asked.models.split(",") if asked.models else []:
         sets[model] = generated(damages.reference, model)
     asked.out.mkdir(parents=True, exist_ok=True)
-    i3d = fvd.load_i3d(None)[0]
-    parts: dict[str, Callable] = {
-        "i3d": lambda clips: compute(i3d, clips),
-        "exact": lambda clips: clip_by_clip(world, damages.labels, clips),
-    }
+    parts: dict[str, Callable] = {"exact": partial(exactly, world, damages.labels), "plain": plainly}
+    if "i3d" in asked.scores:
+        parts["i3d"] = partial(compute, fvd.load_i3d(None)[0])
     futures = None
     if asked.network:
         parts["world"], about = worldnet.load(world, asked.network)
         print(f"network of world-FVD: {about['accuracy']}, trained in {about['seconds']:.0f} s")
         of_all = lambda _: np.stack([parts["world"](world.render_futures(label)) for label in damages.labels])  # noqa: E731
         futures = kept(asked.out / f"futures-{asked.clips}.npz", damages.reference, {"futures": of_all})["futures"]
+    wanted = {name: part for name, part in parts.items() if name in (*asked.scores.split(","), "world")}
     found = {}
     for name, clips in sets.items():
         path = asked.out / f"{name.replace('/', '--')}-{asked.clips}.npz"
-        true = name.split()[0] in ("reference", "truth")
-        if not only or name in only or true or path.is_file():
+        if not only or name in only or is_true(name) or path.is_file():
             print(name, flush=True)
-            found[name] = kept(path, clips, parts)
-    print(f"\n{asked.clips} held-out first frames\n\n{tables(scored(world, found, futures))}")
+            found[name] = kept(path, clips, wanted)
+    print(f"\n{asked.clips} held-out first frames; bold: outside the range of {REDRAWS} redraws of truth")
+    for scores in scored(world, found, futures).values():
+        print(f"\n{table(scores)}")
 
 
 if __name__ == "__main__":

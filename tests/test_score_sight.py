@@ -62,6 +62,32 @@ def test_a_number_outside_the_range_of_truth_is_bold():
     assert [score_sight.cell(scores, name) for name in ("inside", "above", "below")] == ["2", "**2.1**", "**0.5**"]
 
 
+def test_tables_of_measured_sets():
+    """Sets like truth stay in its range, others are bold; kinds that a set lacks are left out."""
+    rng, n = np.random.default_rng(0), 40
+
+    def measured(shift):
+        size = len(score_sight.CLIPWISE)
+        return {
+            "i3d": rng.normal(shift, 1, (n, 4)),
+            "exact": rng.normal(shift, 1, (n, size)),
+            "directions": (rng.integers(0, 4, (n, 2)) * (shift == 0)),
+        }
+
+    names = ("reference", "truth", "truth 2", "truth 3", "damaged")
+    sets = {name: measured(3 * (name == "damaged")) for name in names}
+    found = score_sight.scored(WORLD, sets, None)
+    assert list(found) == ["distances", "exact"] and list(found["exact"])[-1] == "busiest"
+    for scores in found.values():
+        head, _, span, *rows = score_sight.table(scores).splitlines()
+        assert [row.split(" | ")[0] for row in rows] == ["| truth", "| truth 2", "| truth 3", "| damaged"]
+        assert rows[-1].count("**") == 2 * len(scores) and " to " in span
+    assert found["exact"]["busiest"]["damaged"] == 1 > found["exact"]["busiest"]["truth"]
+    x, y = sets["reference"]["i3d"], sets["damaged"]["i3d"]
+    assert found["distances"]["pairs"]["damaged"] == pytest.approx(np.linalg.norm(x - y, axis=1).mean())
+    assert found["exact"]["distance"]["truth"] == pytest.approx(sets["truth"]["exact"][:, 0].mean())
+
+
 def test_stored_measurements_are_those_of_the_clips(tmp_path):
     path, calls = tmp_path / "set.npz", []
 
