@@ -157,16 +157,17 @@ def test_a_checkpoint_on_a_world_without_a_network_but_with_features(tmp_path):
         seen.append(len(clips))
         return clips.mean((2, 3)).reshape(len(clips), -1)
 
-    model = Model(lambda images, **_: np.repeat(np.stack(images)[:, None], 5, axis=1), {"checkpoint": "still"})
+    world = dataclasses.replace(PAIR, size=16, radii=(2.5, 3.0), num_frames=4, shapes=("disc", "ring"))
+    model = Model(lambda images, **_: np.repeat(np.stack(images)[:, None], 4, axis=1), {"checkpoint": "still"})
     extractor = Extractor(means, {"kind": "function"}, batch_size=20)
-    reports = [scoring.checkpoint_on_world(model, PAIR, tmp_path, n=20, extractor=extractor) for _ in range(2)]
+    reports = [scoring.checkpoint_on_world(model, world, tmp_path, n=20, extractor=extractor) for _ in range(2)]
     assert sum(seen) == 3 * 20  # the generated clips are still images
     record = reports[0].record
     assert record["pairs"] == reports[1].record["pairs"] and record["scores"]["truth"]["world_fvd"] is None
     pairs = {name: x["value"] for name, x in record["pairs"].items()}
     assert 0 < pairs["truth"] < pairs["generated"] == pairs["still image"]
     truth, still = record["scores"]["truth"], record["scores"]["generated"]
-    assert truth["distance"] == 0 and truth["body_error"] < 0.6 < still["body_error"] and still["intact"] == 1
+    assert truth["distance"] == 0 and truth["body_error"] < 0.6 < still["body_error"] and still["intact"] > 0.9
     reports[1].write(tmp_path)
     text = (tmp_path / "scores.md").read_text()
     assert "| body error |" in text and "distance of pairs" in text and "world fvd" not in text
