@@ -142,7 +142,7 @@ def _define_protocol_flags() -> None:
     flags.DEFINE_integer(
         "n",
         None,
-        "clips of each set, 0 for all; default: 2048 for ucf101, 256 for world, all of a folder",
+        "clips of each set, 0 for all; default: 2048 for ucf101, 64 for world, all of a folder",
         lower_bound=0,
     )
     commands.define_seed(d.seed, "seed of the selection of clips and of the noise of generated ones")

@@ -1,5 +1,6 @@
 """Features of clips for Frechet distances, from I3D or any function, computed once and stored."""
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -131,14 +132,26 @@ def compute_kept(extractor: Extractor, files: list[Path], read: Callable[[Path],
     Raises:
       StatisticsError: if `kept` contains no features.
     """
-    digests = [sha256(file) for file in files]
+    return _compute_missing(extractor, [sha256(file) for file in files], lambda n: read(files[n]), kept)
+
+
+def compute_kept_clips(extractor: Extractor, clips: np.ndarray, kept: Path) -> np.ndarray:
+    """Computes the features of `clips` uint8 `[n, t, h, w, 3]` like `compute_kept`, with the SHA-256 of clips."""
+    digests = [hashlib.sha256(np.ascontiguousarray(clip)).hexdigest() for clip in clips]
+    return _compute_missing(extractor, digests, lambda n: clips[n], kept)
+
+
+def _compute_missing(
+    extractor: Extractor, digests: list[str], clip: Callable[[int], np.ndarray], kept: Path
+) -> np.ndarray:
+    """Returns features `[n, d]` of the clips with these digests; `kept` gets those of `clip(n)` that it lacks."""
     known = _known(kept, extractor.about)
-    todo = list({digest: file for digest, file in zip(digests, files, strict=True) if digest not in known}.items())
-    with progress(len(files), "generated clips for features") as advance:
-        advance(len(files) - len(todo))
+    todo = list({digest: n for n, digest in enumerate(digests) if digest not in known}.items())
+    with progress(len(digests), "clips for features") as advance:
+        advance(len(digests) - len(todo))
         for first in range(0, len(todo), 64):
             part = todo[first : first + 64]
-            values = compute(extractor.features, (read(file) for _, file in part), extractor.batch_size)
+            values = compute(extractor.features, (clip(n) for _, n in part), extractor.batch_size)
             known |= {digest: row for (digest, _), row in zip(part, values, strict=True)}
             manifest = {"features": extractor.about, "clips": list(known)}
             with replacing(kept) as temporary, temporary.open("wb") as file:

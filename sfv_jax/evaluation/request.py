@@ -11,7 +11,7 @@ from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.config_check import checked_world
 from sfv_jax.data import ucf101
 from sfv_jax.errors import UserError
-from sfv_jax.evaluation import pairs, scoring
+from sfv_jax.evaluation import kinetics, pairs, scoring, worldnet
 from sfv_jax.evaluation.clips import Clip, Dataset, Reading, find_clips
 from sfv_jax.evaluation.features import Extractor, check_count, load_features
 from sfv_jax.evaluation.frames import Tower
@@ -20,6 +20,7 @@ from sfv_jax.evaluation.motion import opencv
 from sfv_jax.evaluation.protocol import Protocol
 from sfv_jax.evaluation.report import Report
 from sfv_jax.models.codec import SVDCodec
+from sfv_jax.models.i3d import MIN_FRAMES
 from sfv_jax.performance import latency
 from sfv_jax.runtime.commands import check_seeds
 from sfv_jax.runtime.files import check_folder
@@ -28,7 +29,7 @@ from sfv_jax.sampling.generator import check
 from sfv_jax.sampling.sampler import Sampler
 
 T = TypeVar("T")
-COUNTS = {"ucf101": 2048, "folder": 0, "world": 256}  # default number of clips by dataset; 0: all
+COUNTS = {"ucf101": 2048, "folder": 0, "world": 64}  # default number of clips by dataset; 0: all
 KINDS = {
     "alone": "a folder is scored by itself without --reference",
     "folders": "a folder is scored against a folder by its distance alone",
@@ -37,7 +38,9 @@ KINDS = {
     "world": "a checkpoint is scored exactly on its own world",
 }
 USED = {  # kinds that use a flag, for flags that are off by default and not used by every kind
-    **dict.fromkeys(("i3d", "features", "batch_norm_eps", "allow_torchscript"), ("folders", "paired", "dataset")),
+    **dict.fromkeys(
+        ("i3d", "features", "batch_norm_eps", "allow_torchscript"), ("folders", "paired", "dataset", "world")
+    ),
     "statistics": ("folders", "dataset"),
     "images": ("alone",),
     "svd": ("alone", "folders", "paired"),
@@ -196,12 +199,36 @@ def _dataset(request: Request) -> Report:
 
 
 def _world(request: Request) -> Report:
+    if not request.protocol.n:
+        raise EvaluateError("--n=0: the clips of a world have no end; give a number from 20 on")
     world = checked_world(_rules(_given(request.checkpoint)))
+    extractor = _world_extractor(request, world.num_frames)
     sampler = load_sampler(request)
     options = replace(request.options, noise_aug_strength=0.0)
     model = Model(sampler, origin_of(request, sampler), options, request.batch_size)
     n, seed = request.protocol.n, request.protocol.seed
-    return scoring.checkpoint_on_world(model, world, request.out, n=n, seed=seed, shown=request.shown)
+    return scoring.checkpoint_on_world(
+        model,
+        world,
+        request.out,
+        n=n,
+        seed=seed,
+        network=worldnet.at_hand(world),
+        extractor=extractor,
+        shown=request.shown,
+    )
+
+
+def _world_extractor(request: Request, num_frames: int) -> Extractor | None:
+    """Returns the features that were asked for, or I3D if its weights are installed and the clips are long enough."""
+    if request.i3d or request.features:
+        return _extractor(request)
+    if num_frames < MIN_FRAMES:
+        return None
+    if kinetics.installed() is None:
+        print(f"FVD is left out, for want of I3D weights: {kinetics.INSTALL}, or name a file with --i3d", flush=True)
+        return None
+    return _extractor(request)
 
 
 def _rules(checkpoint: str) -> dict:

@@ -12,7 +12,15 @@ from sfv_jax.data.worlds import World
 from sfv_jax.evaluation import no_reference
 from sfv_jax.evaluation import world as exact
 from sfv_jax.evaluation.clips import FILES, Clip, Dataset, Reading, condition_images, find_clips
-from sfv_jax.evaluation.features import Extractor, Set, check_count, compute_kept, features_of, label
+from sfv_jax.evaluation.features import (
+    Extractor,
+    Set,
+    check_count,
+    compute_kept,
+    compute_kept_clips,
+    features_of,
+    label,
+)
 from sfv_jax.evaluation.frames import SIMILARITY, Similarity, Tower, add_curves, measure_cmmd, per_frame, similarity
 from sfv_jax.evaluation.frames import notes as frame_notes
 from sfv_jax.evaluation.frechet import Distance, measure
@@ -348,20 +356,25 @@ def checkpoint_on_world(
     n: int,
     seed: int = 0,
     network: exact.Network | Path | None = None,
+    extractor: Extractor | None = None,
     shown: int = 9,
 ) -> Report:
     """Generates from held-out first frames of the world and scores the clips exactly; see `evaluation.world`.
 
+    The same scores are computed of other true continuations of these first frames ("truth") and of still images.
+
     Args:
       model: the model to score.
       world: the procedural world.
-      out: folder for the results; generated clips are stored in `out / "generated"`.
+      out: folder for the results; generated clips are stored in `out / "generated"`, features of all sets in
+        `out / "features.npz"`.
       n: number of first frames.
-      seed: seed of the first clip and of the bootstrap.
+      seed: seed of the first clip, of the continuations and of the bootstrap.
       network: as for `world.score`.
+      extractor: extractor of the features on which all sets are compared with held-out clips; None omits distances.
       shown: number of clips that the page plays.
     """
-    true, labels = world.batch(range(n), "heldout")
+    real, labels = world.batch(range(n), "heldout")
     protocol = Protocol(
         n=n,
         seed=seed,
@@ -372,28 +385,35 @@ def checkpoint_on_world(
         score_width=world.size,
     )
     names = [f"{k:05d}" for k in range(n)]
-    files = generate(model.on(world=asdict(world)), names, lambda k: true[k, 0], out / "generated", protocol)
+    files = generate(model.on(world=asdict(world)), names, lambda k: real[k, 0], out / "generated", protocol)
     clips = np.stack([read_strip(file, world.num_frames) for file in files])
-    still = np.repeat(true[:, :1], world.num_frames, axis=1)
-    sets = {"generated": clips, "truth": true, "still image": still}
+    still = np.repeat(real[:, :1], world.num_frames, axis=1)
+    sets = {"generated": clips, "truth": exact.redrawn(world, labels, seed), "still image": still}
     found = {name: exact.score(world, labels, x, network=network, seed=seed) for name, x in sets.items()}
     report = Report(f"{model.origin['checkpoint']} on its world")
-    spread = {
-        name: interval(scores["world_fvd_interval"]) if "world_fvd_interval" in scores else None
-        for name, scores in found.items()
-    }
-    rows = [[name, *(scores[key] for key in exact.MEANINGS), spread[name]] for name, scores in found.items()]
-    columns = ["", *(name.replace("_", " ") for name in exact.MEANINGS), "95 % interval"]
-    notes = [
-        f"{n} held-out first frames, seeds from {seed}.",
-        *(f"{k.replace('_', ' ')}: {v}." for k, v in exact.MEANINGS.items()),
-    ]
-    if "network" in found["truth"]:
-        about = found["truth"]["network"]
-        accuracy = ", ".join(f"{k} {v:.3f}" for k, v in about["accuracy"].items())
-        notes.append(f"Network of world fvd: accuracy {accuracy}; SHA-256 {about['sha256']}.")
-    report.table("Exact scores", columns, rows, notes)
+    _add_exact(report, found, [f"{n} held-out first frames, seeds from {seed}."])
+    if extractor:
+        known = compute_kept_clips(extractor, np.concatenate([real, *sets.values()]), out / "features.npz")
+        first, *others = (Set(x, names, []) for x in np.split(known, 1 + len(sets)))
+        features = Features(first, dict(zip(sets, others, strict=True)), extractor.about)
+        add_distances(report, features, protocol, {"kind": "held-out clips of the world"}, paired=True)
     report.clips("Side by side", {names[k]: {g: x[k] for g, x in sets.items()} for k in range(min(shown, n))}, 4)
     report.record |= {"scores": found, "options": asdict(model.options), "origin": model.origin}
     report.record |= {"protocol": asdict(protocol)}
     return report
+
+
+def _add_exact(report: Report, found: dict[str, dict], notes: list[str]) -> None:
+    """Adds the table of the exact scores `{set: result of world.score}`; scores that no set has are left out."""
+    scores = [name for name in exact.MEANINGS if any(x[name] is not None for x in found.values())]
+    rows = [[name, *(x[key] for key in scores)] for name, x in found.items()]
+    columns = ["", *(name.replace("_", " ") for name in scores)]
+    notes = [*notes, *(f"{name.replace('_', ' ')}: {exact.MEANINGS[name]}." for name in scores)]
+    if "world_fvd" in scores:
+        columns.append("95 % interval")
+        for row, x in zip(rows, found.values(), strict=True):
+            row.append(interval(x["world_fvd_interval"]))
+        about = next(iter(found.values()))["network"]
+        accuracy = ", ".join(f"{k} {v:.3f}" for k, v in about["accuracy"].items())
+        notes.append(f"Network of world fvd: accuracy {accuracy}; SHA-256 {about['sha256']}.")
+    report.table("Exact scores", columns, rows, notes)

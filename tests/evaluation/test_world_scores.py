@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from sfv_jax.data.worlds import PALETTE, World
+from sfv_jax.data.worlds import PALETTE, SHAPES, Body, Label, World
 from sfv_jax.evaluation import scoring, worldnet
 from sfv_jax.evaluation import world as scores
+from sfv_jax.evaluation.features import Extractor
 from sfv_jax.evaluation.generation import Model, Options
 from sfv_jax.evaluation.report import interval
 
@@ -76,6 +77,12 @@ def test_perfect_clips_score_perfectly(found):
     [
         ("blurred", "fit", 0.05),
         ("blurred", "distance", -5),
+        ("blurred", "intact", 0.6),
+        ("blurred", "body_error", -4),
+        ("frozen", "body_error", -2),
+        ("shuffled", "body_error", -1.5),
+        ("wrong colour", "intact", 0.7),
+        ("wrong shape", "intact", 0.3),
         ("frozen", "path_error", -2),
         ("frozen", "legal", 0.9),
         ("shuffled", "path_error", -1.5),
@@ -140,6 +147,155 @@ def test_a_checkpoint_on_the_world(network, tmp_path):
     report.write(tmp_path)
     assert (tmp_path / "index.html").read_text().count("data:video/mp4") == 6
     assert f"| {interval(found['generated']['world_fvd_interval'])} |" in (tmp_path / "scores.md").read_text()
+
+
+def test_a_checkpoint_on_a_world_without_a_network_but_with_features(tmp_path):
+    """The features of all sets are computed once; truth is other futures than those of the real clips."""
+    seen = []
+
+    def means(clips):
+        seen.append(len(clips))
+        return clips.mean((2, 3)).reshape(len(clips), -1)
+
+    world = dataclasses.replace(PAIR, size=16, radii=(2.5, 3.0), num_frames=4, shapes=("disc", "ring"))
+    model = Model(lambda images, **_: np.repeat(np.stack(images)[:, None], 4, axis=1), {"checkpoint": "still"})
+    extractor = Extractor(means, {"kind": "function"}, batch_size=20)
+    reports = [scoring.checkpoint_on_world(model, world, tmp_path, n=20, extractor=extractor) for _ in range(2)]
+    assert sum(seen) == 3 * 20  # the generated clips are still images
+    record = reports[0].record
+    assert record["pairs"] == reports[1].record["pairs"] and record["scores"]["truth"]["world_fvd"] is None
+    pairs = {name: x["value"] for name, x in record["pairs"].items()}
+    assert 0 < pairs["truth"] < pairs["generated"] == pairs["still image"]
+    truth, still = record["scores"]["truth"], record["scores"]["generated"]
+    assert truth["distance"] == 0 and truth["body_error"] < 0.6 < still["body_error"] and still["intact"] > 0.9
+    reports[1].write(tmp_path)
+    text = (tmp_path / "scores.md").read_text()
+    assert "| body error |" in text and "distance of pairs" in text and "world fvd" not in text
+
+
+def test_a_network_is_at_hand_if_it_is_cheap_or_stored(tmp_path):
+    large = World(size=32, num_frames=14)
+    assert worldnet.at_hand(WORLD, tmp_path) == tmp_path and worldnet.at_hand(large, tmp_path) is None
+    (tmp_path / f"world-{worldnet.identity(large, worldnet.Settings())}.npz").touch()
+    assert worldnet.at_hand(large, tmp_path) == tmp_path
+
+
+PAIR = World(
+    size=24,
+    num_frames=5,
+    directions=4,
+    angle_offset=45.0,
+    speeds=(2.0,),
+    radii=(3.5, 4.5),
+    bodies=2,
+    texture=12.0,
+    finest=2,
+    pans=2,
+    pan_speed=0.25,
+)
+
+
+def test_scores_order_truth_then_illegal_paths_then_a_smear():
+    """The distance does not: a smear is nearer to the legal clips than any sharp clip on an illegal path."""
+    turned = dataclasses.replace(PAIR, angle_offset=90.0)
+    true, labels = PAIR.batch(range(12), "heldout")
+    sets = {
+        "truth": true,
+        "another future": scores.redrawn(PAIR, labels, 1),
+        "illegal path": np.stack([turned.render(label) for label in labels]),
+        "smear": np.stack([PAIR.render_futures(label).mean(0).round().astype(np.uint8) for label in labels]),
+    }
+    found = {name: scores.score(PAIR, labels, clips) for name, clips in sets.items()}
+    truth, other, illegal, smear = found.values()
+    assert smear["distance"] < illegal["distance"]
+    for one in (truth, other):
+        assert one["intact"] > 0.97 and one["body_error"] < 0.6
+    assert illegal["intact"] > 0.97 and 1 < illegal["body_error"] < smear["body_error"] - 1
+    assert smear["intact"] < 0.6
+    assert all(one["world_fvd"] is None for one in found.values())
+
+
+def test_other_futures_are_legal_and_depend_on_the_seed():
+    true, labels = PAIR.batch(range(4), "heldout")
+    first, again, other = (scores.redrawn(PAIR, labels, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.array_equal(first, other) and not np.array_equal(first, true)
+    for label, clip in zip(labels, first, strict=True):
+        assert (PAIR.render_futures(label) == clip).all((1, 2, 3, 4)).any()
+
+
+def one_body(shape="disc", start=(10.0, 12.0), color="red", radius=4.0):
+    return Body(shape, color, radius, start, 0, 0.0)
+
+
+PLAIN = World(size=24, num_frames=1, bodies=2, radii=(3.0, 6.0))
+
+
+def frame(*bodies):
+    return PLAIN.render(Label(bodies, 0))
+
+
+@pytest.mark.parametrize(("contrast", "intact"), [(1.0, True), (0.7, True), (0.52, False), (0.2, False)])
+def test_a_body_that_has_faded_has_the_error_of_its_missing_contrast(contrast, intact):
+    scene, behind = Label((one_body(),), 0), PLAIN.background(Label((), 0))
+    frames = np.clip(behind + contrast * (PLAIN.render(scene) - behind), 0, 255).astype(np.uint8)
+    found = scores.sight(PLAIN, scene, frames)[0]
+    assert found.intact.item() == intact
+    if contrast > 0.5:  # else it is best drawn where it is least visible
+        assert found.positions[0].tolist() == [10.0, 12.0]
+        np.testing.assert_allclose(found.error, (1 - contrast) ** 2, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_shape_passes_for_another(shape):
+    drawn = frame(one_body(shape, radius=6.0))
+    for other in SHAPES:
+        found = scores.sight(PLAIN, Label((one_body(other, radius=6.0),), 0), drawn)[0]
+        assert found.intact.item() == (other == shape), (other, found.error)
+
+
+def test_bodies_are_found_wherever_they_are_and_in_their_order():
+    """The scene has them elsewhere, and the front one covers part of the other."""
+    back, front = one_body(start=(9.0, 9.0)), one_body("square", (12.5, 11.0), "blue")
+    scene = Label((one_body(start=(18.0, 18.0)), one_body("square", (5.0, 18.0), "blue")), 0)
+    found = scores.sight(PLAIN, scene, frame(back, front))
+    assert [x.positions[0].tolist() for x in found] == [[9.0, 9.0], [12.5, 11.0]]
+    assert all(x.intact.item() and x.error.item() < 0.01 for x in found)
+
+
+def test_a_body_that_is_gone_is_not_intact_behind_the_other():
+    front = one_body("square", (12.5, 11.0), "blue", 6.0)
+    found = scores.sight(PLAIN, Label((one_body(radius=3.0), front), 0), frame(front))
+    assert [x.intact.item() for x in found] == [False, True]
+
+
+def test_bodies_of_a_rolling_shaded_world_are_found():
+    world = dataclasses.replace(PAIR, shade=0.55, rolling=True, pan_speed=0.6)
+    for n in range(4):
+        clip, label = world.clip(n, "heldout")
+        for body, found in zip(label.bodies, scores.sight(world, label, clip), strict=True):
+            assert found.intact.mean() > 0.7  # some are hidden
+            away = np.linalg.norm(world.positions(body) - found.positions, axis=1)[found.intact]
+            assert away.max() < 0.75
+
+
+def test_the_error_of_a_body_in_pixels():
+    """Against the definition: distance to the best legal path, half the side for a body that is not intact, no more."""
+    world = World(size=40, num_frames=4, directions=2, speeds=(2.0,), radii=(3.0, 4.0))
+    body = Body("disc", "red", 3.0, (20.0, 20.0), 0, 2.0)
+    right = np.array([[20.0, 20], [22, 20], [24, 20], [26, 20]])
+    left = np.array([[20.0, 20], [18, 20], [16, 20], [14, 20]])
+    cases = [
+        (right, (1, 1, 1, 1), 0),
+        (left, (1, 1, 1, 1), 0),
+        (right + [0, 3], (1, 1, 1, 1), 3),
+        (right, (1, 1, 0, 1), 20 / 4),
+        (right, (0, 0, 0, 0), 20),
+        (right + [0, 90], (1, 1, 1, 1), 20),
+        (np.concatenate([right[:3], left[3:]]), (1, 1, 1, 1), 12 / 4),
+    ]
+    for positions, intact, expected in cases:
+        found = scores.Sighting(positions, np.zeros(4), np.array(intact, bool))
+        assert scores.body_error(world, body, found) == pytest.approx(expected)
 
 
 QUICK = worldnet.Settings(widths=(4, 4), features=4, clips=64, steps=1)
