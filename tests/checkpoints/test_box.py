@@ -37,7 +37,7 @@ def test_the_vae_reconstructs_held_out_clips():
     frames = World(**VARIED).batch(range(4), "heldout")[0]
     latents = codec.encode(frames) * codec.scaling_factor
     assert float(np.sqrt(np.mean(np.square(latents)))) == pytest.approx(1, abs=0.1)
-    assert psnr(np.asarray(codec.decode(latents)), frames) > 28 and len(identity) == 129
+    assert psnr(np.asarray(codec.decode(latents)), frames) > 29.5 and len(identity) == 129
 
 
 @pytest.mark.slow
