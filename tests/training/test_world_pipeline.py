@@ -228,7 +228,8 @@ def test_a_tiny_decoder_in_the_package_belongs_to_its_encoders(folders, boxed, t
     boxed(tmp_path / "packed", "enc")
     config = get_config("decoder")("tiny")
     config.update(dict(init="enc", steps=1, batch_size=2, log_every=1, sample_every=0))
-    config.data.update(world=ConfigDict(RULES), world_size=8)
+    with config.unlocked():
+        config.data.update(world=ConfigDict(RULES), world_size=8)
     config.decoder.update(block_out_channels=(6, 4), layers_per_block=(1, 1), crop=0)
     loop.train(config, tmp_path / "run")
     pack_decoder(tmp_path / "run", tmp_path / "fp16", fp16=True)
