@@ -13,20 +13,20 @@ from sfv_jax.weights.folders import WeightsError
 ROOT = Path(__file__).parent.parent / "box"
 NAMES: dict[str, dict[str, str]] = {  # {name: {file: SHA-256}}
     "world": {
-        "fingerprints.json": "420b096944cbf8637e7795046248dad382d77a084f17ccb9a1ff0a709d62ce72",
-        "model.json": "aa194c308735b0d3fd7259a33e5aad1a975f889b09e72242e566aef0c4d60557",
-        "unet.safetensors": "a38c6c1a5c1359632a58ada39a81325cf9a44dbe9083c575f826032612b69a95",
+        "fingerprints.json": "324cba52b7b1bfa8d6082608dbfd61f502e9bf79af6ded164e1a4025afa42cf0",
+        "model.json": "53af08c8c6e7be326fcd81d5ca37f3895646aff44192e5f7f4e1947f913e6edb",
+        "unet.safetensors": "7042b5c90b522ff9a4a400cee32370fea19346b68aa885d167f501cfa99dfe4d",
     },
     "world-teacher": {
-        "fingerprints.json": "3885aa17b0d6ee2a58c71aaf3d142f8e1a5e3318b96e5392037b4a3a33d69b5c",
-        "model.json": "ae17f1d0d3632786ead4a8174c8c15429b23929281ec5378f0868ca7b48994f1",
-        "unet.safetensors": "aa9fd9f98c850c4a9f5992117589413a168c2d4ee14bca7a9dc758cf5d3a7350",
+        "fingerprints.json": "d9801779ff61a8f19a03a706b7603beee7384417e63236d1fc44f5d04520c097",
+        "model.json": "82c4306a441e7a8f82432b895561e6e4564aa3aeb7472d13e3e41dba126bf86d",
+        "unet.safetensors": "fd073d515f56a05333160fe23830de228441d962078aa82a649669ac6c50ce61",
     },
     "world-encoders": {
-        "fingerprints.json": "648052ae95b9c323ba06b700f72448fc43fe8658d4de79ac5d48fe6eb645a1df",
+        "fingerprints.json": "e4a82f87f8dd577589f7cd1cd58b59d7259d9f61ae634997af57175584df3f1c",
         "image_encoder.safetensors": "207441a1f3bef6f3990a0a9fc7b27badced27cc1b8077163aa7c6abc4295b727",
-        "model.json": "f3128a16b069550d1d294e14325197217bfe6c782f098e3d76991063053bb4a0",
-        "vae.safetensors": "a3878412f2906fec5c61d5b5bb83f39cdce4d157e9f30b974baecb5eb2d80594",
+        "model.json": "e6c8aead14c4fd5d53ba1cf3e0978da70982448d9346b62bf1453284bcf20838",
+        "vae.safetensors": "f901248995add55b6a2c6899459efbac5aea7c49777a3ba420b115e208ae404c",
     },
 }
 DECODERS = {"world-encoders": "world-decoder"}  # {VAE and CLIP tower: the tiny decoder of their latents}
