@@ -4,8 +4,8 @@
 
 Every set has the same held-out first frames. `truth` is another legal future of each than the reference's, and all
 damages but `frozen` and `smeared` are done to the clips of `truth`, behind the first frame, which stays right. A score
-sees a damage if the damaged set scores outside the range of 100 redraws of truth: for each first frame one of its
-true futures (for distances of two sets, two). Such numbers are bold.
+sees a damage if the damaged set scores outside the range of 100 redraws of truth (for distances,
+above it): for each first frame one of its true futures (for distances of two sets, two). Such numbers are bold.
 
 Measurements are stored in `--out`, so `--only` and `--scores` can make the tables in parts. They
 are reused for the same clips; name another folder after a change of a score.
@@ -19,6 +19,7 @@ import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -214,21 +215,22 @@ def is_true(name: str) -> bool:
     return name.split()[0] in ("reference", "truth")
 
 
-def table(found: dict[str, dict]) -> str:
-    """Returns a Markdown table of scores; numbers outside the range of truth are bold."""
+def table(found: dict[str, dict], below: bool = True) -> str:
+    """Returns a Markdown table of scores; numbers above the range of truth are bold, and those `below` it, if asked."""
     ranges = [f"{low:.3g} to {high:.3g}" for low, high in (scores["range"] for scores in found.values())]
     lines = [["", *(name.replace("_", " ") for name in found)], ["---", *["---:"] * len(found)]]
     lines += [["range of truth", *ranges]]
     for one in [one for one in next(iter(found.values())) if one != "range"]:
-        lines.append([one, *(cell(scores, one) for scores in found.values())])
+        lines.append([one, *(cell(scores, one, below) for scores in found.values())])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cell(scores: dict[str, tuple], one: str) -> str:
-    """Returns the number of a set, bold if it is outside the range of truth."""
+def cell(scores: dict[str, Any], one: str, below: bool = True) -> str:
+    """Returns the number of a set, bold if it is above the range of truth, or `below` it."""
     low, high = scores["range"]
     margin = 1e-6 * max(1.0, abs(low), abs(high))
-    return f"{scores[one]:.3g}" if low - margin <= scores[one] <= high + margin else f"**{scores[one]:.3g}**"
+    seen = scores[one] > high + margin or (below and scores[one] < low - margin)
+    return f"**{scores[one]:.3g}**" if seen else f"{scores[one]:.3g}"
 
 
 def generated(reference: np.ndarray, model: str) -> np.ndarray:
@@ -276,8 +278,8 @@ def main() -> None:
             print(name, flush=True)
             found[name] = kept(path, clips, wanted)
     print(f"\n{asked.clips} held-out first frames; bold: outside the range of {REDRAWS} redraws of truth")
-    for scores in scored(world, found, futures).values():
-        print(f"\n{table(scores)}")
+    for kind, scores in scored(world, found, futures).items():
+        print(f"\n{table(scores, below=kind != 'distances')}")
 
 
 if __name__ == "__main__":
