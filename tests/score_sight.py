@@ -4,13 +4,13 @@
 
 Every set has the same held-out first frames. `truth` is another legal future of each than the reference's, and all
 damages but `frozen` and `smeared` are done to the clips of `truth`, behind the first frame, which stays right. A score
-sees a damage if the damaged set scores outside the range of 100 redraws of truth (for distances,
-above it): for each first frame one of its true futures (for distances of two sets, two). Such numbers are bold.
+sees a damage if the damaged set scores outside the range of 100 redraws of truth (distances: above it): for each first
+frame one of its true futures, for distances of two sets two. Such numbers are bold.
 
-Measurements are stored in `--out`, so `--only` and `--scores` can make the tables in parts. They
-are reused for the same clips; name another folder after a change of a score.
-`--models` adds models by their names or folders, with their sampling steps. I3D needs the extra `fvd`, flow OpenCV;
-world-FVD is measured if `--network` names a folder, in which its network is trained if it is missing.
+Measurements are stored in `--out`, so `--only` and `--scores` can make the tables in parts. They are reused for the
+same clips; name another folder after a change of a score. `--models` adds models by their names or folders, with their
+sampling steps. I3D needs the extra `fvd`, flow OpenCV; world-FVD is measured if `--network` names a folder, in which
+its network is trained if it is missing.
 """
 
 import argparse
