@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sfv_jax.evaluation.frechet import Moments, frechet_distance
 from sfv_jax.evaluation.mmd import pair_distances, squared_mmd
 from sfv_jax.evaluation.no_reference import score_clip
 from sfv_jax.reproduction.experiments import SCENES
+from sfv_jax.runtime import compilation
 from sfv_jax.runtime.files import replacing
 from sfv_jax.runtime.progress import progress
 from sfv_jax.sampling import Sampler
@@ -233,10 +234,13 @@ def cell(scores: dict[str, Any], one: str, below: bool = True) -> str:
     return f"**{scores[one]:.3g}**" if seen else f"{scores[one]:.3g}"
 
 
+load = lru_cache(maxsize=1)(Sampler.load)
+
+
 def generated(reference: np.ndarray, model: str) -> np.ndarray:
     """Returns clips of a model, "NAME:STEPS", from the first frames of `reference`; clip k has seed k."""
     name, _, steps = model.rpartition(":")
-    sampler, parts = Sampler.load(name), []
+    sampler, parts = load(name), []
     for first in range(0, len(reference), 16):
         images = list(reference[first : first + 16, 0])
         seeds = [first + n for n in range(len(images))]
@@ -255,11 +259,11 @@ def main() -> None:
     asked = parser.parse_args()
     world = World(**SCENES)
     damages, only = Damages(world, asked.clips), [x for x in asked.only.split(",") if x]
-    sets = {"reference": damages.reference} | damages.all()
+    models = [model for model in asked.models.split(",") if model]
+    sets = {"reference": damages.reference} | damages.all() | dict.fromkeys(models)
     if unknown := sorted(set(only) - set(sets)):
         parser.error(f"no sets {unknown}; there are {', '.join(sets)}")
-    for model in asked.models.split(",") if asked.models else []:
-        sets[model] = generated(damages.reference, model)
+    compilation.set_up()
     asked.out.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Callable] = {"exact": partial(exactly, world, damages.labels), "plain": plainly}
     if "i3d" in asked.scores:
@@ -274,9 +278,9 @@ def main() -> None:
     found = {}
     for name, clips in sets.items():
         path = asked.out / f"{name.replace('/', '--')}-{asked.clips}.npz"
-        if not only or name in only or is_true(name) or path.is_file():
+        if not only or name in (*only, *models) or is_true(name) or path.is_file():
             print(name, flush=True)
-            found[name] = kept(path, clips, wanted)
+            found[name] = kept(path, generated(damages.reference, name) if clips is None else clips, wanted)
     print(f"\n{asked.clips} held-out first frames; bold: outside the range of {REDRAWS} redraws of truth")
     for kind, scores in scored(world, found, futures).items():
         print(f"\n{table(scores, below=kind != 'distances')}")
