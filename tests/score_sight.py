@@ -4,21 +4,22 @@
 
 Every set has the same held-out first frames. `truth` is another legal future of each than the reference's, and all
 damages but `frozen` and `smeared` are done to the clips of `truth`, behind the first frame, which stays right. A score
-sees a damage if the damaged set scores outside the range of 100 redraws of truth: for each first frame one of its
-true futures (for distances of two sets, two). Such numbers are bold.
+sees a damage if the damaged set scores outside the range of 100 redraws of truth (distances: above it): for each first
+frame one of its true futures, for distances of two sets two. Such numbers are bold.
 
-Measurements are stored in `--out`, so `--only` and `--scores` can make the tables in parts. They
-are reused for the same clips; name another folder after a change of a score.
-`--models` adds models by their names or folders, with their sampling steps. I3D needs the extra `fvd`, flow OpenCV;
-world-FVD is measured if `--network` names a folder, in which its network is trained if it is missing.
+Measurements are stored in `--out`, so `--only` and `--scores` can make the tables in parts. They are reused for the
+same clips; name another folder after a change of a score. `--models` adds models by their names or folders, with their
+sampling steps. I3D needs the extra `fvd`, flow OpenCV; world-FVD is measured if `--network` names a folder, in which
+its network is trained if it is missing.
 """
 
 import argparse
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -31,6 +32,7 @@ from sfv_jax.evaluation.frechet import Moments, frechet_distance
 from sfv_jax.evaluation.mmd import pair_distances, squared_mmd
 from sfv_jax.evaluation.no_reference import score_clip
 from sfv_jax.reproduction.experiments import SCENES
+from sfv_jax.runtime import compilation
 from sfv_jax.runtime.files import replacing
 from sfv_jax.runtime.progress import progress
 from sfv_jax.sampling import Sampler
@@ -214,27 +216,31 @@ def is_true(name: str) -> bool:
     return name.split()[0] in ("reference", "truth")
 
 
-def table(found: dict[str, dict]) -> str:
-    """Returns a Markdown table of scores; numbers outside the range of truth are bold."""
+def table(found: dict[str, dict], below: bool = True) -> str:
+    """Returns a Markdown table of scores; numbers above the range of truth are bold, and those `below` it, if asked."""
     ranges = [f"{low:.3g} to {high:.3g}" for low, high in (scores["range"] for scores in found.values())]
     lines = [["", *(name.replace("_", " ") for name in found)], ["---", *["---:"] * len(found)]]
     lines += [["range of truth", *ranges]]
     for one in [one for one in next(iter(found.values())) if one != "range"]:
-        lines.append([one, *(cell(scores, one) for scores in found.values())])
+        lines.append([one, *(cell(scores, one, below) for scores in found.values())])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cell(scores: dict[str, tuple], one: str) -> str:
-    """Returns the number of a set, bold if it is outside the range of truth."""
+def cell(scores: dict[str, Any], one: str, below: bool = True) -> str:
+    """Returns the number of a set, bold if it is above the range of truth, or `below` it."""
     low, high = scores["range"]
     margin = 1e-6 * max(1.0, abs(low), abs(high))
-    return f"{scores[one]:.3g}" if low - margin <= scores[one] <= high + margin else f"**{scores[one]:.3g}**"
+    seen = scores[one] > high + margin or (below and scores[one] < low - margin)
+    return f"**{scores[one]:.3g}**" if seen else f"{scores[one]:.3g}"
+
+
+load = lru_cache(maxsize=1)(Sampler.load)
 
 
 def generated(reference: np.ndarray, model: str) -> np.ndarray:
     """Returns clips of a model, "NAME:STEPS", from the first frames of `reference`; clip k has seed k."""
     name, _, steps = model.rpartition(":")
-    sampler, parts = Sampler.load(name), []
+    sampler, parts = load(name), []
     for first in range(0, len(reference), 16):
         images = list(reference[first : first + 16, 0])
         seeds = [first + n for n in range(len(images))]
@@ -253,11 +259,11 @@ def main() -> None:
     asked = parser.parse_args()
     world = World(**SCENES)
     damages, only = Damages(world, asked.clips), [x for x in asked.only.split(",") if x]
-    sets = {"reference": damages.reference} | damages.all()
+    models = [model for model in asked.models.split(",") if model]
+    sets = {"reference": damages.reference} | damages.all() | dict.fromkeys(models)
     if unknown := sorted(set(only) - set(sets)):
         parser.error(f"no sets {unknown}; there are {', '.join(sets)}")
-    for model in asked.models.split(",") if asked.models else []:
-        sets[model] = generated(damages.reference, model)
+    compilation.set_up()
     asked.out.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Callable] = {"exact": partial(exactly, world, damages.labels), "plain": plainly}
     if "i3d" in asked.scores:
@@ -272,12 +278,12 @@ def main() -> None:
     found = {}
     for name, clips in sets.items():
         path = asked.out / f"{name.replace('/', '--')}-{asked.clips}.npz"
-        if not only or name in only or is_true(name) or path.is_file():
+        if not only or name in (*only, *models) or is_true(name) or path.is_file():
             print(name, flush=True)
-            found[name] = kept(path, clips, wanted)
+            found[name] = kept(path, generated(damages.reference, name) if clips is None else clips, wanted)
     print(f"\n{asked.clips} held-out first frames; bold: outside the range of {REDRAWS} redraws of truth")
-    for scores in scored(world, found, futures).values():
-        print(f"\n{table(scores)}")
+    for kind, scores in scored(world, found, futures).items():
+        print(f"\n{table(scores, below=kind != 'distances')}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def test_redraws_take_one_of_each_clip_and_none_twice():
 def test_a_number_outside_the_range_of_truth_is_bold():
     scores = {"range": (1.0, 2.0), "inside": 2.0, "above": 2.1, "below": 0.5}
     assert [score_sight.cell(scores, name) for name in ("inside", "above", "below")] == ["2", "**2.1**", "**0.5**"]
+    assert score_sight.cell(scores, "below", below=False) == "0.5"
 
 
 def test_tables_of_measured_sets():
