@@ -13,7 +13,7 @@ NETWORKS = ("svd", "mid", "small", "tiny")  # performance.measurement.NETWORKS
 TABLES = ("table1", "table2", "table3", "losses", "balance", "noise")  # reproduction.experiments.TABLES
 DATASETS = ("ucf101", "folder", "world")  # evaluation.request.COUNTS
 UCF101_SPLITS = (*(f"{kind}list0{n}" for kind in ("train", "test") for n in (1, 2, 3)), "all")  # data.ucf101.SPLITS
-PACKAGED = ("world", "world-teacher", "world-encoders")  # checkpoints.box.NAMES
+PACKAGED = ("world", "world-teacher", "world-decoder", "world-encoders")  # checkpoints.box.NAMES
 JOBS = ("train", "sample", "prepare")  # performance.job.WHAT
 
 SIZES = {  # (height, width) of videos by name

@@ -22,6 +22,11 @@ NAMES: dict[str, dict[str, str]] = {  # {name: {file: SHA-256}}
         "model.json": "82c4306a441e7a8f82432b895561e6e4564aa3aeb7472d13e3e41dba126bf86d",
         "unet.safetensors": "fd073d515f56a05333160fe23830de228441d962078aa82a649669ac6c50ce61",
     },
+    "world-decoder": {
+        "fingerprints.json": "dba3d013cb2b288cf6eb1f4175510381e6b55bcc99c65d188b8414b7eceb2687",
+        "model.json": "9246661f525d2512c21592af87b0b1623982904e1ea04de43b9e0d443983d7b1",
+        "tiny_decoder.safetensors": "27d93a8e3bf13fa947da2e98be849f8b61f28b6e04c78c302ef15943d3366961",
+    },
     "world-encoders": {
         "fingerprints.json": "e4a82f87f8dd577589f7cd1cd58b59d7259d9f61ae634997af57175584df3f1c",
         "image_encoder.safetensors": "207441a1f3bef6f3990a0a9fc7b27badced27cc1b8077163aa7c6abc4295b727",
