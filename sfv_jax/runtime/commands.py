@@ -27,7 +27,6 @@ NUMBERS = {  # list flags: allowed lengths, type and least value of the numbers,
     "guidance": ((2,), float, 0, "two numbers from 0, e.g. 1.0,3.0"),
     "mesh": ((2, 3), int, 1, "two or three numbers from 1, e.g. 4,2 or 1,1,8"),
 }
-EXPECTED = ("Waiting for previous save", "Type handler registry type")  # in orbax's warnings of what is meant to be so
 HELP = ("help", "helpshort", "helpfull", "helpxml", "h", "?")
 
 
@@ -139,7 +138,6 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
 
     def guarded(_) -> int | None:
         logging.set_verbosity(logging.WARNING)  # orbax reports every rename
-        logging.get_absl_logger().addFilter(lambda record: not any(part in record.getMessage() for part in EXPECTED))
         try:
             with Interrupt():
                 return main()
