@@ -296,7 +296,11 @@ def test_places_that_hold_no_file(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "ImageError" in done.stderr and "pipe.png: not a regular file" in done.stderr
     (tmp_path / "link.png").symlink_to("nowhere")
-    for name, message in (("absent.png", "no such file"), ("link.png", "no such file"), (".", "not a regular file")):
+    for name, message in (
+        ("absent.png", "no such file"),
+        ("link.png", "no such file"),
+        (".", "a folder, not an image"),
+    ):
         with pytest.raises(ImageError, match=message):
             read_image(tmp_path / name)
 

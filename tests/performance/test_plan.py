@@ -223,7 +223,7 @@ def test_a_missing_plugin_is_named_with_its_extra(name, monkeypatch):
     ("what", "changes", "options", "message"),
     [
         ("train", {"mesh.fsdp": 3}, {}, "on cpu:4, mesh .* fsdp=3 spatial=1 does not cover 4 devices"),
-        ("train", {"batch_size": 6}, {}, "batch_size=6 does not divide"),
+        ("train", {"batch_size": 6}, {}, "batch_size=6 is no multiple"),
         ("sample", {}, {"batch_size": 3}, "batch_size 3 does not divide over data x fsdp = 4"),
         ("prepare", {}, {}, "needs no preparation"),
         ("train", {"method": "gan"}, {}, "choose one of sfv, teacher"),
