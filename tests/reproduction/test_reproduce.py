@@ -132,6 +132,7 @@ def test_stages_are_kept_continued_and_never_repeated(bench, monkeypatch):
 
 
 def test_a_row_that_lacks_a_younger_score_is_scored_again(bench):
+    bench.runs.ensure(BASE, 0)
     load = partial(Made.load, bench.runs.base)
     first, _ = stages.ensure_row(bench, ROWS[0], 0, load)
     path = bench.runs.folder / "seed0" / "rows" / ROWS[0].key / "row.json"
