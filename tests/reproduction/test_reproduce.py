@@ -166,6 +166,17 @@ def test_an_impossible_decoder_is_refused_before_videos_are_read(tmp_path):
         jobs.bench_for(request, jobs.runs_for(request))
 
 
+def test_a_row_that_lacks_a_younger_score_is_scored_again(bench):
+    bench.runs.ensure(BASE, 0)
+    load = partial(Made.load, bench.runs.base)
+    first, _ = stages.ensure_row(bench, ROWS[0], 0, load)
+    path = bench.runs.folder / "seed0" / "rows" / ROWS[0].key / "row.json"
+    for name in ("mean", "of another version"):
+        path.write_text(json.dumps({k: v for k, v in first.items() if k != name} | {"fvd": -1.0}))
+        found, _ = stages.ensure_row(bench, ROWS[0], 0, load)
+        assert found["fvd"] == (first["fvd"] if name == "mean" else -1.0) and found["mean"] == 1.0
+
+
 def test_several_seeds_give_a_mean_and_a_range():
     records = [{"fvd": v, "interval": (0, 9), "distance": 2 * v, "digest": "x"} for v in (1.0, 2.0, 6.0)]
     assert tables.summarise(records) == {"fvd": 3.0, "distance": 6.0, "interval": (1.0, 6.0)}
