@@ -202,7 +202,9 @@ def _world(request: Request) -> Report:
     if not request.protocol.n:
         raise EvaluateError("--n=0: the clips of a world have no end; give a number from 20 on")
     world = checked_world(_rules(_given(request.checkpoint)))
-    extractor = _world_extractor(request, world.num_frames)
+    extractor, network = _world_extractor(request, world.num_frames), worldnet.at_hand(world)
+    if network is None:
+        print("world-FVD is left out: sfv_jax.evaluation.worldnet trains its network in minutes, for all later runs")
     sampler = load_sampler(request)
     options = replace(request.options, noise_aug_strength=0.0)
     model = Model(sampler, origin_of(request, sampler), options, request.batch_size)
@@ -213,7 +215,7 @@ def _world(request: Request) -> Report:
         request.out,
         n=n,
         seed=seed,
-        network=worldnet.at_hand(world),
+        network=network,
         extractor=extractor,
         shown=request.shown,
     )

@@ -1,7 +1,7 @@
 """Small 3-D convolutional network for the procedural world; world-FVD is measured on its features.
 
 It is trained to classify shapes, colors, directions and speeds of true clips, as I3D is trained on Kinetics. Training
-takes a minute on two CPU cores for clips of 16x16 pixels and 6 frames, 320 CPU seconds for 32x32 and 14, and always
+takes a minute on two CPU cores for clips of 16x16 pixels and 6 frames, 300 CPU seconds for 32x32 and 14, and always
 gives the same weights on one machine:
 
     python -m sfv_jax.evaluation.worldnet --config configs/world.py:teacher
