@@ -95,7 +95,8 @@ def train_owned(config: ConfigDict, workdir: Path, check_owner: Callable[[], Non
     say(describe_job(config, abstract[0], subject.source))
     with ExitStack() as stack:  # its end waits for unfinished checkpoints, also after an error
         stop = stack.enter_context(StopRequest(lambda: safe(workdir)))  # outlives the wait for the last checkpoint
-        stop.next = "before the first step: nothing is unsaved"
+        if jax.process_count() == 1:  # several stop after a step that they agree on
+            stop.next = "before the first step: nothing is unsaved"
         checkpoints = stack.enter_context(
             closing(Checkpoints(workdir, config.keep_checkpoints, config.keep_every, config.to_dict()))
         )

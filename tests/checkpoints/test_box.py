@@ -41,7 +41,6 @@ def test_the_vae_reconstructs_held_out_clips():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("world-decoder" not in box.NAMES, reason="the tiny decoder is not in the package")
 def test_the_tiny_decoder_is_nearly_as_good_as_that_of_the_vae():
     frames = World(**SCENES).batch(range(4), "heldout")[0]
     full = Sampler.load("world")
