@@ -104,10 +104,10 @@ def define_flags() -> None:
         "keep: colors as decoded; match: further chunks are shifted so that the mean color has no step at a seam",
     )
     commands.define_pixels(
-        "height", None, "pixels; default: height of the image in whole latent cells, or of the model's world"
+        "height", None, "pixels; default: that of the training's videos, or of the image if it is not recorded"
     )
     commands.define_pixels(
-        "width", None, "pixels; default: width of the image in whole latent cells, or of the model's world"
+        "width", None, "pixels; default: that of the training's videos, or of the image if it is not recorded"
     )
     commands.define_size()
     flags.DEFINE_enum(

@@ -16,6 +16,7 @@ import jax
 from sfv_jax.checkpoints import box
 from sfv_jax.checkpoints.model_folder import ModelFolder, encoders_identity, load_codec, load_model, read_model
 from sfv_jax.checkpoints.run import read_config, restore_ema
+from sfv_jax.choices import MOST_PIXELS
 from sfv_jax.data.worlds import World
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig
@@ -39,7 +40,8 @@ class Base:
       codec: converts images to conditions, and frames to latents and back.
       model: the model folder that contains the VAE and CLIP tower; None with the patch codec.
       step: number of training steps; None for a model folder.
-      size: (height, width) of the videos of a training in the procedural world, in pixels; None for others.
+      size: (height, width) in pixels of the videos it was trained on; None if they are not recorded.
+      world: whether they are videos of the procedural world.
     """
 
     unet: UNetConfig
@@ -48,14 +50,26 @@ class Base:
     model: ModelFolder | None
     step: int | None
     size: tuple[int, int] | None = None
+    world: bool = False
 
 
-def describe_run(workdir: Path, unet: UNetConfig, codec: PatchCodec | None, model: Path | None) -> None:
-    """Writes `workdir/network.json`: the UNet's config, and the patch codec or the model folder of SVD's codec."""
+def describe_run(
+    workdir: Path,
+    unet: UNetConfig,
+    codec: PatchCodec | None,
+    model: Path | None,
+    size: tuple[int, int] | None = None,
+) -> None:
+    """Writes `workdir/network.json`.
+
+    It has the UNet's config, the patch codec or the model folder of SVD's codec, and the `(height, width)` in pixels of
+    the videos of the training.
+    """
     content = {
         "unet": dataclasses.asdict(unet),
         "patch_codec": dataclasses.asdict(codec) if codec else None,
         "model": (box.name_of(model) or str(model.resolve())) if model else None,
+        "size": size,
     }
     write_json(workdir / "network.json", content)
 
@@ -158,7 +172,9 @@ def load_generator(
         shardings = place and {"unet": place(tree.abstract(UNet, config)[1])}
         params = load_model(model, ("unet",), dtype=dtype, shardings=shardings)[0]["unet"]
         encoders = None if model.meta["codec"] == "patch" else model
-        return Base(config, params, load_codec(model), encoders, None, world_size(exported_config(model.meta)))
+        recorded = exported_config(model.meta)
+        size = _size_of(model.meta.get("run")) or world_size(recorded)
+        return Base(config, params, load_codec(model), encoders, None, size, world_rules(recorded) is not None)
     unet, patch_codec, folder = read_run(path)
     _, abstract = tree.abstract(UNet, unet)
     name, shardings = "generator" if raw else "ema", place and place(abstract)
@@ -170,8 +186,20 @@ def load_generator(
     if codec is None:
         raise WeightsError(f"{path}/network.json names neither a patch codec nor a model folder")
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    size = world_size(read_config(path)) if (path / "config.json").is_file() else None
-    return Base(unet, params, codec, model, step, size)
+    recorded = read_config(path) if (path / "config.json").is_file() else {}
+    size = run_size(path) or world_size(recorded)
+    return Base(unet, params, codec, model, step, size, world_rules(recorded) is not None)
+
+
+def run_size(workdir: Path) -> tuple[int, int] | None:
+    """Returns `(height, width)` in pixels of the videos of a run's training; None if `network.json` has none."""
+    return _size_of(read_json(workdir / "network.json", REMEDY))
+
+
+def _size_of(content: Any) -> tuple[int, int] | None:
+    size = content.get("size") if isinstance(content, dict) else None
+    sound = isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n <= MOST_PIXELS for n in size)
+    return (size[0], size[1]) if sound else None
 
 
 def training_config(path: str | Path) -> dict[str, Any]:

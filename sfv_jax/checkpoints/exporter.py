@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sfv_jax.checkpoints import box
-from sfv_jax.checkpoints.base import is_run, read_run
+from sfv_jax.checkpoints.base import is_run, read_run, run_size
 from sfv_jax.checkpoints.card import ONE_STEP_METHODS, model_card
 from sfv_jax.checkpoints.model_folder import load_model, read_model, save_model
 from sfv_jax.checkpoints.run import read_config, restore_ema
@@ -82,7 +82,7 @@ def open_source(path: str | Path, *, raw: bool = False, foreign: bool = True) ->
     params, step = restore_ema(path, tree.abstract(UNet, unet)[1], name="generator" if raw else "ema")
     loaded = {"unet": params}
     del params
-    run = {"step": step, "raw": raw, "config": read_config(path)}
+    run = {"step": step, "raw": raw, "config": read_config(path), "size": run_size(path)}
 
     def load(name: str) -> tree.Params:
         return loaded.pop(name) if name in loaded else stored(name)
@@ -161,6 +161,7 @@ def _video(run: dict | None) -> Video:
     path = run["config"].get("data", {}).get("path") if run else None
     manifest = Path(path) / "manifest.json" if isinstance(path, str) else None
     if manifest is None or not manifest.is_file():
-        return Video()
+        size = run["size"] if run else None
+        return Video(height=size[0], width=size[1]) if size else Video()
     settings = read_json(manifest, "restore it, or prepare the cache again").get("settings", {})
     return make_config(Video, {f.name: settings[f.name] for f in fields(Video) if f.name in settings}, str(manifest))

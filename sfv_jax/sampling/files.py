@@ -221,7 +221,7 @@ def _batches(
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             unreadable.append(str(error))
             continue
-        own = sampler.size(pixels, settings.options["height"], settings.options["width"])
+        own = sampler.size(pixels.shape[:2], settings.options["height"], settings.options["width"])
         if batch and (own != size or len(batch) == settings.batch_size):
             yield batch, size
             batch = []

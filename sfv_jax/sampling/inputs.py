@@ -1,5 +1,6 @@
 """Checks of what a sampler is given, and the size of its images. This module does not import JAX."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,21 @@ def check_side(name: str, pixels: int | None, down: int) -> None:
     if pixels is not None and (pixels % down or pixels < down):
         near = [m for m in (pixels // down * down, pixels // down * down + down) if m > 0]
         raise UserError(f"{name} {pixels} is not a multiple of {down}; nearest: {' and '.join(map(str, near))}")
+
+
+def fitting_size(image: tuple[int, int], cells: int, down: int) -> tuple[int, int]:
+    """Returns `(height, width)` of a video that has about the shape of an image, in whole latent cells.
+
+    Args:
+      image: (height, width) in pixels. A smaller image is not enlarged.
+      cells: the area of the video's latents is at most `cells ** 2`: 96 for SVD, the area of 576 x 1024 pixels.
+      down: pixels per latent cell.
+    """
+    scale = min(1.0, cells * down / math.sqrt(image[0] * image[1]))
+    sides = [max(math.floor(side * scale / down + 1e-6), 1) for side in image]
+    least = min(sides)  # of a very long image it was raised to 1
+    rows, columns = (min(n, cells**2 // least) if n > least else n for n in sides)
+    return rows * down, columns * down
 
 
 def checked_seeds(seed: int | Sequence[int], count: int) -> list[int]:

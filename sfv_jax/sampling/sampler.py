@@ -23,7 +23,7 @@ from sfv_jax.models.unet import UNetConfig
 from sfv_jax.runtime.sharding import on_mesh, param_shardings
 from sfv_jax.sampling.extension import Extension
 from sfv_jax.sampling.generator import Generator, share
-from sfv_jax.sampling.inputs import check_side, checked_images, checked_seeds, resize
+from sfv_jax.sampling.inputs import check_side, checked_images, checked_seeds, fitting_size, resize
 from sfv_jax.sampling.stages import Enter, Stages, Watch, timed
 
 Array = jax.Array
@@ -48,8 +48,8 @@ class Sampler:
       codec: converts images to conditions, and latents to frames.
       dtype: compute dtype of the UNet, one of `networks.DTYPES`.
       step: number of training steps of the checkpoint; None for a model folder.
-      trained_size: (height, width) of videos by default: those of a training in the procedural world, in pixels; None
-        for other models, whose videos have the size of the first image.
+      trained_size: (height, width) in pixels of the videos that the model was trained on, the default of its videos;
+        None if unknown, as for a converted SVD.
       noise_aug_strength: default deviation of the noise on the image, for pixels in [-1, 1]: SVD's 0.02, and 0 for
         models of the procedural world, which were trained without it.
       decoder: description of the decoder of frames for records: "full", or that of a tiny decoder.
@@ -134,7 +134,7 @@ class Sampler:
         sampler = cls(base.unet, base.params, codec, dtype, mesh=mesh, check_finite=check_finite)
         sampler.step, sampler.trained_size, sampler.model = base.step, base.size, base.model
         sampler.decoder = tiny.record() if tiny else "full"
-        sampler.noise_aug_strength = 0.02 if base.size is None else 0.0
+        sampler.noise_aug_strength = 0.0 if base.world else 0.02
         return sampler
 
     def with_decoder(self, decoder: str | Path) -> "Sampler":
@@ -217,8 +217,7 @@ class Sampler:
             codec's downscale d. The fresh noise of later steps still comes from the seed.
           num_frames: frames per video; default: `unet.num_frames`.
           height, width: pixels, multiples of d (8 for SVD). SVD was trained at multiples of 64; at other sizes the
-            UNet's levels are resized to fit, exactly as in diffusers. Default: `trained_size`, or else the size of
-            the first image, rounded down.
+            UNet's levels are resized to fit, exactly as in diffusers. Default: as `size` says for the first image.
           fit: how images of another shape are brought to height x width, see `data.images.fitted`. "stretch" is what
             diffusers does: the VAE gets the stretched image, CLIP the original. With "crop" and "pad" both get the
             same picture, as in training caches.
@@ -409,7 +408,7 @@ class Sampler:
                 checks[name] = self._finite(result)
             return result
 
-        count, size = len(images), self.size(images[0], height, width)
+        count, size = len(images), self.size(images[0].shape[:2], height, width)
         if fit != "stretch":
             from sfv_jax.data.images import fitted
 
@@ -449,14 +448,17 @@ class Sampler:
         down = self.codec.downscale
         return num_frames or self.unet.num_frames, size[0] // down, size[1] // down, self.codec.latent_channels
 
-    def size(self, image: np.ndarray, height: int | None, width: int | None) -> tuple[int, int]:
-        """Returns `(height, width)` of the video: as given, `trained_size`, or the image's, rounded to latent cells.
+    def size(self, image: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
+        """Returns `(height, width)` of the video of an image of the size `image`, in whole latent cells.
+
+        A side is as given, or else that of `trained_size`. If neither is known, the video has the shape of the image
+        and at most the area that the UNet's config names (`fitting_size`).
 
         Raises:
           UserError: if a given number is not a multiple of the codec's downscale.
         """
         down = self.codec.downscale
-        own_height, own_width = self.trained_size or (max(n // down, 1) * down for n in image.shape[:2])
+        own_height, own_width = self.trained_size or fitting_size(image, self.unet.sample_size, down)
         size = (height or own_height, width or own_width)
         for name, n in zip(("height", "width"), size, strict=True):
             check_side(name, n, down)

@@ -88,7 +88,9 @@ def unet_subject(config: ConfigDict, mesh: jax.sharding.Mesh) -> Subject:
 
     def describe(workdir: Path) -> None:
         codec = base.codec if isinstance(base.codec, PatchCodec) else None
-        describe_run(workdir, base.unet, codec, base.model.path if base.model else None)
+        cells = source[0]["latents"].shape[1:3]
+        size = (cells[0] * base.codec.downscale, cells[1] * base.codec.downscale)
+        describe_run(workdir, base.unet, codec, base.model.path if base.model else None, size)
 
     def previews(workdir: Path, writer: MetricWriter) -> Previews:
         held_out = open_source(config, base, "heldout") if config.data.source == "world" else source

@@ -1,6 +1,5 @@
 """The models behind a page: one or two checkpoints, their decoders, the world they know, the size of their videos."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ class Model:
             "step": self.first.step,
             "method": self.config.get("method"),
             "frames": self.first.unet.num_frames,
-            "world": self.first.trained_size is not None,
+            "world": world_rules(self.config) is not None,
         }
 
 
@@ -151,18 +150,9 @@ class Models:
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Returns `(height, width)` of the video for an image of this size, in whole latent cells.
 
-        They are the sides that were given, or those of the world. Else the video has the shape of the image, and at
-        most the area that the UNet is described with: 768 x 768 pixels for SVD, which is that of 576 x 1024.
+        They are the sides that were given, or those of `Sampler.size`.
         """
-        down, unet = self.main.first.codec.downscale, self.main.first.unet
-        trained = self.main.first.trained_size
-        if trained and self.height is None and self.width is None:
-            return trained
-        scale = min(1.0, unet.sample_size * down / math.sqrt(height * width))
-        cells = [max(math.floor(side * scale / down + 1e-6), 1) for side in (height, width)]
-        least = min(cells)  # of a very long image it was raised to 1
-        rows, columns = (min(n, unet.sample_size**2 // least) if n > least else n for n in cells)
-        return self.height or rows * down, self.width or columns * down
+        return self.main.first.size((height, width), self.height, self.width)
 
     def about(self) -> list[dict[str, Any]]:
         """Returns what a page shows of each model."""
@@ -179,10 +169,9 @@ def make(main: Model, other: Model | None = None, height: int | None = None, wid
     codecs = [model.first.codec for model in (main, other) if model is not None]
     if len({codec.downscale for codec in codecs}) > 1 or len({type(codec) is PatchCodec for codec in codecs}) > 1:
         raise UserError(f"{main.name} and {other and other.name} make videos of different kinds: compare models of one")
-    first = np.zeros((1, 1, 3), np.uint8)
     for model in (main, other):
         if model is not None:
-            model.first.size(first, height, width)
+            model.first.size((1, 1), height, width)
     world = world_behind(main.config)
     frames = [world.clip(n, "heldout")[0][0] for n in range(EXAMPLES)] if world else []
     return Models(main, other, height, width, frames)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sfv_jax.checkpoints import exporter, importer
-from sfv_jax.checkpoints.base import describe_run
+from sfv_jax.checkpoints.base import describe_run, load_generator, run_size
 from sfv_jax.checkpoints.card import model_card
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import Checkpoints
@@ -168,7 +168,7 @@ def run(model_folder, params, tmp_path_factory):
     """Returns a workdir as after training: the moving average is `params`, the trained weights are twice `params`."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     workdir.mkdir()
-    describe_run(workdir, CONFIGS["unet"], None, model_folder)
+    describe_run(workdir, CONFIGS["unet"], None, model_folder, (64, 96))
     data = dict(source="latents", path="data/cats", split="train")
     config = dict(method="sfv", steps=50_000, init=str(model_folder), batch_size=32, data=data, sfv={"p_mean": -1.0})
     (workdir / "config.json").write_text(json.dumps(config))
@@ -202,6 +202,25 @@ def test_a_run_leaves_with_its_card(run, model_folder, params, tmp_path):
     ):
         assert fact in card, fact
     assert "the trained weights themselves" in (tmp_path / "raw" / "README.md").read_text()
+
+
+def test_runs_and_their_exports_know_the_size_of_their_videos(run, model_folder, tmp_path):
+    exporter.export_model(run, tmp_path / "model", what="model")
+    exporter.export_model(run, tmp_path / "one.safetensors", what="comfyui")
+    for path in (run, tmp_path / "model"):
+        base = load_generator(path)
+        assert base.size == (64, 96) and not base.world
+    nodes = json.loads((tmp_path / "one.json").read_text()).values()
+    [settings] = [node["inputs"] for node in nodes if node["class_type"] == "SVD_img2vid_Conditioning"]
+    assert (settings["height"], settings["width"]) == (64, 96)
+    assert load_generator(model_folder).size is None
+
+
+@pytest.mark.parametrize("size", [None, [64], [64, 96, 1], [64, "96"], [0, 96], [64, 1e9], {"h": 64}, True])
+def test_an_older_or_odd_record_of_a_size_counts_as_none(run, tmp_path, size):
+    content = json.loads((run / "network.json").read_text()) | {"size": size}
+    (tmp_path / "network.json").write_text(json.dumps(content))
+    assert run_size(tmp_path) is None
 
 
 def test_cards_of_models_that_need_many_steps(model_folder):

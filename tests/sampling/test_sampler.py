@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from copy import copy
 from dataclasses import replace
 
 import jax
@@ -23,6 +24,7 @@ from sfv_jax.models.unet import UNetConfig
 from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.runtime.commands import numbers, seeds
 from sfv_jax.runtime.sharding import make_mesh, param_shardings
+from sfv_jax.sampling.inputs import fitting_size
 from sfv_jax.sampling.sampler import NonFiniteError, Sampler
 from tests.conftest import noise
 from tests.support import small_run
@@ -238,7 +240,7 @@ def test_nan_is_named(sampler):
 def test_images_are_stretched_to_the_size_asked_for(sampler):
     large = [np.repeat(np.repeat(image, 3, axis=0), 2, axis=1) for image in IMAGES]
     assert sampler(large, height=8, width=8, seed=[7, 40]).shape == (2, 3, 8, 8, 3)
-    assert sampler.size(np.zeros((9, 13, 3)), None, None) == (8, 12)
+    assert sampler.size((9, 13), None, None) == (8, 12)
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])
@@ -354,3 +356,15 @@ def test_numbers_of_a_flag():
     for name, values in (("guidance", ["1", "2", "3"]), ("mesh", ["1"]), ("mesh", ["a", "b"]), ("mesh", ["0", "1"])):
         with pytest.raises(UserError, match=f"--{name}={','.join(values)}: give two"):
             numbers(name, values)
+
+
+def test_the_default_size_is_that_of_the_training_or_has_the_shape_of_the_image(sampler):
+    """SVD's own size for a photograph of the same shape, whatever its number of pixels."""
+    assert fitting_size((9, 13), 96, 4) == (8, 12)
+    for photo in ((576, 1024), (1080, 1920), (4320, 7680)):
+        assert fitting_size(photo, 96, 8) == (576, 1024)
+    assert fitting_size((1920, 1080), 96, 8) == (1024, 576)
+    assert fitting_size((1, 10**5), 96, 8) == (8, 96 * 96 * 8)
+    trained = copy(sampler)
+    trained.trained_size = (12, 8)
+    assert trained.size((100, 100), None, None) == (12, 8) and trained.size((100, 100), 16, None) == (16, 8)
