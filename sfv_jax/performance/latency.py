@@ -84,7 +84,7 @@ def measure(
       count: counts FLOPs, on the jaxpr, with attention as plain products whichever kernel runs.
     """
     video = video or Video()
-    size = sampler.size(image, video.height, video.width)
+    size = sampler.size(image.shape[:2], video.height, video.width)
     shape = sampler.latent_shape(size, video.num_frames)
     keys = jax.random.split(jax.random.key(0), 1)
     noise = jax.random.normal(jax.random.key(1), (1, *shape))

@@ -2,20 +2,25 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 import secrets
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 from sfv_jax.errors import UserError
+from sfv_jax.runtime.platforms import is_alive, place
 
 MAX_JSON = 2**24  # bytes of JSON; the header of SVD's own file has 0.4 MB
 MAX_LIST = 2**30  # bytes of JSON that lists all clips of a dataset
+DAY = 24 * 3600.0  # seconds
+TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.tmp")  # what `replacing` writes
 PART = 16  # least bytes of JSON per value, on average, which bound the memory of the values
 
 
@@ -27,11 +32,15 @@ class FileError(UserError):
 def replacing(path: Path) -> Generator[Path, None, None]:
     """Yields a temporary path next to `path`; on success renames it to `path`, on failure deletes it.
 
-    The content is on the disk before the rename: after a power failure `path` has the old content or the new one.
+    The content is on the disk before the rename: after a power failure `path` has the old content or the new one. What
+    killed processes left in the folder is removed when a process first writes there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in _cleared:
+        _cleared.add(path.parent)
+        clear_abandoned(path.parent)
     # Processes on several machines may have the same number and write the same file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{_here()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         to_disk(temporary)
@@ -39,6 +48,25 @@ def replacing(path: Path) -> Generator[Path, None, None]:
         to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_cleared: set[Path] = set()  # folders
+
+
+@functools.cache
+def _here() -> str:
+    return hashlib.sha256(place().encode()).hexdigest()[:8]
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Removes temporary files of `replacing` whose process is gone, and those of other machines that are a day old."""
+    for path in folder.iterdir():
+        if (found := TEMPORARY.fullmatch(path.name)) is None:
+            continue
+        with contextlib.suppress(OSError):  # the process may have ended now; files of others are left alone
+            gone = not is_alive(int(found[2])) if found[1] == _here() else time.time() - path.stat().st_mtime > DAY
+            if gone:
+                path.unlink()
 
 
 def to_disk(path: Path) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import MAX_JSON, parse_json
-from sfv_jax.runtime.platforms import is_alive
+from sfv_jax.runtime.platforms import is_alive, place
 
 SIGN = 10.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds
@@ -152,7 +152,7 @@ class Lock:
         Raises:
           LockError: if the owner lives.
         """
-        if owner.get("place") == _place() and isinstance(owner.get("process"), int):
+        if owner.get("place") == place() and isinstance(owner.get("process"), int):
             if is_running(owner["process"], owner.get("started", "")):
                 raise LockError(f"{self.what} is in use by {_name(owner)}: stop it or wait for its end")
             return True
@@ -213,19 +213,10 @@ def _this_process() -> dict:
     return {
         "process": os.getpid(),
         "host": socket.gethostname(),
-        "place": _place(),
+        "place": place(),
         "started": _state(os.getpid())[1],
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-
-
-def _place() -> str:
-    """Returns what processes that see each other's numbers have in common: containers may share a name or a kernel."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
 
 
 def _name(owner: dict) -> str:

@@ -1,10 +1,16 @@
 """Files that are whole or absent, and messages on damaged ones."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from sfv_jax.runtime import files
 from sfv_jax.runtime.files import MAX_LIST, FileError, read_json, replacing, write_json
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
@@ -80,3 +86,33 @@ def test_the_bound_is_for_one_file(tmp_path):
     with pytest.raises(FileError, match="more than 1,048,576 parts|larger than"):
         read_json(path, "")
     assert len(read_json(path, "", most=MAX_LIST)) == 400_000
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from sfv_jax.runtime.files import replacing
+with replacing(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    """Also files of other names; files of living processes, and young ones of other machines, stay."""
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "manifest.json"], cwd=ROOT, check=False)
+    [left] = tmp_path.iterdir()
+    monkeypatch.setattr(files, "_cleared", set())
+    with replacing(tmp_path / "b.json") as living:
+        living.write_text("b")
+        assert not left.exists()
+        found = files.TEMPORARY.fullmatch(living.name)
+        other = tmp_path / living.name.replace(found[1], "0" * 8).replace(found[2], "4194304")
+        old = tmp_path / f".old{other.name}"
+        hidden = tmp_path / ".mine.tmp"
+        for path in (other, old, hidden):
+            path.write_text("c")
+        os.utime(old, (0, 0))
+        files.clear_abandoned(tmp_path)
+        assert set(tmp_path.iterdir()) == {living, other, hidden}
+    assert (tmp_path / "b.json").read_text() == "b"

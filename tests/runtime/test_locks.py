@@ -53,7 +53,7 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     for started, number in (("", process.pid), ("1", os.getpid())):  # gone; its number is that of a later process
-        path.write_text(json.dumps(elsewhere(process=number, place=locks._place(), started=started)))
+        path.write_text(json.dumps(elsewhere(process=number, place=locks.place(), started=started)))
         began = time.monotonic()
         with Lock(path, "runs/a"):
             assert time.monotonic() - began < 1 and json.loads(path.read_text())["process"] == os.getpid()
@@ -81,7 +81,7 @@ def test_a_silent_owner_on_another_machine_is_taken_over_after_a_while(path, hur
 def test_an_owner_on_another_machine_that_gives_signs_is_left_alone(path, hurried, monkeypatch):
     with Lock(path, "runs/a"):
         time.sleep(0.15)
-        monkeypatch.setattr(locks, "_place", lambda: "another")
+        monkeypatch.setattr(locks, "place", lambda: "another")
         with pytest.raises(LockError, match="runs/a is in use by process"), Lock(path, "runs/a"):
             pass
     assert not path.exists()
@@ -114,7 +114,7 @@ def test_without_hard_links(path, monkeypatch):
 
 def test_who_saw_an_abandoned_lock_long_ago_does_not_take_that_of_its_heir(path, monkeypatch):
     """Of two processes that look at the same moment, one waits while the other takes over."""
-    path.write_text(json.dumps(elsewhere(process=2**22 + 5, place=locks._place())))
+    path.write_text(json.dumps(elsewhere(process=2**22 + 5, place=locks.place())))
     heir, is_abandoned = Lock(path, "runs/a"), Lock._is_abandoned
 
     def wait(self, owner, sign):
@@ -137,11 +137,11 @@ def test_who_is_silent_amid_a_takeover_does_not_take_the_lock_of_its_heir(path, 
     path.write_text(json.dumps(elsewhere()))
     first, heir, replace = Lock(path, "runs/a"), Lock(path, "runs/a"), Path.replace
     monkeypatch.setattr(locks.Lock, "_give_signs", lambda self: None)
-    monkeypatch.setattr(locks, "_place", lambda: "mine")
+    monkeypatch.setattr(locks, "place", lambda: "mine")
 
     def wait(self, target):
         monkeypatch.setattr(Path, "replace", replace)
-        monkeypatch.setattr(locks, "_place", lambda: "the heir's")
+        monkeypatch.setattr(locks, "place", lambda: "the heir's")
         heir.__enter__()
         return replace(self, target)
 
@@ -158,7 +158,7 @@ def test_a_lock_that_was_replaced_at_once_is_not_its_makers(path, monkeypatch):
     clear = Lock._clear_remains
 
     def replaced(self):
-        path.write_text(json.dumps(elsewhere(process=os.getpid(), place=locks._place())))
+        path.write_text(json.dumps(elsewhere(process=os.getpid(), place=locks.place())))
         clear(self)
 
     monkeypatch.setattr(Lock, "_clear_remains", replaced)
@@ -220,7 +220,7 @@ def test_one_of_many_processes_wins(path):
     try:
         assert {process.stdout.readline() for process in contenders} == {"ready\n"}
         for number in range(50):
-            gone = elsewhere(process=2**22 + 5, place=locks._place(), token=f"{number}")
+            gone = elsewhere(process=2**22 + 5, place=locks.place(), token=f"{number}")
             path.write_text(json.dumps(gone))
             for process in contenders:
                 print(file=process.stdin, flush=True)
@@ -233,7 +233,7 @@ def test_one_of_many_processes_wins(path):
 
 
 def test_a_takeover_that_was_killed_is_taken_over(path):
-    gone = elsewhere(process=2**22 + 5, place=locks._place())
+    gone = elsewhere(process=2**22 + 5, place=locks.place())
     path.write_text(json.dumps(gone))
     code = (
         f"import os\nfrom pathlib import Path\nfrom sfv_jax.runtime.locks import Lock\n"
@@ -262,7 +262,7 @@ def test_one_of_many_wins(path, _):
         except LockError:
             pass
 
-    path.write_text(json.dumps(elsewhere(process=2**22 + 5, place=locks._place())))
+    path.write_text(json.dumps(elsewhere(process=2**22 + 5, place=locks.place())))
     threads = [threading.Thread(target=contend) for _ in range(16)]
     for thread in threads:
         thread.start()

@@ -25,7 +25,7 @@ class Still:
         self.batches: list[list[int]] = []
 
     def size(self, image, height, width):
-        return height or image.shape[0] // 8 * 8, width or image.shape[1] // 8 * 8
+        return height or image[0] // 8 * 8, width or image[1] // 8 * 8
 
     def __call__(self, images, *, seed, times, height, width, **options):
         self.batches.append(seed)
