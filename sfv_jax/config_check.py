@@ -3,9 +3,11 @@
 import difflib
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfv_jax import config as configs
+from sfv_jax.choices import PACKAGED
 from sfv_jax.config import ConfigDict, ConfigError
 from sfv_jax.config_rules import ADVERSARIAL, DISCRIMINATOR, GENERAL, METHODS, OPTIMIZER, OWN_FIELDS, RULES, prefixed
 from sfv_jax.errors import UserError
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 WITH_HEADS = ("sfv", "ladd", "ufogen")
 OPTIMIZERS = ("generator_optimizer", "heads_optimizer")
+PATHS = ("init", "encoders", "backbone_init", "decoder.init", "data.path")
 LONGEST_PATTERN = 1000  # characters
 
 
@@ -35,6 +38,23 @@ def check(config: ConfigDict) -> None:
         *_impossible_sections(config, sound, wrong),
     ]
     _refuse(lines)
+
+
+def check_paths(config: ConfigDict) -> None:
+    """Checks that the files and folders exist that a config names; models in the package have names instead.
+
+    Raises:
+      ConfigError: if any is missing; lists every one.
+    """
+    fields = flat(config.to_dict())
+    named = {name: fields.get(name) for name in PATHS if not (name == "data.path" and fields["data.source"] == "world")}
+    _refuse(
+        [
+            f"{name}={path}: there is no such file or folder"
+            for name, path in named.items()
+            if path and path not in PACKAGED and not Path(path).exists()
+        ]
+    )
 
 
 def check_fields(fields: dict[str, Any]) -> None:

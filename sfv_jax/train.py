@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from sfv_jax.config_check import check, check_paths
 from sfv_jax.runtime import commands
 from sfv_jax.runtime.files import check_folder
 
@@ -23,6 +24,8 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     check_folder(Path(FLAGS.workdir), f"--workdir={FLAGS.workdir}")
+    check(FLAGS.config)
+    check_paths(FLAGS.config)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # before JAX starts
     from sfv_jax.runtime import compilation, processes
     from sfv_jax.training.loop import train

@@ -12,7 +12,7 @@ from sfv_jax import config as defaults
 from sfv_jax import config_records
 from sfv_jax.checkpoints.run import WorkdirError, claim_workdir
 from sfv_jax.config import ConfigError
-from sfv_jax.config_check import WITH_HEADS, check
+from sfv_jax.config_check import WITH_HEADS, check, check_paths
 from sfv_jax.config_rules import METHODS, RULES, SECTIONS
 from sfv_jax.data.worlds import World
 from sfv_jax.models.codec import PatchCodec
@@ -353,3 +353,16 @@ def test_removed_fields_that_did_nothing_are_ignored_with_a_line(tmp_path, capsy
 def test_the_page_is_up_to_date():
     """`python -m tests.support.configuration_page` writes it."""
     assert configuration_page.PAGE.read_text() == configuration_page.page()
+
+
+def test_paths_that_do_not_exist_are_all_named(tmp_path):
+    config = defaults.sfv()
+    config.update(dict(init=str(tmp_path), backbone_init="world"))
+    config.data.path = str(tmp_path)
+    check_paths(config)
+    config.init, config.backbone_init = str(tmp_path / "a"), "worlds"
+    with pytest.raises(ConfigError, match=r"2 mistakes:\n  config.init=.*/a: there is no.*\n  config.backbone_init=wo"):
+        check_paths(config)
+    config.update(dict(init="", backbone_init=""))
+    config.data.update(path="/nowhere", source="world")
+    check_paths(config)
