@@ -35,8 +35,10 @@ LONG = {
     "mostly one step": ("printed", {"sfv.probabilities": (0.15, 0.15, 0.7)}),
     **{f"long, P_mean {n}": ("printed", {"sfv.p_mean": float(n)}) for n in (-6, -5, -4, -3)},
 }
-LONG_STEPS = 3200
-RUNS |= LONG
+# The paper's recipe and the default one, for several seeds and sizes of the world.
+RECIPES = {"printed recipe": ("printed", {}), "default recipe": ("sfv", {})}
+RUNS |= LONG | RECIPES
+OWN_STEPS = dict.fromkeys(LONG, 3200) | dict.fromkeys(RECIPES, 800)  # in the world, whatever the budget
 BASE = "teacher"  # the base model: SVD, or a teacher trained on the world
 RAMP = (1.0, 3.0)  # SVD's guidance in the first and the last frame
 
@@ -138,6 +140,10 @@ TABLES = {
             _sfv("highest level alone", "two levels", None),
             _sfv("highest level 70 %", "mostly one step", None),
         ],
+    ),
+    "recipe": (
+        "The printed recipe and the default one, 800 steps (not in the paper)",
+        [_sfv("as printed", "printed recipe", None), _sfv("default", "default recipe", None)],
     ),
     "noise": (
         "Noise of the discriminator over a wider range, 3200 steps (not in the paper)",
@@ -256,7 +262,7 @@ def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigD
         in_channels=6, out_channels=3, block_out_channels=WIDTH, num_frames=4, cross_attention_dim=3 * cells
     )
     config.update(dict(seed=seed, init=base, batch_size=budget.batch, ema_decay=0.98, keep_checkpoints=1))
-    steps = LONG_STEPS if run in LONG else budget.steps
+    steps = OWN_STEPS.get(run, budget.steps)
     if run == BASE:
         steps = budget.base_steps
         config.update(dict(batch_size=2 * budget.batch, ema_decay=0.995))

@@ -194,7 +194,7 @@ def test_every_run_is_a_config_that_its_method_accepts(run):
         section, name = field.split(".")
         assert config[section][name] == value != default[section][name]
     world = experiments.world_config(run, experiments.FAST, 0, "base")
-    steps = experiments.LONG_STEPS if run in experiments.LONG else experiments.FAST.steps
+    steps = experiments.OWN_STEPS.get(run, experiments.FAST.steps)
     assert (world.steps, world.batch_size) == (steps, experiments.FAST.batch)
     for field, value in changes.items():
         section, name = field.split(".")
