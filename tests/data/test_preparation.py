@@ -1,40 +1,25 @@
 """From videos to batches: the cache is exact and complete or refused, the loader resumes and shards exactly."""
 
 import dataclasses
-import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from sfv_jax.checkpoints import base
 from sfv_jax.data import latents, preparation
 from sfv_jax.data.latents import LatentError
-from sfv_jax.data.loader import latent_source, make_loader, world_source
+from sfv_jax.data.loader import latent_source
 from sfv_jax.data.preparation import PrepareError, Settings
 from sfv_jax.data.video import VideoError, read_clip, write_video
 from sfv_jax.data.worlds import World
-from sfv_jax.models import clip, tree, vae
 from sfv_jax.models.codec import PatchCodec
 from sfv_jax.runtime.locks import LockError
-from sfv_jax.weights.diffusers import save_component
-
-SETTINGS = Settings(height=32, width=48, num_frames=4, shard_size=3)
-WORLD = World(size=48, num_frames=4)
-
-
-def encode(frames: np.ndarray, seeds: np.ndarray) -> dict[str, np.ndarray]:
-    """Stands in for the networks: block means as latents, noise on the first frame from the clip's own seed."""
-    b, t, h, w, _ = frames.shape
-    mean = frames.reshape(b, t, h // 8, 8, w // 8, 8, 3).mean((3, 5), dtype=np.float32) / 255
-    values = np.concatenate([mean, mean.mean(-1, keepdims=True)], -1)
-    noise = np.stack([np.random.default_rng(seed).normal(size=values.shape[2:]) for seed in seeds])
-    return {"latents": values, "cond_latent": values[:, 0] + noise, "image_embed": values[:, 0].mean(1).reshape(b, -1)}
+from tests.support.small_cache import SETTINGS, WORLD, contents, encode, write_encoders
 
 
 class Counting:
@@ -48,30 +33,6 @@ class Counting:
             raise KeyboardInterrupt
         self.calls += 1
         return encode(frames, seeds)
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """Eight usable videos of 1.14 s and four unusable ones."""
-    folder = tmp_path_factory.mktemp("videos")
-    for index in range(8):
-        frames, _ = World(size=48, num_frames=8).clip(index)
-        write_video(folder / f"{index % 2}" / f"clip{index}.mp4", frames)
-    write_video(folder / "short.mp4", WORLD.clip(0)[0][:3])
-    (folder / "0" / "broken.mp4").write_bytes((folder / "0" / "clip0.mp4").read_bytes()[:900])
-    (folder / "text.mp4").write_text("not a video")
-    (folder / "1" / "empty.mkv").touch()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache(videos, tmp_path_factory):
-    out = tmp_path_factory.mktemp("cache")
-    return out, preparation.run(videos, out, encode, SETTINGS)
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def assert_unfinished(folder):
@@ -92,20 +53,6 @@ def test_cache_holds_what_the_encoder_said_bit_for_bit(videos, cache):
             assert np.array_equal(record[array], expected[0].astype(np.float16))
         assert key == f"{name}@0.000"
         assert [record[k] for k in ("fps", "motion_bucket_id", "schema")] == [7, 127, latents.SCHEMA]
-
-
-def test_only_video_latents_are_scaled(cache):
-    source = latent_source(cache[0], scaling_factor=0.5)
-    record, example = source.records[2], source[2]
-    assert {k: (v.shape, v.dtype.name) for k, v in example.items()} == {
-        "latents": ((4, 4, 6, 4), "float32"),
-        "cond_latent": ((4, 6, 4), "float32"),
-        "image_embed": ((24,), "float32"),
-        "ids": ((3,), "float32"),
-    }
-    np.testing.assert_array_equal(example["latents"], record["latents"].astype(np.float32) * 0.5)
-    np.testing.assert_array_equal(example["cond_latent"], record["cond_latent"].astype(np.float32))
-    np.testing.assert_allclose(example["ids"], [6, 127, 0.02])
 
 
 def test_unusable_files_are_listed_with_reasons(cache):
@@ -234,19 +181,6 @@ def test_first_frame_noise_belongs_to_the_clip():
     assert not np.allclose(other["cond_latent"], together["cond_latent"])
 
 
-def write_encoders(folder):
-    """Writes the two encoders of a tiny SVD folder with random weights; returns the folder."""
-    rng = np.random.default_rng(0)
-    for name, module, config in (
-        ("vae", vae.TemporalVAE, vae.VAEConfig.tiny()),
-        ("image_encoder", clip.CLIPVision, clip.CLIPConfig.tiny()),
-    ):
-        _, shapes = tree.abstract(module, config)
-        params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes)
-        save_component(folder / name, name, params, config)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def svd(tmp_path_factory):
     return write_encoders(tmp_path_factory.mktemp("svd"))
@@ -282,179 +216,6 @@ def test_the_command_says_what_is_wrong_without_a_traceback(videos, svd, tmp_pat
         failed = command(**{"videos": videos, "svd": svd, "out": tmp_path / "out"} | options)
         assert failed.returncode == 1 and "Traceback" not in failed.stderr
         assert failed.stderr.splitlines()[-1].startswith("prepare: ") and message in failed.stderr
-
-
-# ---- broken caches: messages with cause, place and remedy ----
-
-
-def first_shard(folder):
-    return latents.shard_path(folder, "train", 0, 4)
-
-
-def corrupt_shard(folder):
-    content = bytearray(first_shard(folder).read_bytes())
-    content[content.find(latent_source(folder).records[0]["latents"].tobytes()[:40]) + 10] ^= 64
-    first_shard(folder).write_bytes(content)
-
-
-def truncated_shard(folder):
-    first_shard(folder).write_bytes(first_shard(folder).read_bytes()[:-200])
-
-
-def lost_shard(folder):
-    first_shard(folder).unlink()
-
-
-def rewrite(folder, **changes):
-    names = ("fps", "motion_bucket_id", "noise_aug_strength", "key", "source", "start", "schema", *latents.ARRAYS)
-    records = [
-        {k: np.array(r[k]) if k in latents.ARRAYS else r[k] for k in names} for r in latent_source(folder).records
-    ]
-    first = [r | {k: change(r[k]) for k, change in changes.items()} for r in records[:2]]
-    latents.write_shard(first_shard(folder), first)
-
-
-def nan_latent(folder):
-    rewrite(folder, latents=lambda x: np.where(np.arange(x.size).reshape(x.shape) == 5, np.float16(np.nan), x))
-
-
-def wrong_shape(folder):
-    rewrite(folder, cond_latent=lambda x: x[:, :-1])
-
-
-def other_schema(folder):
-    rewrite(folder, schema=lambda version: version + 1)
-
-
-def damaged_metadata(folder):
-    (folder / "features.json").write_text("{")
-
-
-def empty_folder(folder):
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.unlink()
-
-
-BROKEN = {
-    corrupt_shard: "00000-of-00004 is damaged .*hash mismatch.*delete that file and run",
-    truncated_shard: "00000-of-00004 cannot be read, expected 2 records; delete that file and run",
-    lost_shard: "00000-of-00004 is missing: run",
-    nan_latent: "clip 0/clip.*latents is not finite; delete that file and run .*00000-of-00004",
-    wrong_shape: "00000-of-00004 is damaged .*delete that file",
-    other_schema: "clip 0/clip.*schema 2, this code reads 1; make the cache anew",
-    damaged_metadata: "features.json cannot be used: it is cut off or not JSON .*delete it and run",
-    empty_folder: "no latent cache; make one with",
-}
-
-
-@pytest.mark.parametrize("damage", BROKEN, ids=lambda f: f.__name__)
-def test_broken_caches_are_named(cache, tmp_path, damage):
-    folder = tmp_path / "cache"
-    shutil.copytree(cache[0], folder)
-    damage(folder)
-    with pytest.raises(LatentError, match=BROKEN[damage]):
-        for batch in itertools.islice(make_loader(latent_source(folder), global_batch_size=8, seed=0), 2):
-            assert np.isfinite(batch["latents"]).all()
-
-
-def test_a_cache_that_may_not_be_read_is_named(cache, tmp_path):
-    shutil.copytree(cache[0], tmp_path / "cache")
-    user = os.geteuid()
-    tmp_path.chmod(0)
-    if user == 0:  # root may read anything: become nobody
-        os.seteuid(65534)
-    try:
-        with pytest.raises(LatentError, match="cache.* may not be read by this user: change its permissions"):
-            latent_source(tmp_path / "cache")
-    finally:
-        os.seteuid(user)
-        tmp_path.chmod(0o700)
-
-
-def test_a_remade_shard_mends_the_cache(videos, cache, tmp_path):
-    shutil.copytree(cache[0], tmp_path / "cache")
-    first_shard(tmp_path / "cache").unlink()
-    preparation.run(videos, tmp_path / "cache", encode, SETTINGS)
-    assert contents(tmp_path / "cache") == contents(cache[0])
-
-
-class Numbers:
-    """Source whose example i is the number i."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, index):
-        return {"index": np.int64(index)}
-
-
-def drawn(loader, batches: int) -> list[list[int]]:
-    return [next(loader)["index"].tolist() for _ in range(batches)]
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_rows_of_a_batch_are_the_same_whoever_reads_them(processes):
-    whole = drawn(make_loader(Numbers(37), global_batch_size=8, seed=3), 12)
-    parts = [
-        drawn(make_loader(Numbers(37), global_batch_size=8, seed=3, rows=rows), 12)
-        for rows in np.split(np.arange(8), processes)
-    ]
-    for k in range(12):
-        assert sum((part[k] for part in parts), []) == whole[k]
-
-
-def test_every_epoch_is_a_new_permutation():
-    flat = sum(drawn(make_loader(Numbers(40), global_batch_size=8, seed=0), 10), [])
-    assert sorted(flat[:40]) == sorted(flat[40:]) == list(range(40))
-    assert flat[:40] != flat[40:] and flat[:40] != list(range(40))
-
-
-@pytest.mark.parametrize("taken", [1, 3, 7])
-def test_resume_is_exact(taken):
-    def loader():
-        double = lambda example: {"index": 2 * example["index"]}  # noqa: E731
-        return make_loader(Numbers(20), global_batch_size=4, seed=1, transform=double, num_threads=3)
-
-    first = loader()
-    drawn(first, taken)
-    state = json.loads(json.dumps(first.get_state()))
-    expected = drawn(first, 8)
-    second = loader()
-    second.set_state(state)
-    assert drawn(second, 8) == expected
-
-
-def test_impossible_loaders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="the data has 3 clips, fewer than one batch"):
-        make_loader(Numbers(3), global_batch_size=4, seed=0)
-    with pytest.raises(ValueError, match=r"rows \[2, 4\] are not rows of a batch of 4"):
-        make_loader(Numbers(30), global_batch_size=4, seed=0, rows=[2, 4])
-    with pytest.raises(LatentError, match="no such folder"):
-        latent_source(tmp_path / "absent")
-
-
-def test_batches_of_a_cache(cache):
-    batch = next(make_loader(latent_source(cache[0]), global_batch_size=4, seed=0))
-    shapes = {"latents": (4, 4, 4, 6, 4), "cond_latent": (4, 4, 6, 4), "image_embed": (4, 24), "ids": (4, 3)}
-    assert {name: value.shape for name, value in batch.items()} == shapes
-    assert all(value.dtype == np.float32 for value in batch.values())
-
-
-def test_world_source_needs_no_files():
-    codec = PatchCodec(scaling_factor=0.5)
-    source = world_source(World(), "heldout", 10, codec)
-    frames, _ = World().clip(4, "heldout")
-    example = source[4]
-    assert len(source) == 10
-    np.testing.assert_array_equal(codec.decode(example["latents"][None])[0], frames)
-    np.testing.assert_array_equal(example["cond_latent"], example["latents"][0] / 0.5)
-    np.testing.assert_array_equal(example["ids"], [6, 127, 0])
-    batch = next(make_loader(source, global_batch_size=4, seed=0))
-    assert jax.tree.map(np.shape, batch)["latents"] == (4, 8, 8, 8, 48)
 
 
 # ---- interruptions and neighbors ----

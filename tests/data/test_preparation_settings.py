@@ -12,7 +12,7 @@ from sfv_jax.data.images import fitted
 from sfv_jax.data.latents import LatentError
 from sfv_jax.data.settings import Settings
 from sfv_jax.data.video import read_clip, write_video
-from tests.data.test_preparation import SETTINGS, WORLD, encode
+from tests.support.small_cache import SETTINGS, WORLD, encode
 
 
 def test_clips_are_as_long_as_those_of_the_model(model_folder, pipeline_folder, tmp_path):

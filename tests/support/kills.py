@@ -198,7 +198,7 @@ def make_inputs(folder: Path, clips: int) -> tuple[Path, Path]:
     """Writes `clips` short videos of the procedural world and two tiny random encoders; returns both folders."""
     from sfv_jax.data.video import write_video
     from sfv_jax.data.worlds import World
-    from tests.data.test_preparation import write_encoders
+    from tests.support.small_cache import write_encoders
 
     for index in range(clips):
         write_video(folder / "videos" / f"{index:03d}.mp4", World(size=48, num_frames=8).clip(index)[0])
