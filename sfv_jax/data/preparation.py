@@ -297,6 +297,9 @@ def _finish(out: Path, shards: list[Shard], manifest: dict) -> dict | None:
     manifest |= {"clips": {split: sum(lengths) for split, lengths in counts.items()}, "skipped": skipped}
     write_json(out / latents.MANIFEST, manifest)
     latents.write_metadata(out, shapes, counts)
+    for path in (out / "progress").iterdir():  # of workers killed between a report and the release of its lock
+        if ".lock" in path.name:
+            path.unlink(missing_ok=True)
     return manifest
 
 

@@ -272,3 +272,13 @@ def test_out_that_is_a_file(videos, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(PrepareError, match="--out .*out cannot be used"):
         preparation.run(videos, tmp_path / "out", encode, SETTINGS)
+
+
+def test_locks_of_finished_shards_are_removed(videos, cache, tmp_path):
+    """A worker may be killed between the report of its last shard and the release of the lock."""
+    out, _ = cache
+    shutil.copytree(out, tmp_path / "copy")
+    for name in ("train-00000.lock", ".train-00000.lock.0123456789abcdef.tmp"):
+        (tmp_path / "copy/progress" / name).write_text("{}")
+    preparation.run(videos, tmp_path / "copy", encode, SETTINGS)
+    assert contents(tmp_path / "copy") == contents(out)
