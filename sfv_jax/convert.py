@@ -87,6 +87,7 @@ def check() -> None:
 
 def main() -> None:
     check()
+    print(f"reading {flags.FLAGS.src}", flush=True)
     from sfv_jax.checkpoints.decoders import export_decoder, import_decoder, is_decoder_run, pack_decoder
     from sfv_jax.checkpoints.exporter import export_model
     from sfv_jax.checkpoints.importer import ReadOptions, import_model

@@ -33,6 +33,7 @@ def main() -> None:
     from sfv_jax.reproduction import strips
     from sfv_jax.runtime import compilation
     from sfv_jax.runtime.files import write_text
+    from sfv_jax.runtime.progress import compiling, say
     from sfv_jax.sampling.sampler import Sampler
 
     workdir = Path(FLAGS.workdir)
@@ -43,19 +44,21 @@ def main() -> None:
     image = read_image(FLAGS.image) if FLAGS.image else world.clip(0, "heldout")[0][0]
     compilation.set_up(FLAGS.compile_effort, FLAGS.compile_memory_effort)
     if not FLAGS.from_scratch:
-        print("1/3 a video by the one-step model in the package")
-        path = workdir / "first.gif"
-        strips.first_video(Sampler.load("world"), image, world.size, path)
-        print(f"Look at {path}, after {time.monotonic() - BEGAN:.0f} seconds.")
+        say("1/3 a video by the one-step model in the package: loading it ...")
+        path, packaged = workdir / "first.gif", Sampler.load("world")
+        with compiling("the video"):
+            strips.first_video(packaged, image, world.size, path)
+        say(f"Look at {path}, after {time.monotonic() - BEGAN:.0f} seconds.")
     else:
-        print("1/3 VAE, its decoder, and the base model")
+        say("1/3 VAE, its decoder, and the base model")
+        packaged = None
         train_base(workdir)
-    print("2/3 SF-V: one step, from the weights of the base model")
+    say("2/3 SF-V: one step, from the weights of the base model")
     finish(config, workdir / "sfv")
-    print("3/3 comparison on held-out clips")
-    rows, clips = strips.compare(world, Sampler.load(config.init), Sampler.load(workdir / "sfv"))
+    say("3/3 comparison on held-out clips")
+    rows, clips = strips.compare(world, Sampler.load(config.init), Sampler.load(workdir / "sfv"), packaged)
     strips.picture(clips, workdir / "comparison.png")
-    text = strips.table(rows, world.directions)
+    text = strips.table(rows)
     write_text(workdir / "table.md", text + "\n")
     write_text(workdir / "table.json", json.dumps(rows, indent=1))
     minutes = (time.monotonic() - BEGAN) / 60

@@ -52,6 +52,7 @@ def main() -> None:
     load = commands.values("dtype", "vae_dtype", "decode_pixels", "raw", "check_finite", "decoder")
     say(f"loading {FLAGS.checkpoint} for {len(todo)} {'images' if len(todo) > 1 else 'image'}")
     sampler = Sampler.load(FLAGS.checkpoint, mesh=mesh, **load)
+    say("loaded")
     options = commands.values(*files.OPTIONS) | {"guidance": guidance}
     if FLAGS.noise_aug_strength is None:
         options["noise_aug_strength"] = sampler.noise_aug_strength

@@ -130,8 +130,22 @@ def test_two_commands_need_nothing_but_python():
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
-        ("sample", ["--checkpoint=nowhere", "--image=in.png", "--out=x.mp4"], "sample: nowhere does not exist"),
-        ("convert", ["--src=nowhere", "--dst=x"], "convert: nowhere does not exist"),
+        (
+            "sample",
+            ["--checkpoint=nowhere", "--image=in.png", "--out=x.mp4"],
+            "sample: --checkpoint=nowhere does not exist: give a file or folder; models in the package: world, ",
+        ),
+        (
+            "sample",
+            ["--checkpoint=wrold", "--image=in.png", "--out=x.mp4"],
+            "sample: --checkpoint=wrold does not exist: did you mean world? ",
+        ),
+        (
+            "sample",
+            ["--checkpoint=world", "--image=nowhere/", "--out=x"],
+            "sample: --image nowhere: there is no such file",
+        ),
+        ("convert", ["--src=nowhere", "--dst=x"], "convert: --src=nowhere does not exist"),
         (
             "convert",
             ["--export", "--src=nowhere", "--dst=x.safetensors"],
@@ -143,7 +157,7 @@ def test_two_commands_need_nothing_but_python():
             "train: no such config field: 'batchsize'; did you mean batch_size?",
         ),
         ("train", ["--config=configs/sfv.py", "--workdir=x"], "train: config.init is empty"),
-        ("prepare", ["--videos=clips", "--svd=nowhere", "--out=x"], "prepare: nowhere"),
+        ("prepare", ["--videos=clips", "--svd=nowhere", "--out=x"], "prepare: --svd=nowhere does not exist"),
         (
             "evaluate",
             ["--videos=many", "--reference=many", "--out=x", "--features=absent:f"],

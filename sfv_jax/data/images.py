@@ -70,7 +70,8 @@ def read_image(path: str | os.PathLike, most_pixels: int | None = None) -> np.nd
         raise ImageError(f"{one_line(path)}: {error}") from error
     except Image.DecompressionBombError as error:  # Pillow's own limit, above which it does not tell the size
         most = min(most for most in (most_pixels, 2 * (Image.MAX_IMAGE_PIXELS or 0)) if most)
-        raise ImageError(f"{one_line(path)}: more than {most / 1e6:.3g} megapixels, the limit here") from error
+        limit = f"{most / 1e6:.3g} megapixels, the limit here"
+        raise ImageError(f"{one_line(path)}: more than {limit}: make it smaller") from error
     except Exception as error:  # decoders raise errors of every kind on damaged files
         raise ImageError(f"{one_line(path)}: cannot read the image: {_reason(error)}") from error
 
@@ -125,7 +126,8 @@ def fitted(frames: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
 def _check_pixels(image: Image.Image, most: int | None) -> None:
     width, height = image.size
     if most is not None and width * height > most:
-        raise ImageError(f"{width}x{height} (width x height) is more than {most / 1e6:.3g} megapixels, the limit here")
+        size = f"{width}x{height} (width x height)"
+        raise ImageError(f"{size} is more than {most / 1e6:.3g} megapixels, the limit here: make it smaller")
 
 
 def _open(path: Path, *, known_only: bool = False) -> Image.Image:

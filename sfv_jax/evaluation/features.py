@@ -181,8 +181,9 @@ def _enough(dataset: Dataset, count: int, protocol: Protocol, reasons: str = "")
     """Raises VideoError if `count` usable clips are too few for `protocol`."""
     if count < max(protocol.n, MIN_SAMPLES):
         least = f"n = {protocol.n}" if protocol.n else f"the {MIN_SAMPLES} that a Frechet distance needs"
+        hint = "" if protocol.n else "; --paired needs fewer"
         total = len(dataset.clips)
-        raise VideoError(f"{dataset.name}: {count} of {total} clips are usable, fewer than {least}{reasons}")
+        raise VideoError(f"{dataset.name}: {count} of {total} clips are usable, fewer than {least}{hint}{reasons}")
 
 
 def features_of(

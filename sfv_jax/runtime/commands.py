@@ -180,7 +180,11 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
             if "Traceback (most recent call last):" in lines:  # of a config file; the last line contains the message
                 cause = lines[-1].removeprefix("sfv_jax.errors.UserError: ")
                 sys.exit(f"{command}: {lines[0].partition('=')[0].removeprefix('flag ')}: {cause}")
-            sys.exit(f"{command}: {' '.join(filter(None, lines))}; see --help")
+            text = re.sub(
+                r"invalid literal for int\(\) with base 10: ", "not a whole number: ", " ".join(filter(None, lines))
+            )
+            text = re.sub(r"could not convert string to float: ", "not a number: ", text)
+            sys.exit(f"{command}: {text}; see --help")
         except OSError as error:
             sys.exit(f"{command}: {' '.join(str(error).split())}")
         except SystemExit:
@@ -215,10 +219,14 @@ def _check_config_files(argv: list[str]) -> list[str]:
         given += [value for word, value in itertools.pairwise(words) if re.fullmatch(rf"--?{name}", word)]
         for text in given[-1:]:
             path = Path(text.partition(":")[0])
+            if path.is_file() and path.suffix != ".py":
+                raise _BrokenConfig(f"--{name}: {one_line(path)} is no config file: give one with the suffix .py")
             if not path.is_file():
                 known = {file.stem: str(file) for file in sorted(Path("configs").glob("*.py"))}
                 near = [known[stem] for stem in difflib.get_close_matches(path.stem, known, 1)]
                 hint = f"; did you mean {near[0]}?" if near else ""
+                if not known and not path.is_absolute():
+                    hint = f" in {Path.cwd()}, which is not the folder of the repository"
                 raise _BrokenConfig(f"--{name}: there is no config file {one_line(path)}{hint}")
             try:
                 fields += [f"{name}.{field}" for field in flat(flag.parser.parse(text).to_dict())]
@@ -278,7 +286,10 @@ def check_inputs(*names: str) -> None:
     """
     for name, value in values(*names).items():
         if value and not Path(value).exists() and value not in choices.PACKAGED:
-            raise UserError(f"{value} does not exist: give another --{name}")
+            near = difflib.get_close_matches(value, choices.PACKAGED, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            packaged = f"; models in the package: {', '.join(choices.PACKAGED)}" if name == "checkpoint" else ""
+            raise UserError(f"--{name}={value} does not exist: {hint}give a file or folder{packaged}")
 
 
 def share(text: str | None) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator
 
 LONG = 1.0  # seconds of a compilation that is reported before its program runs
+BAR = 16  # characters
 PATIENCE = 60.0  # seconds between two lines of a compilation
 
 
@@ -84,7 +85,7 @@ class _Work:
     def tick(self) -> None:
         """Prints a line every `PATIENCE` seconds until the end."""
         while not self.ended.wait(PATIENCE):
-            say(f"still compiling, after {time.monotonic() - self.began:.0f} s")
+            say(f"still tracing or compiling, after {time.monotonic() - self.began:.0f} s")
 
     def hear(self, seconds: float, stored: bool) -> None:
         """Notes a compilation of some seconds."""
@@ -96,7 +97,7 @@ class _Work:
 
     def say_end(self, digits: int) -> None:
         """Says how long it took, to some digits after the point."""
-        how = "read from the cache of programs" if self.stored else "compiled"
+        how = "traced and read from the cache of programs" if self.stored else "compiled"
         say(f"{how} in {time.monotonic() - self.began:.{digits}f} s")
 
 
@@ -141,18 +142,23 @@ class ProgressReport:
         self.bar = None
         if active and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, TextColumn("{task.fields[note]}"))
+            name = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            # In a narrow terminal the note gives way.
+            note = TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1, overflow="ellipsis"))
+            columns = (name, BarColumn(BAR), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, note, expand=True)
             self.task = self.bar.add_task(label, total=total, completed=start, note="compiling")
             self.bar.start()
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`; without a bar, `note` prints the step."""
         self.step = step
+        first = step == self.first + 1  # it compiles, so the ETA leaves it out
         if self.bar:
-            self.bar.update(self.task, completed=step)
-        if step == self.first + 1:  # the first step compiles, so the ETA leaves it out
+            self.bar.update(self.task, completed=step, **({"note": ""} if first else {}))
+        if first:
             self.began = time.monotonic()
 
     def note(self, step: int, text: str) -> None:
@@ -160,17 +166,17 @@ class ProgressReport:
         if self.bar:
             self.bar.update(self.task, note=text)
         elif self.active:
-            print(f"{self.label} {step}/{self.total}  {self.eta()}{text}", flush=True)
+            print(f"{self.label} {step}/{self.total}  {self.eta(step)}{text}", flush=True)
 
-    def eta(self) -> str:
-        """Returns the time that is left, from the mean time of the steps after the first; "" if there are none yet.
+    def eta(self, step: int) -> str:
+        """Returns the time that is left after `step`, from the mean time of the steps after the first; "" without any.
 
-        The text of `note` is that of an earlier step than the newest one, which this counts from.
+        The newest step that was started is a later one, but the device may not have finished it.
         """
         done = self.step - self.first - 1
         if done < 1:
             return ""
-        left = round((time.monotonic() - self.began) / done * (self.total - self.step))
+        left = round((time.monotonic() - self.began) / done * (self.total - step))
         return f"eta {left // 60}m{left % 60:02d}s  "
 
     def print(self, text: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from sfv_jax.choices import COLORS, MOST_CHUNKS, MOST_NOISE
 from sfv_jax.errors import UserError
+from sfv_jax.runtime.progress import say
 
 Images = Sequence[np.ndarray] | np.ndarray  # uint8 [h, w, 3] each
 Call = Callable[..., Iterable[np.ndarray]]  # images, seed and options to frames uint8 [b, h, w, 3], one after another
@@ -83,6 +84,8 @@ class Extension:
             further["noise_aug_strength"] = self.noise_aug_strength
 
         def chunk(n: int, images: Images) -> Iterator[np.ndarray]:
+            if self.chunks and options.get("watch"):
+                say(f"chunk {n + 1} of {self.chunks + 1}")
             return iter(call(images, seed=[row[n] for row in rows], **(further if n else options)))
 
         return self._joined(chunk, chunk(0, images))

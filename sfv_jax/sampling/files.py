@@ -99,6 +99,8 @@ def jobs(image: Path, out: Path, kind: str) -> list[Job]:
     Raises:
       SampleError: if `out` does not go with `image`, or a folder has no image.
     """
+    if not image.exists():
+        raise SampleError(f"--image {image}: there is no such file or folder")
     if not image.is_dir():
         if out.is_dir():
             raise SampleError(f"--out {out} is a folder: for one image name the video, such as {out / image.stem}.mp4")
@@ -237,6 +239,9 @@ def _sample(sampler: "Sampler", batch: list[tuple[Job, np.ndarray]], size: tuple
         if size != pixels.shape[:2]:
             alike = abs(pixels.shape[0] * size[1] / (pixels.shape[1] * size[0]) - 1) < 0.01
             how = "" if alike else f" by --fit={settings.options['fit']}"
+            if settings.options["fit"] == "crop" and not alike:
+                ratio = pixels.shape[0] * size[1] / (pixels.shape[1] * size[0])
+                how += f", which cuts {1 - min(ratio, 1 / ratio):.0%} of the image"
             shape = f"{pixels.shape[0]}x{pixels.shape[1]}"
             print(f"{one_line(job.image)}: {shape} to {size[0]}x{size[1]} (height x width){how}", flush=True)
     times: dict[str, float] | None = {} if settings.timed else None
@@ -264,11 +269,12 @@ def _stream(sampler: "Sampler", job: Job, pixels: np.ndarray, settings: Settings
     """Writes one video and its record; frames are encoded while the next ones are decoded."""
     began = time.monotonic()
     chosen = {name: value for name, value in options.items() if name not in ("seed", "decode_chunk_size")}
+    chosen["watch"] = progress
     extension = settings.extension or Extension(0)
     count = extension.length(options["num_frames"] or sampler.unet.num_frames)
 
     def call(images: Sequence[np.ndarray], seed: list[int], **options) -> Iterator[np.ndarray]:
-        return (frame[None] for frame in sampler.stream(images[0], seed=seed[0], watch=progress, **options))
+        return (frame[None] for frame in sampler.stream(images[0], seed=seed[0], **options))
 
     frames = (frame[0] for frame in extension.frames(call, [pixels], [options["seed"]], chosen))
     write(job, frames, _settings(options, count, settings.extension) | about)

@@ -41,7 +41,7 @@ def generate(models: Models, session: Session, request: Request, limits: Limits,
         maker = _Maker(models, session, job, side, other)
         with session.open():
             session.made += 1
-            video = f"{stem}-{session.made}.mp4"
+            video = f"{stem}-seed{seed}-{session.made}.mp4"
         options = request.options(seed, size)
         frames, times, seconds = maker.frames(pixels, request, options)
         began = time.monotonic()

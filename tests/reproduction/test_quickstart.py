@@ -28,16 +28,17 @@ def test_the_comparison_and_its_table(samplers, tmp_path, monkeypatch):
     monkeypatch.setattr(strips, "CLIPS", 1)
     monkeypatch.setattr(strips, "videos", lambda sampler, frames, steps: (sampler(frames[:, 0]), (steps, 0.4)))
     monkeypatch.setattr(strips, "by_tiny_decoder", lambda sampler: sampler)
-    rows, clips = strips.compare(World(**SCENES), *samplers)
-    names = ["truth", "still image", "teacher, 25 steps", "teacher, 4 steps", "teacher, 1 step", "SF-V, 1 step"]
-    assert [*clips] == names and [row["name"] for row in rows] == [*names, "SF-V, 1 step, tiny decoder"]
-    assert rows[5]["distance"] == rows[6]["distance"]
+    rows, clips = strips.compare(World(**SCENES), samplers[0], samplers[1], samplers[1])
+    names = ["truth", "still image", *(f"base model, {steps}" for steps in ("25 steps", "4 steps", "1 step"))]
+    names += ["SF-V, 1 step, distilled here", "SF-V, 1 step, of the package"]
+    assert [*clips] == names and [row["name"] for row in rows] == [*names, "the same with the tiny decoder"]
+    assert rows[5]["distance"] == rows[6]["distance"] == rows[7]["distance"]
     assert {x.shape for x in clips.values()} == {(1, 14, 32, 32, 3)}
     assert rows[0]["distance"] == 0 < rows[5]["distance"] < rows[1]["distance"]
-    assert [row["milliseconds"] for row in rows] == [None, None, 25, 4, 1, 1, 1]
-    head, _, *lines = strips.table(rows, 4).splitlines()
+    assert [row["milliseconds"] for row in rows] == [None, None, 25, 4, 1, 1, 1, 1]
+    head, _, *lines = strips.table(rows).splitlines()
     assert head.count("|") == len(strips.COLUMNS) + 4 == lines[2].count("|")
-    assert lines[2].startswith("| teacher, 25 steps | 25 | 0 |")
+    assert lines[2].startswith("| base model, 25 steps | 25 | 0 |")
     strips.picture(clips, tmp_path / "comparison.png")
     with Image.open(tmp_path / "comparison.gif") as gif:
         assert gif.n_frames == 14

@@ -72,6 +72,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
             1,
             "paint: --config: there is no config file configs/svf.py; did",
         ),
+        (["--config=README.md"], 1, "paint: --config: README.md is no config file: give one with the suffix .py\n"),
+        (
+            ["--config=configs/sfv.py", "--config.seed=abc"],
+            1,
+            "paint: flag --config.seed=abc: not a whole number: 'abc'",
+        ),
         (["--config=configs"], 1, "paint: --config: there is no config file configs\n"),
         (["--config={}/divides.py"], 1, "paint: {}/divides.py, line 2: ZeroDivisionError: division by zero\n"),
         (["--config={}/unread.py"], 1, "paint: {}/unread.py, line 1: SyntaxError: "),

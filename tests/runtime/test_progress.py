@@ -85,7 +85,7 @@ def test_a_long_compilation_shows_that_it_goes_on(monkeypatch):
     pipe = piped(monkeypatch)
     monkeypatch.setattr(progress, "PATIENCE", 0.01)
     with progress.compiling("a long one"):
-        while "still compiling, after" not in pipe.shown:
+        while "still tracing or compiling, after" not in pipe.shown:
             time.sleep(0.01)
     seen = pipe.shown
     time.sleep(0.05)
@@ -113,8 +113,8 @@ def test_a_program_that_was_stored_is_not_called_compiled(monkeypatch, tmp_path)
         compilation_cache.reset_cache()
 
 
-def test_the_time_left_counts_from_the_newest_step(monkeypatch, capsys):
-    """Metrics come an interval late; at the first step no time is known."""
+def test_the_time_left_counts_from_the_step_that_is_shown(monkeypatch, capsys):
+    """Later steps were started, but may not be done; at the first step no time is known."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     report = progress.ProgressReport(101, label="sfv")
@@ -124,4 +124,27 @@ def test_the_time_left_counts_from_the_newest_step(monkeypatch, capsys):
         now[0] += 3.0
         report.advance(step)
     report.note(11, "loss 2")
-    assert capsys.readouterr().out == "sfv 1/101  loss 3\nsfv 11/101  eta 4m00s  loss 2\n"
+    assert capsys.readouterr().out == "sfv 1/101  loss 3\nsfv 11/101  eta 4m30s  loss 2\n"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_shows_the_step_and_cuts_the_metrics(monkeypatch, width):
+    """The step and the time left stay; "compiling" ends with the first step."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    for name, value in (("COLUMNS", str(width)), ("TERM", "xterm"), ("LINES", "25")):
+        monkeypatch.setenv(name, value)
+    report = progress.ProgressReport(150, label="sfv")
+    report.bar.refresh()
+    assert "compiling" in terminal.getvalue()
+    report.advance(1)
+    seen = len(terminal.getvalue())
+    report.bar.refresh()
+    assert "compiling" not in terminal.getvalue()[seen:]
+    report.advance(14)
+    report.note(13, "1.776 s/step  " + "  ".join(f"loss{n} 0.123" for n in range(12)))
+    seen = len(terminal.getvalue())
+    report.bar.refresh()
+    assert "14/150" in terminal.getvalue()[seen:] and "1.776 s/step" in terminal.getvalue()[seen:]
+    report.close()

@@ -241,3 +241,4 @@ if __name__ == "__main__":
         asked.folder,
         variant=asked.variant,
     )
+    print(f"wrote {asked.folder}")

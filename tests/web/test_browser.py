@@ -159,8 +159,8 @@ def test_bad_images_and_settings_are_sentences(page, tmp_path):
             "not read here).",
         ),
         ("heavy", "The file is larger than 0.1 MB, the limit here."),
-        ("large", "large.png: 2000x2000 (width x height) is more than 1 megapixels, the limit here."),
-        ("huge", "huge.png: more than 1 megapixels, the limit here."),
+        ("large", "large.png: 2000x2000 (width x height) is more than 1 megapixels, the limit here: make it smaller."),
+        ("huge", "huge.png: more than 1 megapixels, the limit here: make it smaller."),
     ):
         page.evaluate("document.querySelector('#error').hidden = true")
         page.set_input_files("#file", tmp_path / f"{name}.png")

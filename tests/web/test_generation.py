@@ -91,7 +91,7 @@ def test_an_uploaded_image_is_fitted(small, session):
     receive(session, "Cat 1.jpg", encoded("JPEG", (50, 20)), Limits())
     asked = replace(small.defaults, example=None, fit="pad")
     events = made(small, session, asked)
-    assert events[-1]["name"] == "Cat-1-2.mp4"
+    assert events[-1]["name"] == "Cat-1-seed0-2.mp4"
     record = json.loads(session.file(events[-1]["record"]).read_text())
     assert (record["image"], record["fit"], record["height"], record["width"]) == ("Cat-1.jpg", "pad", 16, 16)
     pixels = read_image(session.image)
