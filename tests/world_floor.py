@@ -1,11 +1,11 @@
 """How far a model of the procedural world is from the best one possible, by noise level and by frame.
 
-    python -m tests.world_floor --checkpoint runs/world_teacher [--clips 8]
+    python -m tests.world_floor --checkpoint runs/world_teacher [--clips 8] [--split train]
 
 All futures of a first frame are known and equally likely, so the best prediction for noised latents z = x + sigma n,
 their posterior mean, is computed exactly: sum_i w_i x_i with w_i proportional to exp(-|z - x_i|^2 / (2 sigma^2)) over
 the latents x_i of all futures. The table has the mean squared error of the model's prediction and of this one, over
-held-out clips, for latents of unit scale.
+held-out clips, or clips that it was trained on, for latents of unit scale.
 """
 
 import argparse
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run in the world, on latents of a VAE")
     parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--split", choices=["heldout", "train"], default="heldout", help="train: seen in training")
     asked = parser.parse_args()
     sampler = Sampler.load(asked.checkpoint)
     world = checked_world(world_rules(training_config(asked.checkpoint)))
@@ -47,7 +48,7 @@ def main() -> None:
         return np.concatenate(parts) * codec.scaling_factor
 
     predict = jax.jit(lambda p, z, sigma, condition: edm.denoise(networks.generator(p), z, sigma, condition))
-    truth, labels = world.batch(range(asked.clips), "heldout")
+    truth, labels = world.batch(range(asked.clips), asked.split)
     latents = encode(truth)
     futures = [encode(world.render_futures(label)) for label in labels]
     condition = {
@@ -56,7 +57,7 @@ def main() -> None:
         "ids": jnp.tile(jnp.float32([6, 127, 0]), (asked.clips, 1)),
     }
     rng = np.random.default_rng(0)
-    print(f"step {sampler.step}, {asked.clips} held-out clips, {len(futures[0])} futures of each")
+    print(f"step {sampler.step}, {asked.clips} clips ({asked.split}), {len(futures[0])} futures of each")
     print("| sigma | model | best | " + " | ".join(f"frame {n}: model, best" for n in FRAMES) + " |")
     print("| ---: |" + " ---: |" * (2 + len(FRAMES)))
     for sigma in SIGMAS:
