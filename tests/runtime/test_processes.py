@@ -25,6 +25,7 @@ from tests.support import small_run
 
 ROOT = Path(__file__).parents[2]
 # The first steps of SM3 move parameters by 0.016. Its state consists of normalized gradients of up to 30.
+TRAINED = "up_blocks"  # compiles sooner than a step of all; tests/runtime/test_sharding.py trains all on every mesh
 BOUNDS = {"generator": 2e-5, "ema": 2e-5, "opt_g": 1e-3, "step": 0}
 
 
@@ -52,7 +53,7 @@ def launch(workdir: Path, *flags: str) -> subprocess.CompletedProcess:
 def run(workdir: Path, devices: int, steps: int, **mesh) -> dict:
     """Trains in this process on the first `devices`; returns the last state."""
     config = small_run.get_config()
-    config.update(dict(steps=steps, mesh=mesh, sample_every=0, checkpoint_every=steps))
+    config.update(dict(steps=steps, mesh=mesh, sample_every=0, checkpoint_every=steps, trainable=TRAINED))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:devices]))
         return jax.device_get(loop.train(config, workdir))
@@ -80,7 +81,7 @@ def eight(tmp_path_factory) -> tuple[Path, dict]:
 def two(tmp_path_factory) -> Path:
     """Returns the workdir of two processes after two steps."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    done = launch(workdir, "--config.steps=2", "--config.mesh.fsdp=2")
+    done = launch(workdir, "--config.steps=2", "--config.mesh.fsdp=2", f"--config.trainable={TRAINED}")
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir
 

@@ -60,6 +60,7 @@ def folders(tmp_path_factory):
     export_encoders(place / "decoder", place / "encoders")
     teacher = configs.teacher()
     teacher.update(dict(encoders=str(place / "encoders"), dtype="float32", steps=1, batch_size=2, sample_every=0))
+    teacher.trainable = "conv_out"
     teacher.data.update(source="world", world=ConfigDict(RULES), world_size=16)
     unet = dict(in_channels=8, out_channels=4, block_out_channels=(32, 32), num_attention_heads=(1, 1))
     more = dict(layers_per_block=1, cross_attention_dim=64, addition_time_embed_dim=8, num_frames=3)
@@ -203,7 +204,7 @@ def test_unets_in_the_package_share_their_encoders(folders, boxed, tmp_path):
     assert latent_space(model) == latent_space(read_model("enc"))
     assert load_encoders("whole")[1] == load_encoders("enc")[1]
     config = configs.teacher()
-    config.update(dict(init="whole", dtype="float32", steps=1, batch_size=2, sample_every=0))
+    config.update(dict(init="whole", dtype="float32", steps=1, batch_size=2, sample_every=0, trainable="conv_out"))
     config.data.update(source="world", world=ConfigDict(RULES), world_size=16)
     loop.train(config.lock(), tmp_path / "again")
     assert json.loads((tmp_path / "again/network.json").read_text())["model"] == "whole"
