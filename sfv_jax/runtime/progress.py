@@ -157,7 +157,9 @@ class ProgressReport:
         self.step = step
         first = step == self.first + 1  # it compiles, so the ETA leaves it out
         if self.bar:
-            self.bar.update(self.task, completed=step, **({"note": ""} if first else {}))
+            self.bar.update(self.task, completed=step)
+        if self.bar and first:
+            self.bar.update(self.task, note="")
         if first:
             self.began = time.monotonic()
 
