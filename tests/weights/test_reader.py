@@ -246,6 +246,7 @@ convert.commands.run(convert.main, convert.define_flags)
 def test_stopped_while_reading(folder, tmp_path, number):
     command = [sys.executable, "-c", SLOW, str(folder), str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == f"reading {folder}\n"
     assert process.stdout.readline() == "reading\n"
     time.sleep(0.2)
     process.send_signal(number)
