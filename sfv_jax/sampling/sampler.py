@@ -24,16 +24,13 @@ from sfv_jax.runtime.sharding import on_mesh, param_shardings
 from sfv_jax.sampling.extension import Extension
 from sfv_jax.sampling.generator import Generator, share
 from sfv_jax.sampling.inputs import check_side, checked_images, checked_seeds, fitting_size, resize
+from sfv_jax.sampling.soundness import require_finite
 from sfv_jax.sampling.stages import Enter, Stages, Watch, timed
 
 Array = jax.Array
 # Kinds of calls whose programs a process keeps. On a CPU the programs of one take about 350 memory maps, and Linux
 # allows a process 65,530.
 MOST_KINDS = 64
-
-
-class NonFiniteError(UserError):
-    """NaN or infinity in the result of a stage; the message names the stage, its dtype and the remedy."""
 
 
 class Sampler:
@@ -260,7 +257,7 @@ class Sampler:
             frames, sound = stage("decode", self.codec.decode_checked, latents, decode_chunk_size, *more)
         frames = np.asarray(frames)[: len(images)]
         if self.check_finite:
-            self._raise_nonfinite(checks | {"decoded frames": sound}, len(images))
+            self._require_finite(checks | {"decoded frames": sound}, len(images))
         return frames
 
     def extend(
@@ -360,7 +357,7 @@ class Sampler:
             guidance=guidance,
         )
         if self.check_finite:
-            self._raise_nonfinite(checks, 1)
+            self._require_finite(checks, 1)
         stage.enter("decode", stage.new)
         return self._streamed(latents) if times is None else timed(self._streamed(latents), times)
 
@@ -372,7 +369,7 @@ class Sampler:
             following = (next if self.mesh is None else on_mesh(self.mesh, next))(coming, None)  # begins the next one
             frame = np.asarray(frame)[0]
             if self.check_finite:
-                self._raise_nonfinite({"decoded frames": sound}, 1)
+                self._require_finite({"decoded frames": sound}, 1)
             yield frame
 
     def _denoised(
@@ -493,24 +490,9 @@ class Sampler:
         parts = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return np.minimum(np.arange(-(-count // parts) * parts), count - 1)
 
-    def _raise_nonfinite(self, checks: dict[str, Array], count: int) -> None:
-        """Raises NonFiniteError for the first stage of `checks` (in their order) with False among its flags `[b]`."""
-        for stage, flags in checks.items():
-            bad = np.flatnonzero(~np.asarray(flags)[:count])
-            if not len(bad):
-                continue
-            decoder = getattr(self.codec, "decoder", None)
-            decoding = (decoder.title if decoder else "codec", self._vae_dtype())
-            dtypes = {"denoised latents": ("UNet", self.dtype), "decoded frames": decoding}
-            network, dtype = dtypes.get(stage, ("VAE encoder" if "latent" in stage else "image encoder", "float32"))
-            option = "vae_dtype" if stage == "decoded frames" else "dtype"
-            advice = {
-                "float16": f"fp16 overflows at 65504: load with {option} bfloat16 or float32",
-                "bfloat16": f"try {option} float32, and check the weights",
-                "float32": f"the weights or the inputs of the {network} are damaged",
-            }
-            videos = ", ".join(map(str, bad))
-            raise NonFiniteError(f"{stage} of video {videos} not finite ({network} in {dtype}): {advice[dtype]}")
+    def _require_finite(self, checks: dict[str, Array], count: int) -> None:
+        decoder = getattr(self.codec, "decoder", None)
+        require_finite(checks, count, self.dtype, (decoder.title if decoder else "codec", self._vae_dtype()))
 
     def _strength(self, given: float | None) -> float:
         return self.noise_aug_strength if given is None else given

@@ -25,7 +25,8 @@ from sfv_jax.models.vae import TemporalVAE, VAEConfig
 from sfv_jax.runtime.commands import numbers, seeds
 from sfv_jax.runtime.sharding import make_mesh, param_shardings
 from sfv_jax.sampling.inputs import fitting_size
-from sfv_jax.sampling.sampler import NonFiniteError, Sampler
+from sfv_jax.sampling.sampler import Sampler
+from sfv_jax.sampling.soundness import NonFiniteError
 from tests.conftest import noise
 from tests.support import small_run
 

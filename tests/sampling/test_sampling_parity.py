@@ -6,7 +6,8 @@ import pytest
 
 from sfv_jax.diffusion.solvers import step_noise
 from sfv_jax.runtime.sharding import make_mesh
-from sfv_jax.sampling.sampler import NonFiniteError, Sampler
+from sfv_jax.sampling.sampler import Sampler
+from sfv_jax.sampling.soundness import NonFiniteError
 from tests.conftest import error, noise
 
 SIZE, FRAMES = (40, 56), 14  # 5 x 7 latents: neither side divides by the UNet's scale, so its levels are resized
