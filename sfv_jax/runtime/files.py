@@ -60,7 +60,11 @@ def _here() -> str:
 
 def clear_abandoned(folder: Path) -> None:
     """Removes temporary files of `replacing` whose process is gone, and those of other machines that are a day old."""
-    for path in folder.iterdir():
+    try:
+        names = list(folder.iterdir())
+    except OSError:  # it can be written, but not listed
+        return
+    for path in names:
         if (found := TEMPORARY.fullmatch(path.name)) is None:
             continue
         with contextlib.suppress(OSError):  # the process may have ended now; files of others are left alone
