@@ -6,7 +6,7 @@ A small UNet of two levels is trained by SF-V on moving shapes whose latents hav
 56x96 cells and 4 channels. Each line gives the ratio of the gradients of both losses at the generator's output, before
 the first step and as the mean of the last ten, for the paper's reconstruction loss, the one divided by the root of the
 size, and the balance of the default recipe. Sizes above `--longest` are measured before the first step only: at the
-greatest, a step takes 100 CPU seconds.
+greatest, even that takes one to three minutes.
 """
 
 import argparse
