@@ -492,10 +492,8 @@ class Sampler:
 
     def _require_finite(self, checks: dict[str, Array], count: int) -> None:
         decoder = getattr(self.codec, "decoder", None)
-        require_finite(checks, count, self.dtype, (decoder.title if decoder else "codec", self._vae_dtype()))
+        dtype = jnp.dtype(getattr(self.codec, "decode_dtype", jnp.float32)).name
+        require_finite(checks, count, self.dtype, (decoder.title if decoder else "codec", dtype))
 
     def _strength(self, given: float | None) -> float:
         return self.noise_aug_strength if given is None else given
-
-    def _vae_dtype(self) -> str:
-        return jnp.dtype(getattr(self.codec, "decode_dtype", jnp.float32)).name
