@@ -4,6 +4,7 @@ Without torch all tests run but those that compare with torch live; the golden f
 """
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -49,6 +50,12 @@ jax.config.update("jax_num_cpu_devices", 8)  # meshes of several devices on any 
 jax.config.update("jax_default_matmul_precision", "highest")
 
 __all__ = ["CONFIGS", "Case", "error", "noise"]
+
+
+def pytest_collection_finish() -> None:
+    """Exempts a million objects of imported libraries from garbage collection, which takes half a second with them."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)

@@ -181,9 +181,10 @@ def test_some_latents_are_those_of_the_generator(monkeypatch):
     state, frozen = method.init_state(networks, made, params)
     assert frozen.keys() == {"teacher", "unet"}
     seen, decode = [], method.DecoderNetworks.decode
-    watched = lambda self, params, latents: seen.append(latents) or decode(self, params, latents)  # noqa: E731
+    watched = lambda self, params, latents: (jax.debug.callback(seen.append, latents), decode(self, params, latents))[1]  # noqa: E731
     monkeypatch.setattr(method.DecoderNetworks, "decode", watched)
-    _, metrics = method.make_train_step(networks, made)(state, frozen, batch())
+    _, metrics = jax.jit(method.make_train_step(networks, made))(state, frozen, batch())
+    jax.effects_barrier()
     latents = np.asarray(seen[0])
     np.testing.assert_array_equal(latents[1], batch()["latents"][1])
     assert np.isfinite(latents[0]).all() and np.abs(latents[0] - batch()["latents"][0]).max() > 0.1

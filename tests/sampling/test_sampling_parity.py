@@ -126,11 +126,12 @@ def test_nan_in_a_network_is_named(sampler, images, start, monkeypatch, message)
 
 
 @pytest.mark.slow
-def test_a_mesh_makes_the_same_frames(sampler, model_folder, images, monkeypatch):
+def test_a_mesh_makes_the_same_frames(smallest_model_folder, images, monkeypatch):
     """Two devices share the batch and two the parameters, also those of VAE and CLIP."""
+    sampler = Sampler.load(smallest_model_folder)
     monkeypatch.setattr("sfv_jax.runtime.sharding.SMALL", 0)
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
-    meshed = Sampler.load(model_folder, mesh=mesh, decode_pixels=0)
+    meshed = Sampler.load(smallest_model_folder, mesh=mesh, decode_pixels=0)
     assert meshed.codec.decoder.pixels == 0
     for params in (meshed.params, *meshed.codec.params.values()):
         assert any(not x.is_fully_replicated for x in jax.tree.leaves(params))

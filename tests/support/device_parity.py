@@ -34,20 +34,20 @@ NETWORKS = {  # {name in the golden file: (component, call, its inputs)}
 GRADIENT = Path(__file__).parents[1] / "recorded" / "gradient.npz"
 
 
-def compare(in_bf16: Collection[str] | None = None) -> Iterator[tuple[str, dict]]:
+def compare(names: Collection[str] = tuple(NETWORKS)) -> Iterator[tuple[str, dict]]:
     """Yields `(name, {"max", "rms", "bound", "sound"})` of each comparison.
 
     Args:
-      in_bf16: networks to compare in bf16 as well; None for all.
+      names: networks to compare, in fp32 and bf16; the gradient is always compared.
     """
     golden.check_weights()
     stored = golden.load("networks")
     for dtype in BOUNDS:
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-            for name, (component, call, inputs) in NETWORKS.items():
-                if dtype == "float32" or in_bf16 is None or name in in_bf16:
-                    found = jax.jit(partial(call, network(component, dtype)))(*inputs())
-                    yield f"{name} {dtype}", figures(found, stored[name], dtype)
+            for name in names:
+                component, call, inputs = NETWORKS[name]
+                found = jax.jit(partial(call, network(component, dtype)))(*inputs())
+                yield f"{name} {dtype}", figures(found, stored[name], dtype)
     with np.load(GRADIENT) as file:
         for name, found in gradients().items():
             yield f"{name} float32", figures(found, file[name], "float32")

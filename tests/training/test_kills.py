@@ -7,7 +7,7 @@ from tests.support import kills
 
 @pytest.mark.slow
 def test_training_killed_and_continued_ends_as_if_undisturbed(tmp_path):
-    outcome = kills.kill_train(tmp_path, 2, method="teacher", steps=16, trainable="conv_out")
+    outcome = kills.kill_train(tmp_path, 2, method="teacher", steps=8, trainable="conv_out")
     assert outcome.kills == 2 and outcome.inside >= 1
 
 

@@ -62,7 +62,7 @@ def folders(tmp_path_factory):
     teacher.update(dict(encoders=str(place / "encoders"), dtype="float32", steps=1, batch_size=2, sample_every=0))
     teacher.trainable = "conv_out"
     teacher.data.update(source="world", world=ConfigDict(RULES), world_size=16)
-    unet = dict(in_channels=8, out_channels=4, block_out_channels=(32, 32), num_attention_heads=(1, 1))
+    unet = dict(in_channels=8, out_channels=4, block_out_channels=(32,), num_attention_heads=(1,))
     more = dict(layers_per_block=1, cross_attention_dim=64, addition_time_embed_dim=8, num_frames=3)
     teacher.unet = ConfigDict(unet | more | dict(temporal_conv="matmul"))
     loop.train(teacher.lock(), place / "teacher")
