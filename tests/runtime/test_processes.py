@@ -25,7 +25,8 @@ from tests.support import small_run
 
 ROOT = Path(__file__).parents[2]
 # The first steps of SM3 move parameters by 0.016. Its state consists of normalized gradients of up to 30.
-TRAINED = "conv_out"  # compiles in a third of the time of a step of all; tests/runtime/test_sharding.py trains all on every mesh
+# The last layer compiles in a third of the time of all; tests/runtime/test_sharding.py trains all on every mesh.
+TRAINED = "conv_out"
 BOUNDS = {"generator": 2e-5, "ema": 2e-5, "opt_g": 1e-3, "step": 0}
 
 
