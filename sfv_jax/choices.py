@@ -3,6 +3,8 @@
 A test compares them with those modules.
 """
 
+from pathlib import Path
+
 DTYPES = ("float32", "bfloat16", "float16")  # models.networks.DTYPES
 SAMPLERS = ("euler", "sfv", "sfv_euler", "animatelcm")  # diffusion.solvers.SAMPLERS
 VIDEO_FORMATS = ("mp4", "gif", "webp", "png")  # suffixes of data.video.write_video
@@ -45,3 +47,8 @@ TINY_DECODERS = ("tiny", "wide")  # models.tiny_decoder.VARIANTS
 ATTENTION_KERNELS = ("auto", "einsum", "blocked", "looped", "reduce", "cudnn", "splash")  # models.attention.attention
 SHAPES = ("disc", "square", "triangle", "ring")  # data.worlds.SHAPES
 COLOURS = ("red", "orange", "yellow", "green", "blue", "violet")  # data.worlds.PALETTE
+
+
+def is_there(path: str) -> bool:
+    """Returns whether a path exists or is the name of a model in the package."""
+    return path in PACKAGED or Path(path).exists()

@@ -3,11 +3,10 @@
 import difflib
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfv_jax import config as configs
-from sfv_jax.choices import PACKAGED
+from sfv_jax.choices import is_there
 from sfv_jax.config import ConfigDict, ConfigError
 from sfv_jax.config_rules import ADVERSARIAL, DISCRIMINATOR, GENERAL, METHODS, OPTIMIZER, OWN_FIELDS, RULES, prefixed
 from sfv_jax.errors import UserError
@@ -52,7 +51,7 @@ def check_paths(config: ConfigDict) -> None:
         [
             f"{name}={path}: there is no such file or folder"
             for name, path in named.items()
-            if path and path not in PACKAGED and not Path(path).exists()
+            if path and not is_there(path)
         ]
     )
 

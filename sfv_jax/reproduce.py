@@ -2,13 +2,15 @@
 
     python -m sfv_jax.reproduce --fast --workdir runs/reproduce
     python -m sfv_jax.reproduce --seeds 0,1,2 --workdir runs/reproduce
+    python -m sfv_jax.reproduce --scale scenes --fast --workdir runs/reproduce
     python -m sfv_jax.reproduce --scale svd --svd models/svd --data data/latents --real ucf101/ --dry_run
     python -m sfv_jax.reproduce --scale svd ... --set mesh.fsdp=8 --set steps=20000
 
-`--scale world`, the default, uses tiny networks and the procedural world; `--fast` trains less. `--scale svd` is the
-published configuration on a model folder, a latent cache and, for FVD, a folder of real videos whose first frames are
-the conditions; `--decoder` adds rows of one step whose frames a tiny decoder decodes. The command first prints the cost
-of the runs; `--dry_run` stops there. Every stage is stored: trained models as ordinary workdirs, samples and scores as
+`--scale world`, the default, uses tiny networks and a procedural world of 8x8 pixels; `--scale scenes` the scenes and
+the base model of the package, with SVD's own classes; with both, `--fast` trains less. `--scale svd` is the published
+configuration on a model folder, a latent cache and, for FVD, a folder of real videos whose first frames are the
+conditions. `--decoder` adds rows of one step whose frames a tiny decoder decodes. The command first prints the cost of
+the runs; `--dry_run` stops there. Every stage is stored: trained models as ordinary workdirs, samples and scores as
 files. So the same command continues after an interruption, and changes nothing when everything is done. `index.html` in
 the workdir shows tables, clips side by side and training curves.
 """
@@ -79,8 +81,10 @@ def request() -> "Request":
 def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/reproduce", "folder for all results")
     commands.refuse_empty("workdir")
-    flags.DEFINE_enum("scale", "world", ["world", "svd"], "tiny networks in the procedural world, or SVD itself")
-    flags.DEFINE_bool("fast", False, "world: less training and fewer conditions")
+    flags.DEFINE_enum(
+        "scale", "world", ["world", "scenes", "svd"], "tiny networks, the scenes of the package's models, or SVD itself"
+    )
+    flags.DEFINE_bool("fast", False, "world, scenes: less training and fewer conditions")
     flags.DEFINE_list("only", ["table1", "table2", "table3"], f"tables, of {', '.join(choices.TABLES)}")
     flags.DEFINE_list("seeds", ["0"], "seeds of training (the base model has one) and of the samples")
     flags.DEFINE_bool("dry_run", False, "print the plan and its cost, and stop")
@@ -95,10 +99,10 @@ def define_flags() -> None:
     flags.DEFINE_bool("allow_torchscript", False, "svd: run TorchScript other than StyleGAN-V's as --i3d too")
     commands.define_pixels("height", 576, "svd: height of sampled videos in pixels, a multiple of 64", least=64)
     commands.define_pixels("width", 1024, "svd: width of sampled videos in pixels, a multiple of 64", least=64)
-    commands.define_decoder("; svd: adds its rows of one step")
+    commands.define_decoder("; scenes, svd: adds its rows of one step")
     flags.DEFINE_integer("batch_size", 8, "svd: videos sampled per call", lower_bound=1)
     flags.DEFINE_integer(
-        "jobs", None, "runs at a time; default one, in the world on CPU one per core up to 4", lower_bound=1
+        "jobs", None, "runs at a time; default one, for small networks on CPU one per core up to 4", lower_bound=1
     )
     flags.DEFINE_string("share", None, "K/N: only every Nth run from run K, without tables; used by --jobs")
     flags.DEFINE_multi_string("set", [], "config field of every training run, such as mesh.fsdp=8; may be repeated")

@@ -1,7 +1,8 @@
 """Definition of the paper's Tables 1 to 3: the trained models, their config changes, and how each row is sampled.
 
-`RUNS` is the only list of methods and ablations. A run is an ordinary training config. The list serves both scales:
-"svd", the published configuration on given weights and data, and "world", tiny networks on the procedural world.
+`RUNS` is the only list of methods and ablations. A run is an ordinary training config. The list serves all scales:
+"svd", the published configuration on given weights and data; "scenes", small networks of SVD's classes on the scenes of
+the models in the package; and "world", tiny networks on a procedural world of 8x8 pixels.
 """
 
 from collections.abc import Sequence
@@ -279,5 +280,51 @@ def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigD
     if config.method == "ladd":
         config.ladd.warmup_steps = steps // 10
     config.update_from_flattened_dict(changes)
+    config.update(dict(steps=steps, log_every=max(steps // 50, 1), checkpoint_every=max(steps // 4, 1), sample_every=0))
+    return config.lock()
+
+
+# ---- the scenes of the models in the package ----
+
+SCENES_BASE = "world-teacher"  # the base model of every run
+SCENES_FAST = Budget(base_steps=0, steps=100, batch=4, conditions=64)
+SCENES_FULL = Budget(base_steps=0, steps=600, batch=8, conditions=128)
+
+
+def scenes_config(run: str, budget: Budget, seed: int) -> ConfigDict:
+    """Returns the config of a run on the scenes, which starts from the base model in the package.
+
+    SF-V's rows are those of the default recipe: the printed losses have another balance at each size of a video. Levels
+    of the discriminators are shifted by the size (`noise_shift`), so P_mean is that of the paper. Learning rates are
+    those of the world; SF-V trains most where LADD does, at the highest level.
+
+    Args:
+      run: a key of `RUNS`.
+      budget: amount of training.
+      seed: of training.
+    """
+    recipe, changes = RUNS[run]
+    recipe = "sfv" if recipe == "printed" and run not in RECIPES else recipe
+    config = getattr(configs, recipe)()
+    config.update(dict(init=SCENES_BASE, seed=seed, dtype="float32", accumulation_steps=1, batch_size=budget.batch))
+    config.update(dict(ema_decay=0.98, keep_checkpoints=1))
+    config.data.update(source="world", world=ConfigDict(SCENES), world_size=6000)
+    config.unet.temporal_conv = "matmul"
+    if config.method == "animatelcm":
+        config.generator_optimizer.update(lr=5e-5, warmup_steps=20)  # 1.5e-3 * 1e-6 / 3e-5
+    else:
+        config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
+        config.generator_optimizer.update(lr=4e-4, warmup_steps=20, delay_steps=20 if recipe == "sfv" else 0)
+        config.heads_optimizer.update(lr=6e-3, warmup_steps=20)
+    if config.method == "sfv" and run not in RECIPES:
+        config.sfv.noise_shift = True
+        if "sfv.generator_levels" not in changes:
+            config.sfv.probabilities = (0.15, 0.15, 0.7)
+        if changes.get("sfv.recon_weight") == 0:
+            config.sfv.balance = 0.0  # there is nothing to balance
+    elif config.method == "ladd":
+        config.ladd.update(noise_shift=True, warmup_steps=budget.steps // 10)
+    config.update_from_flattened_dict(changes)
+    steps = budget.steps
     config.update(dict(steps=steps, log_every=max(steps // 50, 1), checkpoint_every=max(steps // 4, 1), sample_every=0))
     return config.lock()

@@ -16,11 +16,15 @@ import numpy as np
 from sfv_jax.checkpoints.decoders import find_decoder
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import LOCK
+from sfv_jax.config import world_of
+from sfv_jax.data.worlds import World
+from sfv_jax.evaluation import kinetics
+from sfv_jax.evaluation.features import load_features
 from sfv_jax.evaluation.report import Report
 from sfv_jax.reproduction import experiments
-from sfv_jax.reproduction.experiments import BASE, FAST, FULL, TABLES
+from sfv_jax.reproduction.experiments import BASE, FAST, FULL, SCENES_FAST, SCENES_FULL, TABLES
 from sfv_jax.reproduction.rows import SHOWN, Bench, ensure_row, svd_bench, world_bench
-from sfv_jax.reproduction.runs import ReproduceError, Runs, plan, svd_runs, world_runs
+from sfv_jax.reproduction.runs import ReproduceError, Runs, plan, scenes_runs, svd_runs, world_runs
 from sfv_jax.reproduction.tables import make_report
 from sfv_jax.runtime.locks import Lock
 from sfv_jax.runtime.stopping import CHILDREN
@@ -67,7 +71,9 @@ class Request:
 
     @property
     def budget(self) -> experiments.Budget:
-        """Amount of training in the world."""
+        """Amount of training in the world or on the scenes."""
+        if self.scale == "scenes":
+            return SCENES_FAST if self.fast else SCENES_FULL
         return FAST if self.fast else FULL
 
 
@@ -116,9 +122,11 @@ def runs_for(request: Request) -> Runs:
     Raises:
       ReproduceError: if a folder is not given.
     """
+    amount = "fast" if request.fast else "full"
     if request.scale == "world":
-        folder = request.workdir / ("fast" if request.fast else "full")
-        return world_runs(folder, request.budget, request.settings)
+        return world_runs(request.workdir / amount, request.budget, request.settings)
+    if request.scale == "scenes":
+        return scenes_runs(request.workdir / f"scenes-{amount}", request.budget, request.settings)
     if request.svd and request.data:
         return svd_runs(request.workdir / "svd", request.svd, request.data, request.settings)
     raise ReproduceError("--scale svd needs --svd MODEL and --data CACHE")
@@ -131,14 +139,19 @@ def bench_for(request: Request, runs: Runs) -> Bench:
       ReproduceError: if a folder or file is not given, or too few clips can be read.
       WeightsError: if the decoder is none of the model's latents.
     """
+    conditions = request.budget.conditions
     if request.scale == "world":
-        return world_bench(request.workdir, runs, request.budget)
-    if not request.real:
-        raise ReproduceError("--scale svd needs --real (only --dry_run does without it)")
-    loading = {"batch_norm_eps": request.batch_norm_eps, "allow_torchscript": request.allow_torchscript}
+        return world_bench(request.workdir, runs, world_of(runs.config(BASE, 0)), conditions)
     about = {} if request.decoder == "full" else find_decoder(request.decoder, read_model(runs.base)).record()
-    size = (request.height, request.width)
-    bench = svd_bench(runs, request.real, request.i3d, size, request.batch_size, loading)
+    if request.scale == "scenes":
+        features = None if request.fast or kinetics.installed() is None else load_features(None)
+        bench = world_bench(request.workdir, runs, World(**experiments.SCENES), conditions, 16, features)
+    elif request.real:
+        loading = {"batch_norm_eps": request.batch_norm_eps, "allow_torchscript": request.allow_torchscript}
+        size = (request.height, request.width)
+        bench = svd_bench(runs, request.real, request.i3d, size, request.batch_size, loading)
+    else:
+        raise ReproduceError("--scale svd needs --real (only --dry_run does without it)")
     return replace(bench, decoder=request.decoder, about_decoder=about)
 
 
@@ -215,7 +228,7 @@ def reproduce(bench: Bench, tables: Sequence[str], seeds: Sequence[int]) -> Repo
 def default_jobs(scale: str) -> int:
     """Returns the default number of processes.
 
-    Tiny networks use two cores badly, so in the world on CPU each core has a process, up to four. Otherwise one process
-    uses the whole machine.
+    Small networks use two cores badly, so on CPU each core has a process, up to four. Otherwise one process uses the
+    whole machine.
     """
-    return min(4, len(cores()) or os.cpu_count() or 1) if scale == "world" and jax.default_backend() == "cpu" else 1
+    return min(4, len(cores()) or os.cpu_count() or 1) if scale != "svd" and jax.default_backend() == "cpu" else 1

@@ -1,6 +1,7 @@
 """Rows of the tables: sampling, scoring and timing of a trained model."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import time
@@ -12,16 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from sfv_jax.checkpoints import box
 from sfv_jax.checkpoints.model_folder import read_model
 from sfv_jax.checkpoints.run import read_config
 from sfv_jax.choices import MOST_SEED
-from sfv_jax.config import world_of
+from sfv_jax.data.worlds import World
 from sfv_jax.evaluation import fvd, world
 from sfv_jax.evaluation.clips import Reading, find_clips
-from sfv_jax.evaluation.features import compute
+from sfv_jax.evaluation.features import Extractor, compute
 from sfv_jax.evaluation.frechet import MIN_SAMPLES, measure
 from sfv_jax.evaluation.protocol import Protocol
-from sfv_jax.reproduction.experiments import BASE, Budget, Row, rows_of
+from sfv_jax.reproduction.experiments import Row, rows_of
 from sfv_jax.reproduction.runs import ReproduceError, Runs
 from sfv_jax.runtime.files import FileError, read_arrays, read_json, replacing, write_json
 from sfv_jax.runtime.sharding import make_mesh
@@ -48,6 +50,7 @@ class Bench:
       skipped: a line for each real clip that could not be read.
       decoder: tiny decoder of further rows, as for `Sampler.load`; "full" for none.
       about_decoder: its description for records.
+      references: `{label: clips like truth}` of further rows that no model made.
     """
 
     runs: Runs
@@ -63,28 +66,47 @@ class Bench:
     skipped: list[str] = field(default_factory=list)
     decoder: str = "full"
     about_decoder: dict[str, Any] = field(default_factory=dict)
+    references: dict[str, np.ndarray] = field(default_factory=dict)
 
     def rows(self, table: str) -> list[Row]:
         """Returns the rows of a table, a key of `TABLES`."""
         return rows_of(table, self.decoder)
 
 
-def world_bench(workdir: Path, runs: Runs, budget: Budget) -> Bench:
-    """Returns the bench of the procedural world; the network of its scores is cached in `workdir`/worldnet."""
-    rules = world_of(runs.config(BASE, 0))
-    truth, labels = rules.batch(range(budget.conditions), "heldout")
+def world_bench(
+    workdir: Path, runs: Runs, rules: World, conditions: int, batch: int = 64, extractor: Extractor | None = None
+) -> Bench:
+    """Returns the bench of a procedural world; the network of its scores is cached in `workdir`/worldnet.
+
+    Args:
+      workdir: folder of the cache.
+      runs: the models.
+      rules: the world.
+      conditions: number of held-out first frames that are sampled and scored.
+      batch: videos sampled per call.
+      extractor: features for a further column, the Frechet distance of all clips to the true ones.
+    """
+    truth, labels = rules.batch(range(conditions), "heldout")
+    known = functools.cache(lambda features: compute(features, truth))
 
     def score(clips):
         found = world.score(rules, labels, clips, network=workdir / "worldnet")
-        return found | {"fvd": found["world_fvd"], "interval": found["world_fvd_interval"]}
+        found |= {"fvd": found["world_fvd"], "interval": found["world_fvd_interval"]}
+        if extractor:
+            found["i3d_fvd"] = measure(known(extractor.features), compute(extractor.features, clips)).value
+        return found
 
     columns = {"distance": "distance", "fit": "fit", "intact": "intact", "body error": "body_error", "legal": "legal"}
     columns |= {"busiest": "busiest_direction"}
     notes = [f"{title}: {world.MEANINGS[name]}." for title, name in columns.items()]
     notes.append(f"FVD: {world.MEANINGS['world_fvd']}.")
+    if extractor:
+        columns["I3D FVD"] = "i3d_fvd"
+        notes.append(f"I3D FVD: to the true clips, by {extractor.about['file']}; true clips are at distance 0.")
     options = dict(noise_aug_strength=0.0)
     images, same = list(truth[:, 0]), lambda clip: clip
-    return Bench(runs, truth, images, same, score, columns, notes, options, {}, 64)
+    still = {"truth": truth, "still image": np.repeat(truth[:, :1], truth.shape[1], axis=1)}
+    return Bench(runs, truth, images, same, score, columns, notes, options, {}, batch, references=still)
 
 
 def svd_bench(
@@ -156,7 +178,7 @@ def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -
     """Returns (record, clips) of a row: from its files if they are up to date, else made with the sampler of `load`."""
     folder = bench.runs.folder / f"seed{seed}" / "rows" / row.key
     path = bench.runs.workdir(row.run, seed)
-    trained = read_config(path) if (path / "config.json").is_file() else None
+    trained = read_config(path) if (path / "config.json").is_file() else box.NAMES.get(str(path))
     origin = [str(path), trained, row.run, row.steps, row.sampler, row.guidance, seed, bench.options]
     origin += [] if row.decoder == "full" else [bench.about_decoder]
     digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode() + bench.truth.tobytes()).hexdigest()
@@ -171,6 +193,20 @@ def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -
     record |= {} if row.decoder == "full" else {"decoder": bench.about_decoder}
     write_json(kept, record)
     return record, clips
+
+
+def ensure_reference(bench: Bench, label: str) -> dict:
+    """Returns the record of a row of `bench.references`, from its file if it is up to date."""
+    clips, kept = bench.references[label], bench.runs.folder / "references" / f"{label.replace(' ', '_')}.json"
+    digest = hashlib.sha256(clips.tobytes() + bench.truth.tobytes()).hexdigest()
+    with contextlib.suppress(FileError):
+        record = read_json(kept, "", ("digest",))
+        if record["digest"] == digest and not set(bench.columns.values()) - set(record):
+            return record
+    record = {"digest": digest} | bench.score(clips)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, record)
+    return record
 
 
 def how(row: Row) -> dict[str, Any]:

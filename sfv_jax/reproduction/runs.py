@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
 from sfv_jax.checkpoints.base import read_unet
+from sfv_jax.checkpoints.model_folder import load_codec
 from sfv_jax.checkpoints.run import claim_workdir
+from sfv_jax.choices import PACKAGED
 from sfv_jax.config import world_of
 from sfv_jax.config_check import check
 from sfv_jax.data.loader import latent_source, world_source
@@ -20,12 +22,21 @@ from sfv_jax.methods.adversarial import per_head
 from sfv_jax.models.discriminator import DiscriminatorConfig
 from sfv_jax.models.networks import Networks
 from sfv_jax.models.unet import UNetConfig
-from sfv_jax.reproduction.experiments import BASE, Budget, rows_of, runs_of, svd_config, world_config
+from sfv_jax.reproduction.experiments import (
+    BASE,
+    SCENES_BASE,
+    Budget,
+    rows_of,
+    runs_of,
+    scenes_config,
+    svd_config,
+    world_config,
+)
 from sfv_jax.runtime.device import count_flops
 from sfv_jax.runtime.plain_config import flat
 from sfv_jax.training.loop import train
 
-CPU_RATE = 25e9  # FLOP/s of tiny networks on two x86-64 cores, an assumption: see docs/reproduction.md
+CPU_RATE = 25e9  # FLOP/s of small networks on two x86-64 cores, an assumption: see docs/reproduction.md
 CHIP_RATE = 0.4 * 989e12  # FLOP/s of an H100 in bf16 at 40 % of its peak, an assumption
 
 
@@ -42,12 +53,14 @@ class Runs:
       config: function `(run, seed) -> training config`.
       base: workdir or model folder of the base model, from which the methods start and SVD's rows are sampled.
       trains_base: whether the base model is trained, too.
+      small: whether the networks are such that two CPU cores train them.
     """
 
     folder: Path
     config: Callable[[str, int], ConfigDict]
     base: Path
     trains_base: bool
+    small: bool = True
 
     def workdir(self, run: str, seed: int) -> Path:
         """Returns the workdir of a run, or `base` for the base model."""
@@ -91,9 +104,15 @@ def world_runs(folder: Path, budget: Budget, settings: Sequence[str]) -> Runs:
     return Runs(folder, with_settings(config, settings), base, True)
 
 
+def scenes_runs(folder: Path, budget: Budget, settings: Sequence[str]) -> Runs:
+    """Returns the runs of small networks on the scenes, from the base model in the package."""
+    config = partial(scenes_config, budget=budget)
+    return Runs(folder, with_settings(lambda run, seed: config(run, seed=seed), settings), Path(SCENES_BASE), False)
+
+
 def svd_runs(folder: Path, svd: str, data: str, settings: Sequence[str]) -> Runs:
     """Returns the runs of the published configuration, from the model folder `svd` on the latent cache `data`."""
-    return Runs(folder, with_settings(partial(svd_config, model=svd, cache=data), settings), Path(svd), False)
+    return Runs(folder, with_settings(partial(svd_config, model=svd, cache=data), settings), Path(svd), False, False)
 
 
 def with_settings(make: Callable[[str, int], ConfigDict], settings: Sequence[str]) -> Callable[[str, int], ConfigDict]:
@@ -133,12 +152,13 @@ def cost_of_step(config: ConfigDict, base: Path) -> float:
     It is the forward passes of `forward_flops` times how often a method runs them, a backward pass counting twice, or
     once where weights are frozen. Tracing the step itself takes a minute at full size.
     """
-    if config.data.source == "world":
-        unet, codec = configs.unet_of(config), configs.patch_codec_of(config)
-        example = world_source(world_of(config), config.data.split, 1, codec)[0]
+    if config.data.source == "latents":
+        unet, example = read_unet(base), latent_source(config.data.path, config.data.split)[0]
     else:
-        unet = read_unet(base)
-        example = latent_source(config.data.path, config.data.split)[0]
+        packaged = config.init in PACKAGED
+        unet = read_unet(base) if packaged else configs.unet_of(config)
+        codec = load_codec(base) if packaged else configs.patch_codec_of(config)
+        example = world_source(world_of(config), config.data.split, 1, codec)[0]
     adversarial = "discriminator" in config
     changes = tuple(config.discriminator.to_dict().items()) if adversarial else None
     unet_, encoder, heads = forward_flops(unet, changes, example["latents"].shape)
@@ -204,7 +224,7 @@ def plan(runs: Runs, tables: Sequence[str], seeds: Sequence[int], jobs: int = 1,
     there = f", {len(wanted) - len(todo)} are there" if len(todo) < len(wanted) else ""
     count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     lines.append(f"{len(todo)} training runs ({count}){there}, {len(rows) * len(seeds)} rows in all.")
-    if runs.trains_base:
+    if runs.small:
         # A run compiles for a minute, a row for a quarter of a minute.
         shared = (total - alone) / CPU_RATE / 60 + 1.2 * len(todo) + 0.25 * len(rows) * len(seeds)
         minutes = alone / CPU_RATE / 60 + shared / jobs

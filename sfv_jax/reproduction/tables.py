@@ -7,7 +7,7 @@ import numpy as np
 from sfv_jax.evaluation.report import Report
 from sfv_jax.reproduction import experiments
 from sfv_jax.reproduction.experiments import BASE, TABLES, Row
-from sfv_jax.reproduction.rows import SHOWN, Bench
+from sfv_jax.reproduction.rows import SHOWN, Bench, ensure_reference
 from sfv_jax.reproduction.strips import picture
 from sfv_jax.training.metrics import read_metrics
 
@@ -31,7 +31,7 @@ def cells(bench: Bench, row: Row, record: dict) -> list:
     shown = [record[name] for name in bench.columns.values()]
     interval = f"{low:.1f} to {high:.1f}"
     published, seconds = (None if x is None else f"{x:g}" for x in (row.published, row.seconds))  # as printed
-    times = [record["ms_call"], record.get("ms_decode"), record["ms_whole"], seconds]  # earlier records have no decode
+    times = [*map(record.get, ("ms_call", "ms_decode", "ms_whole")), seconds]  # references have none
     return [row.label, published, record["fvd"], len(bench.images), interval, *shown, *times]
 
 
@@ -89,6 +89,7 @@ def make_report(
         title, rows = TABLES[name][0], bench.rows(name)
         found = [summarise(records[row.key]) for row in rows]
         lines = [cells(bench, row, record) for row, record in zip(rows, found, strict=True)]
+        lines += [cells(bench, Row(label, ""), ensure_reference(bench, label)) for label in bench.references]
         report.table(title, columns, lines, orders(rows, found) + (notes if name == tables[-1] else []))
     if bench.skipped:
         report.text(f"{len(bench.skipped)} real clips could not be read and are in no row", bench.skipped)

@@ -121,7 +121,7 @@ def check_decoder(more: tuple[str, ...] = ()) -> None:
       UserError: if it does not.
     """
     name = flags.FLAGS.decoder
-    if name not in ("full", "tiny", *choices.PACKAGED, *more) and not Path(name).exists():
+    if name not in ("full", "tiny", *more) and not choices.is_there(name):
         raise UserError(f"--decoder={name}: choose full or tiny, or name the file or folder of a tiny decoder")
 
 
@@ -285,7 +285,7 @@ def check_inputs(*names: str) -> None:
       UserError: if one does not.
     """
     for name, value in values(*names).items():
-        if value and not Path(value).exists() and value not in choices.PACKAGED:
+        if value and not choices.is_there(value):
             near = difflib.get_close_matches(value, choices.PACKAGED, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             packaged = f"; models in the package: {', '.join(choices.PACKAGED)}" if name == "checkpoint" else ""

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from sfv_jax import config as configs
+from sfv_jax.checkpoints.base import read_unet
 from sfv_jax.checkpoints.run import WorkdirError
 from sfv_jax.config import patch_codec_of, unet_of, world_of
+from sfv_jax.config_check import check
 from sfv_jax.config_records import settled
 from sfv_jax.data.loader import world_source
 from sfv_jax.data.video import write_video
@@ -23,6 +25,7 @@ from sfv_jax.reproduction import runs as trainings
 from sfv_jax.reproduction.experiments import BASE, Row
 from sfv_jax.reproduction.runs import Runs
 from sfv_jax.runtime import commands
+from sfv_jax.runtime.plain_config import flat
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.training.step import unet_step_flops
 from tests.support import small_run
@@ -177,6 +180,46 @@ def test_a_row_that_lacks_a_younger_score_is_scored_again(bench):
         assert found["fvd"] == (first["fvd"] if name == "mean" else -1.0) and found["mean"] == 1.0
 
 
+def test_rows_that_no_model_made(bench):
+    """They are scored as the others, once, and anew if a score is younger."""
+    calls, score = [], bench.score
+    bench = dataclasses.replace(
+        bench,
+        references={"truth": bench.truth, "still image": np.repeat(bench.truth[:, :1], 2, axis=1)},
+        score=lambda clips: calls.append(len(clips)) or score(clips),
+    )
+    jobs.reproduce(bench, ["small"], [0])
+    lines = (bench.runs.folder / "scores.md").read_text().splitlines()
+    (truth,) = (line.split("|") for line in lines if line.startswith("| truth |"))
+    assert float(truth[3]) == pytest.approx(bench.truth.mean(), abs=0.1) and truth[-2].strip() == ""
+    assert any(line.startswith("| still image |") for line in lines) and calls == [4] * 4
+    jobs.reproduce(bench, ["small"], [0])
+    assert calls == [4] * 4
+    more = lambda clips: bench.score(clips) | {"new": 1.0}  # noqa: E731
+    jobs.reproduce(dataclasses.replace(bench, columns={"new": "new"}, score=more), ["small"], [0])
+    assert calls == [4] * 8
+
+
+def test_the_scenes_of_the_package(tmp_path, monkeypatch):
+    request = jobs.Request(tmp_path, scale="scenes", fast=True, decoder="tiny")
+    runs = jobs.runs_for(request)
+    assert runs.folder == tmp_path / "scenes-fast" and runs.config("ladd", 2).seed == 2 and not runs.trains_base
+    bench = jobs.bench_for(request, runs)
+    assert bench.truth.shape == (experiments.SCENES_FAST.conditions, 14, 32, 32, 3)
+    assert [*bench.references] == ["truth", "still image"]
+    assert "i3d_fvd" not in bench.columns.values() and len(bench.about_decoder["sha256"]) == 64
+    assert bench.rows("table2")[1].label == "spatial and temporal, tiny decoder"
+    # With I3D there is a further column.
+    monkeypatch.setattr(jobs.kinetics, "installed", lambda: "there")
+    features = SimpleNamespace(features=lambda clips: clips.reshape(len(clips), -1)[:, :5], about={"file": "i3d"})
+    monkeypatch.setattr(jobs, "load_features", lambda _: features)
+    monkeypatch.setattr(stages.world, "score", lambda *_, **__: {"world_fvd": 1.0, "world_fvd_interval": (0, 2)})
+    bench = jobs.bench_for(dataclasses.replace(request, fast=False), runs)
+    assert bench.columns["I3D FVD"] == "i3d_fvd" and len(bench.truth) == experiments.SCENES_FULL.conditions
+    perfect, damaged = (bench.score(clips)["i3d_fvd"] for clips in (bench.truth, bench.truth // 2))
+    assert abs(perfect) < 1e-6 < damaged
+
+
 def test_several_seeds_give_a_mean_and_a_range():
     records = [{"fvd": v, "interval": (0, 9), "distance": 2 * v, "digest": "x"} for v in (1.0, 2.0, 6.0)]
     assert tables.summarise(records) == {"fvd": 3.0, "distance": 6.0, "interval": (1.0, 6.0)}
@@ -199,6 +242,16 @@ def test_every_run_is_a_config_that_its_method_accepts(run):
     for field, value in changes.items():
         section, name = field.split(".")
         assert world[section][name] == value
+    scenes = experiments.scenes_config(run, experiments.SCENES_FAST, 3)
+    check(scenes)
+    assert (scenes.init, scenes.seed, scenes.batch_size) == ("world-teacher", 3, experiments.SCENES_FAST.batch)
+    fields = flat(scenes.to_dict())
+    assert all(fields[name] == value for name, value in changes.items())
+    assert fields["steps"] == experiments.SCENES_FAST.steps
+    if scenes.method == "sfv":
+        assert scenes.sfv.balance == (0.0 if run in ("no reconstruction", "printed recipe") else 1.5)
+        assert scenes.sfv.noise_shift == (run not in experiments.RECIPES)
+    METHODS[scenes.method].make_networks(read_unet("world-teacher"), scenes)
     codec, unet = patch_codec_of(world), unet_of(world)
     assert unet.out_channels == codec.latent_channels and world_of(world).size % codec.embed_cell == 0
     METHODS[world.method].make_networks(unet, world)
