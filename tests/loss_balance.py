@@ -1,6 +1,6 @@
 """How the balance of SF-V's two losses depends on the size of a video: a table over a ladder of sizes.
 
-    python -m tests.loss_balance [--steps 100] [--sizes 768,301056] [--longest 19712] [--plot docs/loss_balance.svg]
+    python -m tests.loss_balance [--sizes 768,301056] [--forms printed] [--longest 19712] [--plot docs/loss_balance.svg]
 
 A small UNet of two levels is trained by SF-V on moving shapes whose latents have the paper's sizes, up to 14 frames of
 56x96 cells and 4 channels. Each line gives the ratio of the gradients of both losses at the generator's output, before
@@ -80,19 +80,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--sizes", default="", help="numbers of a latent, such as 768,301056; default: all")
+    parser.add_argument("--forms", default=",".join(FORMS), help="losses to measure; default: all")
     parser.add_argument("--longest", type=int, default=19_712, help="greatest size of which all steps are made")
     parser.add_argument("--plot", default="", help="SVG of the ratios before the first step over the sizes")
     args = parser.parse_args()
     wanted = {int(size) for size in args.sizes.split(",") if size}
     print("| latents | d | losses | before | last ten | seconds |\n| --- | ---: | --- | ---: | ---: | ---: |")
-    lines: dict[str, list[float]] = {name: [] for name in FORMS}
+    forms = {name: FORMS[name] for name in args.forms.split(",")}
+    lines: dict[str, list[float]] = {name: [] for name in forms}
     sizes = []
     for shape in SIZES:
         size = int(np.prod(shape)) * CHANNELS
         if wanted and size not in wanted:
             continue
         sizes.append(f"{size:,}")
-        for name, changes in FORMS.items():
+        for name, changes in forms.items():
             began = time.monotonic()
             found = ratios(shape, args.steps if size <= args.longest else 1, changes)
             seconds = time.monotonic() - began
