@@ -44,7 +44,10 @@ def batch(step: int) -> dict:
 
 
 class Steps:
-    """Runs `count` steps of a method on a mesh. Attributes: `states` and `metrics` of the steps, `shardings`."""
+    """Runs `count` steps of a method on a mesh.
+
+    Attributes: `states` and `metrics` of the steps, `shardings`, and `first`, the (state, frozen) before them.
+    """
 
     def __init__(self, *shape: int, count: int = 6, method: str = "sfv"):
         config = getattr(configs, method)()
@@ -64,6 +67,7 @@ class Steps:
         self.shardings = sharding.param_shardings(mesh, self.abstract)
         place = sharding.param_shardings(mesh, abstract)
         state, frozen = jax.jit(init, out_shardings=self.shardings)(jax.device_put(params, place))
+        self.first = jax.device_get((state, frozen))
         split = sharding.batch_sharding(mesh)
         self.step = jax.jit(
             METHODS[method].make_train_step(networks, config),
