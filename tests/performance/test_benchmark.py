@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from sfv_jax import config
+from sfv_jax.models.clip import CLIPConfig
+from sfv_jax.models.unet import UNetConfig
+from sfv_jax.models.vae import VAEConfig
 from sfv_jax.performance import measurement, random_arrays, timing
 from sfv_jax.performance.programs import Program, SampleOptions, Sizes
 from sfv_jax.runtime import plain_config, sharding
@@ -28,6 +31,11 @@ sys.meta_path.insert(0, Block())
 """
 ABSENT = {"ml_collections", "PIL", "av", "grain", "array_record", "tensorflow_datasets", "tensorboardX", "safetensors"}
 ABSENT |= {"diffusers", "transformers", "torch", "huggingface_hub", "cv2"}
+SIZES = Sizes(
+    UNetConfig.tiny(block_out_channels=(32,), num_attention_heads=(2,), layers_per_block=1, num_frames=2),
+    VAEConfig.tiny(block_out_channels=(32, 32), layers_per_block=1),
+    CLIPConfig.tiny(projection_dim=32),
+)
 
 
 def test_it_starts_where_only_jax_and_its_kin_are():
@@ -133,10 +141,7 @@ def test_diffusers_computes_the_same_gradient(reference, capsys):
     """The calls timed in turns return equal results; those of sampling are in the test of the accelerator check."""
     from sfv_jax.performance import against_diffusers
 
-    unet = measurement.UNetConfig.tiny(block_out_channels=(32,), num_attention_heads=(2,), num_frames=2)
-    vae = measurement.VAEConfig.tiny(block_out_channels=(32, 32), layers_per_block=1)
-    sizes = Sizes(unet, vae, measurement.CLIPConfig.tiny(projection_dim=32))
-    found = against_diffusers.against_diffusers(sizes, (16, 24), 2, "float32", 1, True)
+    found = against_diffusers.against_diffusers(SIZES, (16, 24), 2, "float32", 1, True)
     assert list(found) == ["UNet", "UNet, forward and backward"]
     for name, times in found.items():
         assert list(times) == ["sfv_jax", "diffusers", "difference"]
@@ -147,8 +152,7 @@ def test_diffusers_computes_the_same_gradient(reference, capsys):
 @pytest.mark.slow
 def test_sampling_from_end_to_end():
     """The stages are those of the sampler, and the whole passes the result of each stage on to the next."""
-    sizes = measurement.NETWORKS["tiny"]
-    sizes = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, num_frames=2, temporal_conv="matmul"))
+    sizes = dataclasses.replace(SIZES, unet=dataclasses.replace(SIZES.unet, temporal_conv="matmul"))
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     options = SampleOptions(dtype="float32", vae_dtype="float32")
     rows = [row for row, *_ in measurement.sampling(mesh, sizes, (64, 64), 1, options, 1)]
