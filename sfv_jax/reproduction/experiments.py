@@ -289,6 +289,11 @@ def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigD
     if config.method == "ladd":
         config.ladd.warmup_steps = steps // 10
     config.update_from_flattened_dict(changes)
+    return _of_length(config, steps)
+
+
+def _of_length(config: configs.ConfigDict, steps: int) -> ConfigDict:
+    """Returns `config` for a run of `steps` steps, locked: 50 log intervals, four checkpoints, no pictures."""
     config.update(dict(steps=steps, log_every=max(steps // 50, 1), checkpoint_every=max(steps // 4, 1), sample_every=0))
     return config.lock()
 
@@ -334,6 +339,4 @@ def scenes_config(run: str, budget: Budget, seed: int) -> ConfigDict:
     elif config.method == "ladd":
         config.ladd.update(noise_shift=True, warmup_steps=budget.steps // 10)
     config.update_from_flattened_dict(changes)
-    steps = budget.steps
-    config.update(dict(steps=steps, log_every=max(steps // 50, 1), checkpoint_every=max(steps // 4, 1), sample_every=0))
-    return config.lock()
+    return _of_length(config, budget.steps)

@@ -184,8 +184,7 @@ def ensure_row(bench: Bench, row: Row, seed: int, load: Callable[[], Sampler]) -
     digest = hashlib.sha256(json.dumps(origin, sort_keys=True).encode() + bench.truth.tobytes()).hexdigest()
     kept = folder / "row.json"
     with contextlib.suppress(FileError):  # missing or damaged: made anew
-        record = read_json(kept, "", ("digest",))
-        if record["digest"] == digest and not set(bench.columns.values()) - set(record):  # a score may be younger
+        if record := _kept_record(bench, kept, digest):
             return record, read_clips(folder, bench, digest)
     sampler = load() if row.decoder == "full" else load().with_decoder(row.decoder)
     clips = sample_clips(bench, sampler, row, seed, folder, digest)
@@ -200,13 +199,22 @@ def ensure_reference(bench: Bench, label: str) -> dict:
     clips, kept = bench.references[label], bench.runs.folder / "references" / f"{label.replace(' ', '_')}.json"
     digest = hashlib.sha256(clips.tobytes() + bench.truth.tobytes()).hexdigest()
     with contextlib.suppress(FileError):
-        record = read_json(kept, "", ("digest",))
-        if record["digest"] == digest and not set(bench.columns.values()) - set(record):
+        if record := _kept_record(bench, kept, digest):
             return record
     record = {"digest": digest} | bench.score(clips)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, record)
     return record
+
+
+def _kept_record(bench: Bench, file: Path, digest: str) -> dict | None:
+    """Reads a row's record; returns None if it is of other clips or lacks a score, which may be younger.
+
+    Raises:
+      FileError: if the file is missing or damaged.
+    """
+    record = read_json(file, "", ("digest",))
+    return record if record["digest"] == digest and not set(bench.columns.values()) - set(record) else None
 
 
 def how(row: Row) -> dict[str, Any]:

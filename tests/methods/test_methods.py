@@ -22,7 +22,6 @@ from sfv_jax.models.unet import UNet, UNetConfig
 from tests.conftest import noise
 
 C, D = 3, 5  # channels of latents, width of embeddings
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compile soon, run slowly
 
 
 class Plain:

@@ -8,11 +8,11 @@ from sfv_jax.models import tree
 from tests.methods.test_methods import moved
 from tests.runtime.test_sharding import Steps
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_things_in_parts")]  # the same program as there
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def one_step(small_things_in_parts):
+def one_step(small_things_in_parts):  # as there, so that the program is the same
     """Returns (state before, frozen before, state after, frozen after, metrics) of one jitted, donated step."""
     steps = Steps(1, 1, 1, count=1)
     return *steps.first, steps.states[0], jax.device_get(steps.frozen), steps.metrics[0]
