@@ -41,8 +41,8 @@ def get_config(arg: str = "teacher"):
             )
         )
         config.teacher.update(p_mean=0.5, p_std=1.8)
-        config.generator_optimizer.update(
-            lr=1.5e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=2900
+        config.generator_optimizer = defaults.muon(
+            1e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=2900
         )
     else:
         config.update(dict(init="world-teacher", steps=600, ema_decay=0.98))

@@ -34,8 +34,13 @@ def adamw(lr: float, **changes) -> ConfigDict:
     return ConfigDict(dict(name="adamw", b1=0.9, b2=0.999, weight_decay=0.0) | schedule(lr) | changes)
 
 
+def muon(lr: float, **changes) -> ConfigDict:
+    """Returns Muon, which takes AdamW's learning rates and is beside Adam for vectors (`optim.scale_by_muon`)."""
+    return adamw(lr, name="muon", momentum=0.95, **changes)
+
+
 def schedule(lr: float) -> dict:
-    """Returns the fields of both optimizers. All but `lr` are choices: the paper gives only a learning rate."""
+    """Returns the fields of all optimizers. All but `lr` are choices: the paper gives only a learning rate."""
     return dict(
         lr=lr,
         delay_steps=0,  # steps before the warm-up in which nothing moves, but the optimizer sees the gradients

@@ -179,21 +179,25 @@ GENERAL = {
     "profile_steps": count("number of traced steps; 0: none", 0),
 }
 OPTIMIZER = {
-    "name": choice("optimizer", "sm3", "adamw"),
+    "name": choice("optimizer", "sm3", "adamw", "muon"),
     "lr": positive("learning rate", 1),
     "delay_steps": count("steps before the warm-up in which nothing moves", 0),
     "warmup_steps": count("linear warm-up; 0: none", 0),
     "schedule": choice("learning rate after the warm-up", "constant", "cosine", "linear"),
     "decay_steps": count('length of "cosine" and "linear", to zero', 0),
     "clip_norm": real("gradients are scaled down to at most this norm; 0: never"),
-    "momentum": decay("SM3: momentum"),
+    "momentum": decay("SM3 and Muon: momentum"),
     "beta": decay("SM3: decay of the second moment; 0: sums, as in SM3-II"),
     "max_decay": real("SM3: decay of the running maximum; 1: it never falls", 0, 1),
-    "b1": decay("AdamW: decay of the first moment"),
-    "b2": decay("AdamW: decay of the second moment"),
-    "weight_decay": share("AdamW: weight decay"),
+    "b1": decay("AdamW, and Muon for vectors: decay of the first moment"),
+    "b2": decay("the same: decay of the second moment"),
+    "weight_decay": share("AdamW and Muon: weight decay"),
 }
-OWN_FIELDS = {"sm3": ("momentum", "beta", "max_decay"), "adamw": ("b1", "b2", "weight_decay")}
+OWN_FIELDS = {
+    "sm3": ("momentum", "beta", "max_decay"),
+    "adamw": ("b1", "b2", "weight_decay"),
+    "muon": ("momentum", "b1", "b2", "weight_decay"),
+}
 DISCRIMINATOR = {
     "spatial": switch("heads that see each frame by itself"),
     "temporal": switch("heads that see each position along time"),

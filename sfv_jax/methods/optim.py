@@ -1,4 +1,4 @@
-"""Optimizers (SM3 as in SF-V, and AdamW) and the moving average of parameters."""
+"""Optimizers (SM3 as in SF-V, AdamW and Muon) and the moving average of parameters."""
 
 import functools
 import json
@@ -83,18 +83,62 @@ def scale_by_sm3(
     return optax.GradientTransformation(init, update)
 
 
+def scale_by_muon(momentum: float = 0.95, b1: float = 0.9, b2: float = 0.999) -> optax.GradientTransformation:
+    """Returns Muon (Jordan et al. 2024) for kernels and tables, with Adam for vectors and scalars.
+
+    A kernel `[..., out]` is the matrix `[prod(...), out]`. Its Nesterov momentum is replaced by the nearest matrix with
+    orthonormal rows or columns, times 0.2 sqrt(max(rows, columns)): the root mean square of the elements is then about
+    0.2, as of AdamW's updates, so that AdamW's learning rates fit (Liu et al., arXiv 2502.16982). The state is fp32.
+
+    `optax.contrib.muon` orthogonalizes each matrix by itself; here matrices of one shape are stacked, so that hundreds
+    of kernels compile as some dozens.
+    """
+
+    def orthogonalized(updates, params=None):
+        del params
+        kernels, tree = jax.tree.flatten(updates)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for n, kernel in enumerate(kernels):
+            groups.setdefault((kernel.size // kernel.shape[-1], kernel.shape[-1]), []).append(n)
+        for shape, members in groups.items():
+            matrices = orthogonalize(jnp.stack([kernels[n].reshape(shape) for n in members]))
+            for n, matrix in zip(members, 0.2 * max(shape) ** 0.5 * matrices, strict=True):
+                kernels[n] = matrix.reshape(kernels[n].shape)
+        return tree.unflatten(kernels)
+
+    nesterov = optax.trace(momentum, nesterov=True, accumulator_dtype=jnp.float32)
+    kinds = {"kernel": optax.chain(nesterov, optax.stateless(orthogonalized)), "vector": optax.scale_by_adam(b1, b2)}
+    return optax.partition(kinds, lambda params: jax.tree.map(lambda p: "kernel" if p.ndim > 1 else "vector", params))
+
+
+def orthogonalize(matrices: Array) -> Array:
+    """Returns matrices `[n, rows, columns]` with their singular values moved to between about 0.7 and 1.2.
+
+    Five steps of Newton's and Schulz's iteration, with the quintic polynomial of Jordan et al. 2024, "Muon".
+    """
+    if tall := matrices.shape[1] > matrices.shape[2]:
+        matrices = matrices.mT
+    x = matrices / (jnp.linalg.norm(matrices, axis=(1, 2), keepdims=True) + 1e-8)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if tall else x
+
+
 def make_optimizer(config) -> optax.GradientTransformation:
     """Returns the optimizer of a config section.
 
     Args:
-      config: `name` ("sm3" or "adamw"), that optimizer's own fields, `lr`, `delay_steps` (nothing moves, but the
-        optimizer sees the gradients), `warmup_steps` (then, linear), `schedule` (after the warm-up: "constant", or
+      config: `name` ("sm3", "adamw" or "muon"), that optimizer's own fields, `lr`, `delay_steps` (nothing moves, but
+        the optimizer sees the gradients), `warmup_steps` (then, linear), `schedule` (after the warm-up: "constant", or
         "cosine" or "linear" to zero in `decay_steps`) and `clip_norm`.
     """
     if config.name == "sm3":
         scale = scale_by_sm3(config.momentum, config.beta, config.max_decay)
     else:
-        scale = optax.chain(optax.scale_by_adam(config.b1, config.b2), optax.add_decayed_weights(config.weight_decay))
+        adam = optax.scale_by_adam(config.b1, config.b2)
+        scale = adam if config.name == "adamw" else scale_by_muon(config.momentum, config.b1, config.b2)
+        scale = optax.chain(scale, optax.add_decayed_weights(config.weight_decay))
     schedules = {
         "constant": lambda: optax.schedules.constant_schedule(config.lr),
         "cosine": lambda: optax.schedules.cosine_decay_schedule(config.lr, config.decay_steps),

@@ -155,6 +155,7 @@ ROWS = (
     ("UNet, one call, 14 x 576 x 1024, bf16", ("sampling", "denoise"), "goal: at most 95 on an H200"),
     ("UNet with guidance", ("sampling", "denoise, guided"), "SF-V's paper: 300 per call on an A100"),
     ("VAE decoder, 14 frames", ("sampling", "decode"), ""),
+    ("tiny decoder, 14 frames", ("extras", "decode, tiny decoder"), "goal: at most an eighth of the VAE decoder"),
     ("CLIP", ("sampling", "clip"), ""),
     ("VAE encoder, one image", ("sampling", "encode"), ""),
     ("image to frames, one step", ("sampling", "image to frames"), "goal: at most 400 on an H200"),

@@ -127,10 +127,13 @@ def train(found: Figures, tiny: bool) -> None:
 
 
 def extras(found: Figures, tiny: bool) -> None:
-    """Profiles one UNet call, then times 25 frames and batch 2. A tiny decoder and int8 are not in this version."""
+    """Times a tiny decoder and profiles one UNet call, then times 25 frames and batch 2."""
     sizes, size, mesh = _networks(tiny)
     repeats = 1 if tiny else 5
-    denoise = partial(_denoise, mesh, size=size, options=_options(tiny))
+    small = replace(_options(tiny), tiny=measurement.tiny_sizes(sizes, "tiny"))
+    program = _sampling_program("decode", mesh, sizes, size, small, name="decode, tiny decoder")
+    found[program.name], _ = _timed(found, program, mesh, repeats)
+    denoise = partial(_sampling_program, "denoise", mesh, size=size, options=_options(tiny))
     found["denoise"], call = _timed(found, denoise(sizes), mesh, repeats)
     with jax.profiler.trace(str(found.path.parent / "profile")):
         jax.block_until_ready(call())
@@ -156,14 +159,17 @@ def _options(tiny: bool) -> SampleOptions:
     return SampleOptions(dtype=dtype, vae_dtype=dtype)
 
 
-def _denoise(mesh: Mesh, sizes: Sizes, size, options: SampleOptions, name: str = "denoise", batch: int = 1) -> Program:
-    """Returns the program of one UNet call under another name."""
+def _sampling_program(
+    stage: str, mesh: Mesh, sizes: Sizes, size: tuple[int, int], options: SampleOptions, name: str = "", batch: int = 1
+) -> Program:
+    """Returns one of `sample_programs`, under another name if `name` is given."""
     programs = sample_programs(mesh, sizes, size, batch, options)
-    return replace(next(program for program in programs if program.name == "denoise"), name=name)
+    return replace(next(program for program in programs if program.name == stage), name=name or stage)
 
 
 def _guided(mesh: Mesh, sizes: Sizes, size: tuple[int, int], tiny: bool) -> Program:
-    return _denoise(mesh, sizes, size, replace(_options(tiny), guidance=(1.0, 3.0)), "denoise, guided")
+    options = replace(_options(tiny), guidance=(1.0, 3.0))
+    return _sampling_program("denoise", mesh, sizes, size, options, name="denoise, guided")
 
 
 def _train_step(tiny: bool) -> tuple[Program, Mesh]:

@@ -340,7 +340,11 @@ def test_a_waiting_generator_runs_nothing_backward():
     assert_trees_close(d_grads, same_d_grads)
 
 
-@pytest.mark.parametrize("optimizer", [configs.sm3(1e-3), configs.adamw(1e-3, weight_decay=0.5)], ids=["sm3", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [configs.sm3(1e-3), configs.adamw(1e-3, weight_decay=0.5), configs.muon(1e-3, weight_decay=0.5)],
+    ids=["sm3", "adamw", "muon"],
+)
 def test_frozen_parameters_stay_bit_for_bit(optimizer):
     config = sfv_config()
     config.generator_optimizer, config.trainable, config.ema_decay = optimizer, "^w", 0.37

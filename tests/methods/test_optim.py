@@ -1,4 +1,4 @@
-"""SM3 against an independent implementation; schedules, clipping and the moving average."""
+"""SM3 and Muon against independent implementations; schedules, clipping and the moving average."""
 
 import itertools
 
@@ -106,6 +106,50 @@ def test_zero_gradients_move_nothing():
     optimizer = optim.make_optimizer(configs.sm3(1.0))
     moved, *_ = optim.apply(optimizer, jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, moved, params)
+
+
+def plain_muon(average: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """Returns Muon's update of a matrix in float64 from its average of gradients (already with `g`) and `g`."""
+    x = 0.95 * average + 0.05 * g
+    x /= np.linalg.norm(x)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+    return 0.2 * max(x.shape) ** 0.5 * x
+
+
+def test_muon_follows_its_definition():
+    """The first step is also that of optax, whose later averages are scaled up at the start."""
+    shapes = {"linear": (6, 4), "again": (6, 4), "wide": (3, 7), "conv": (3, 3, 2, 5), "bias": (5,), "mix": ()}
+    kernels = ("linear", "again", "wide", "conv")
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    optimizer, adam = optim.make_optimizer(configs.muon(0.1, b2=0.99)), optax.adam(0.1, b2=0.99)
+    state, adam_state = optimizer.init(params), adam.init(params)
+    averages, rng = dict.fromkeys(kernels, 0.0), np.random.default_rng(0)
+    for step in range(3):
+        grads = {k: rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
+        found, state = optimizer.update(grads, state, params)
+        vectors, adam_state = adam.update(grads, adam_state)
+        matrices = {k: grads[k].reshape(-1, shapes[k][-1]) for k in kernels}
+        if step == 0:
+            peer = optax.contrib.muon(0.1, consistent_rms=0.2)
+            theirs, _ = peer.update(matrices, peer.init(matrices), matrices)
+        for name, g in matrices.items():
+            averages[name] = 0.95 * averages[name] + 0.05 * g.astype(np.float64)
+            move = found[name].reshape(g.shape)
+            np.testing.assert_allclose(move, -0.1 * plain_muon(averages[name], g), rtol=1e-3, atol=1e-5, err_msg=name)
+            if step == 0:
+                np.testing.assert_allclose(move, theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
+        for name in ("bias", "mix"):
+            np.testing.assert_allclose(found[name], vectors[name], rtol=1e-5, err_msg=name)
+
+
+def test_an_orthogonalized_matrix_has_singular_values_near_one():
+    rng = np.random.default_rng(1)
+    matrices = rng.standard_normal((2, 9, 4)) * np.array([1e-6, 1e3])[:, None, None]
+    found = np.linalg.svd(optim.orthogonalize(jnp.asarray(matrices, jnp.float32)), compute_uv=False)
+    assert found.min() > 0.6 and found.max() < 1.3
+    assert not np.any(optim.orthogonalize(jnp.zeros((1, 3, 2))))
 
 
 def steps_of(config: ConfigDict, grads) -> np.ndarray:

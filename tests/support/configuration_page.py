@@ -81,7 +81,7 @@ def differing() -> list[str]:
 def optimizers() -> list[str]:
     """Returns the lines of a table of the optimizers' fields and defaults in each method."""
     lines = ["", "| field | default | legal values | meaning |", "| --- | --- | --- | --- |"]
-    everything = {**defaults.adamw(3e-5), **defaults.sm3(1e-5)}
+    everything = {**defaults.muon(3e-5), **defaults.sm3(1e-5)}
     for name, rule in rules.OPTIMIZER.items():
         default = "see below" if name in ("name", "lr") else f"`{shown(everything[name])}`"
         lines.append(f"| `{name}` | {default} | {rule.legal} | {rule.meaning} |")
