@@ -121,7 +121,7 @@ def _missing(fields: dict[str, Any], method: str | None) -> Iterator[str]:
         wanted |= prefixed(method, METHODS[method]).keys()
         for section in OPTIMIZERS[: 1 + (method in WITH_HEADS)]:
             name = fields.get(f"{section}.name")
-            others = {field for own in OWN_FIELDS.values() for field in own}.difference(OWN_FIELDS.get(name, ()))
+            others = {field for own in OWN_FIELDS.values() for field in own}.difference(OWN_FIELDS.get(str(name), ()))
             wanted |= {f"{section}.{field}" for field in OPTIMIZER if field not in others}
     if method in WITH_HEADS:
         wanted |= prefixed("discriminator", DISCRIMINATOR).keys() | ADVERSARIAL.keys()

@@ -1,6 +1,6 @@
 """Fingerprints of the parameters of a model folder: the storage does not detect a flipped bit in stored numbers.
 
-`fingerprints.json` has, per network and array, the checksum that training checkpoints have (`run.fingerprints`), of
+`fingerprints.json` has, per network and array, the checksum that training checkpoints have (`checksums`), of
 the array as it is stored and cast to `CASTS`. So arrays are verified as they arrive on the devices, cast and sharded.
 """
 
@@ -10,28 +10,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sfv_jax.checkpoints import run
+from sfv_jax.checkpoints import checksums
+from sfv_jax.checkpoints.checksums import fingerprint
 from sfv_jax.models import tree
 from sfv_jax.weights.folders import WeightsError, read_json
 from sfv_jax.weights.lazy import Lazy
 
 FILE = "fingerprints.json"
 CASTS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}  # numpy's cast to float16 is ten times as slow
-_PART = 2**16  # elements that are summed at a time, few enough for the cache
-_ODD = 2 * np.arange(_PART, dtype=np.uint32) + 1
-
 Prints = dict[str, dict[str, int]]  # {path of the array: {dtype: checksum}}
-
-
-def fingerprint(value: np.ndarray) -> int:
-    """Returns the checksum that `run.fingerprints` computes on devices: bits times an odd weight, summed."""
-    bits = np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}").reshape(-1)
-    total = 0
-    for start in range(0, bits.size, _PART):
-        part = bits[start : start + _PART].astype(np.uint32)
-        weighted = (part * _ODD[: part.size]).sum(dtype=np.uint32)
-        total += int(weighted) + 2 * start * int(part.sum(dtype=np.uint32))
-    return total % 2**32
 
 
 def recording(params: tree.Params, found: Prints) -> tree.Params:
@@ -81,7 +68,7 @@ def verify(params: tree.Params, prints: Prints, where: Path) -> None:
     # The host needs no compilation; only arrays that no process has whole are summed by their devices.
     whole = {k: x.is_fully_replicated and x.is_fully_addressable for k, x in flat.items()}
     found = {k: fingerprint(np.asarray(x.addressable_data(0))) for k, x in flat.items() if whole[k]}
-    found |= run.fingerprints({k: x for k, x in flat.items() if not whole[k]})
+    found |= checksums.fingerprints({k: x for k, x in flat.items() if not whole[k]})
     wrong = [k for k, value in found.items() if prints.get(k, {}).get(flat[k].dtype.name) != value]
     if wrong:
         raise WeightsError(

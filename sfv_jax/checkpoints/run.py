@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from sfv_jax.checkpoints.checksums import examine
 from sfv_jax.errors import UserError
 from sfv_jax.runtime.files import free_name, read_json, to_disk, write_text
 from sfv_jax.runtime.locks import Lock
@@ -170,39 +170,6 @@ def read_config(workdir: Path) -> dict:
     """
     copies = "checkpoints/STEP/config/metadata has a copy"
     return read_json(workdir / "config.json", f"restore it ({copies}), or delete it and repeat the command of the run")
-
-
-@jax.jit
-def _measure(x: jax.Array) -> jax.Array:
-    """Returns the fingerprint of an array and 1 if all elements are finite, else 0; uint32 `[2]`."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.stack([jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32), jnp.all(jnp.isfinite(x)).astype(jnp.uint32)])
-
-
-def examine(state) -> tuple[dict[str, int], list[str]]:
-    """Reads every array of a tree once, on its devices, and fetches two numbers of each.
-
-    Returns:
-      fingerprints: a 32-bit checksum per array, by path: element bits times an odd weight from the index, summed. Any
-        change of a single element changes the checksum. Integer sums do not depend on their order, so neither the mesh
-        nor the number of processes matters. Elements have at most 4 bytes.
-      bad: paths of the arrays with NaN or infinity.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    # With several fake devices on a CPU, collectives of many programs in flight may block each other's threads forever.
-    finish = jax.block_until_ready if jax.default_backend() == "cpu" else lambda x: x
-    values = jax.device_get([finish(_measure(x)) for _, x in leaves])
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    prints = {path: int(value) for path, (value, _) in zip(paths, values, strict=True)}
-    return prints, [path for path, (_, finite) in zip(paths, values, strict=True) if not finite]
-
-
-def fingerprints(state) -> dict[str, int]:
-    """Returns the fingerprints of `examine`."""
-    return examine(state)[0]
 
 
 def _is_news(record: logging.LogRecord) -> bool:

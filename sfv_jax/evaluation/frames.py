@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
+from sfv_jax.checkpoints.checksums import fingerprints
 from sfv_jax.checkpoints.model_folder import load_model, read_model
-from sfv_jax.checkpoints.run import fingerprints
 from sfv_jax.evaluation.features import Extractor
 from sfv_jax.evaluation.mmd import Estimate, common_size, from_halves
 from sfv_jax.evaluation.protocol import digest

@@ -4,7 +4,7 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +107,8 @@ def scale_by_muon(momentum: float = 0.95, b1: float = 0.9, b2: float = 0.999) ->
         return tree.unflatten(kernels)
 
     nesterov = optax.trace(momentum, nesterov=True, accumulator_dtype=jnp.float32)
-    kinds = {"kernel": optax.chain(nesterov, optax.stateless(orthogonalized)), "vector": optax.scale_by_adam(b1, b2)}
+    kernels, vectors = optax.chain(nesterov, optax.stateless(orthogonalized)), optax.scale_by_adam(b1, b2)
+    kinds: dict[Hashable, optax.GradientTransformation] = {"kernel": kernels, "vector": vectors}
     return optax.partition(kinds, lambda params: jax.tree.map(lambda p: "kernel" if p.ndim > 1 else "vector", params))
 
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sfv_jax.checkpoints import exporter, fingerprints, importer, run
+from sfv_jax.checkpoints import checksums, exporter, fingerprints, importer, run
 from sfv_jax.checkpoints import model_folder as store
 from sfv_jax.models import tree
 from sfv_jax.models.clip import CLIPConfig, CLIPVision
@@ -33,12 +33,16 @@ def save(folder, dtype=np.float32):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_the_checksum_is_that_of_checkpoints(dtype):
+@pytest.mark.parametrize("small", [-1, 2**16])  # elements up to which the host reads arrays
+def test_the_checksum_of_devices_is_that_of_the_host(dtype, small, monkeypatch):
+    monkeypatch.setattr(checksums, "SMALL", small)
     values = {"a": {"b": noise(1, 7, 5).astype(dtype), "c": noise(2, 1).astype(dtype)}, "d": np.zeros((0, 3), dtype)}
     values["e"] = noise(3, 70, 1000).astype(dtype)
-    expected = run.fingerprints(jax.tree.map(jnp.asarray, values))
-    found = {path.replace(".", "/"): fingerprints.fingerprint(x) for path, x in tree.flatten(values).items()}
-    assert found == expected
+    expected = {path.replace(".", "/"): checksums.fingerprint(x) for path, x in tree.flatten(values).items()}
+    assert checksums.examine(jax.tree.map(jnp.asarray, values)) == (expected, [])
+    values["a"]["b"][1, 2], values["e"][3, 4] = np.nan, -np.inf
+    found, bad = checksums.examine(jax.tree.map(jnp.asarray, values))
+    assert bad == ["a/b", "e"] and {path for path, x in found.items() if x != expected[path]} == {"a/b", "e"}
 
 
 @pytest.mark.parametrize(("rows", "cut"), [(8, False), (2**15, True)])
@@ -63,9 +67,9 @@ def test_small_arrays_on_several_devices_are_saved_whole(tmp_path, rows, cut):
 
 def test_long_arrays_are_summed_in_parts(monkeypatch):
     value = noise(4, 1001)
-    whole = fingerprints.fingerprint(value)
-    monkeypatch.setattr(fingerprints, "_PART", 64)
-    assert fingerprints.fingerprint(value) == whole
+    whole = checksums.fingerprint(value)
+    monkeypatch.setattr(checksums, "_PART", 64)
+    assert checksums.fingerprint(value) == whole
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])

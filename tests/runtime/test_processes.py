@@ -195,12 +195,12 @@ def test_which_environments_are_clusters():
 def test_many_sharded_arrays_are_fingerprinted_on_fake_devices():
     """Programs with collectives that are all in flight would block each other's threads until XLA gives up."""
     code = (
-        "import jax, numpy as np\nfrom sfv_jax.checkpoints.run import fingerprints\n"
-        "from sfv_jax.runtime import sharding\n"
+        "import jax, numpy as np\nfrom sfv_jax.checkpoints import checksums\nfrom sfv_jax.runtime import sharding\n"
+        "checksums.SMALL = -1  # devices read all\n"
         "place = jax.NamedSharding(sharding.make_mesh(4, 2, 1), jax.P('fsdp'))\n"
         "arrays = [jax.device_put(np.ones((64 + 2 * (i % 20), 8), np.float32), place) for i in range(400)]\n"
         "add = jax.jit(lambda arrays: [x + 1e-9 * jax.numpy.sum(x) for x in arrays])\n"
-        "for _ in range(4):\n  arrays = add(arrays)\n  print(len(fingerprints(arrays)))"
+        "for _ in range(4):\n  arrays = add(arrays)\n  print(len(checksums.fingerprints(arrays)))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
