@@ -281,15 +281,21 @@ def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigD
         config.generator_optimizer.update(
             lr=3e-3, b2=0.99, warmup_steps=100, clip_norm=1.0, schedule="cosine", decay_steps=steps - 100
         )
-    elif config.method == "animatelcm":
-        config.generator_optimizer.update(lr=1e-4, warmup_steps=20)  # 3e-3 * 1e-6 / 3e-5
     else:
-        config.generator_optimizer.update(lr=4e-4, warmup_steps=20, delay_steps=20 if recipe == "sfv" else 0)
-        config.heads_optimizer.update(lr=6e-3, warmup_steps=20)
+        _set_learning_rates(config, recipe, base=3e-3)
     if config.method == "ladd":
         config.ladd.warmup_steps = steps // 10
     config.update_from_flattened_dict(changes)
     return _of_length(config, steps)
+
+
+def _set_learning_rates(config: ConfigDict, recipe: str, base: float) -> None:
+    """Sets the learning rates of a run; AnimateLCM's is to `base`, that of the base model, as the published one to SVD's."""
+    if config.method == "animatelcm":
+        config.generator_optimizer.update(lr=base / 30, warmup_steps=20)  # 1e-6 / 3e-5
+    else:
+        config.generator_optimizer.update(lr=4e-4, warmup_steps=20, delay_steps=20 if recipe == "sfv" else 0)
+        config.heads_optimizer.update(lr=6e-3, warmup_steps=20)
 
 
 def _of_length(config: configs.ConfigDict, steps: int) -> ConfigDict:
@@ -324,12 +330,9 @@ def scenes_config(run: str, budget: Budget, seed: int) -> ConfigDict:
     config.update(dict(ema_decay=0.98, keep_checkpoints=1))
     config.data.update(source="world", world=ConfigDict(SCENES), world_size=6000)
     config.unet.temporal_conv = "matmul"
-    if config.method == "animatelcm":
-        config.generator_optimizer.update(lr=5e-5, warmup_steps=20)  # 1.5e-3 * 1e-6 / 3e-5
-    else:
+    _set_learning_rates(config, recipe, base=1.5e-3)
+    if "discriminator" in config:
         config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
-        config.generator_optimizer.update(lr=4e-4, warmup_steps=20, delay_steps=20 if recipe == "sfv" else 0)
-        config.heads_optimizer.update(lr=6e-3, warmup_steps=20)
     if config.method == "sfv" and run not in RECIPES:
         config.sfv.noise_shift = True
         if "sfv.generator_levels" not in changes:
