@@ -290,7 +290,7 @@ def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigD
 
 
 def _set_learning_rates(config: ConfigDict, recipe: str, base: float) -> None:
-    """Sets the learning rates of a run; AnimateLCM's is to `base`, that of the base model, as the published one to SVD's."""
+    """Sets the learning rates of a run. AnimateLCM's is to the base model's, `base`, as the published one to SVD's."""
     if config.method == "animatelcm":
         config.generator_optimizer.update(lr=base / 30, warmup_steps=20)  # 1e-6 / 3e-5
     else:
