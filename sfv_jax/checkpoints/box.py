@@ -13,14 +13,14 @@ from sfv_jax.weights.folders import WeightsError
 ROOT = Path(__file__).parent.parent / "box"
 NAMES: dict[str, dict[str, str]] = {  # {name: {file: SHA-256}}
     "world": {
-        "fingerprints.json": "324cba52b7b1bfa8d6082608dbfd61f502e9bf79af6ded164e1a4025afa42cf0",
-        "model.json": "53af08c8c6e7be326fcd81d5ca37f3895646aff44192e5f7f4e1947f913e6edb",
-        "unet.safetensors": "7042b5c90b522ff9a4a400cee32370fea19346b68aa885d167f501cfa99dfe4d",
+        "fingerprints.json": "af5b96e2b70fb096e8f61933d9a81c43f620e439a31ca0e3dd34a4e2fde589dc",
+        "model.json": "2b81c8dce11a3e8c783af6318123d3f15e1fda375fd4e3ba4d6c0f9a6e63fbd5",
+        "unet.safetensors": "70be63da93cd90acedbb3f78db18c781f011014d2bb459ec9e5b3b28b4461794",
     },
     "world-teacher": {
-        "fingerprints.json": "d9801779ff61a8f19a03a706b7603beee7384417e63236d1fc44f5d04520c097",
-        "model.json": "82c4306a441e7a8f82432b895561e6e4564aa3aeb7472d13e3e41dba126bf86d",
-        "unet.safetensors": "fd073d515f56a05333160fe23830de228441d962078aa82a649669ac6c50ce61",
+        "fingerprints.json": "c670c8ec576e9f25548adc2e90047f9497ac2be0bf126e2f068eddccf5167c09",
+        "model.json": "44e3b2ebe32358913c57d31bf6b1400d7d2de73f74a239c3bd8a919a2b2e86b3",
+        "unet.safetensors": "063f7f525dfbe71010c7c25a3c119a6d1ff0788e4c6d4bdf53f070836e9ab9f7",
     },
     "world-decoder": {
         "fingerprints.json": "dba3d013cb2b288cf6eb1f4175510381e6b55bcc99c65d188b8414b7eceb2687",
