@@ -48,8 +48,9 @@ def examine(state) -> tuple[dict[str, int], list[str]]:
     return {path: int(values[n][0]) for n, path in enumerate(paths)}, bad
 
 
-def _is_small(x: jax.Array) -> bool:
-    return x.size <= SMALL and (x.is_fully_addressable or x.is_fully_replicated)  # else this process lacks parts
+def _is_small(x: jax.Array | np.ndarray) -> bool:
+    whole = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated  # else parts are elsewhere
+    return x.size <= SMALL and whole
 
 
 @jax.jit

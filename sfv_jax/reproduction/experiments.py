@@ -289,7 +289,7 @@ def world_config(run: str, budget: Budget, seed: int, base: str = "") -> ConfigD
     return _of_length(config, steps)
 
 
-def _set_learning_rates(config: ConfigDict, recipe: str, base: float) -> None:
+def _set_learning_rates(config: configs.ConfigDict, recipe: str, base: float) -> None:
     """Sets the learning rates of a run. AnimateLCM's is to the base model's, `base`, as the published one to SVD's."""
     if config.method == "animatelcm":
         config.generator_optimizer.update(lr=base / 30, warmup_steps=20)  # 1e-6 / 3e-5

@@ -39,7 +39,7 @@ def test_the_checksum_of_devices_is_that_of_the_host(dtype, small, monkeypatch):
     values = {"a": {"b": noise(1, 7, 5).astype(dtype), "c": noise(2, 1).astype(dtype)}, "d": np.zeros((0, 3), dtype)}
     values["e"] = noise(3, 70, 1000).astype(dtype)
     expected = {path.replace(".", "/"): checksums.fingerprint(x) for path, x in tree.flatten(values).items()}
-    assert checksums.examine(jax.tree.map(jnp.asarray, values)) == (expected, [])
+    assert checksums.examine(jax.tree.map(jnp.asarray, values)) == checksums.examine(values) == (expected, [])
     values["a"]["b"][1, 2], values["e"][3, 4] = np.nan, -np.inf
     found, bad = checksums.examine(jax.tree.map(jnp.asarray, values))
     assert bad == ["a/b", "e"] and {path for path, x in found.items() if x != expected[path]} == {"a/b", "e"}
