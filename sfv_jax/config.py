@@ -35,7 +35,7 @@ def adamw(lr: float, **changes) -> ConfigDict:
 
 
 def muon(lr: float, **changes) -> ConfigDict:
-    """Returns Muon, which takes AdamW's learning rates and is beside Adam for vectors (`optim.scale_by_muon`)."""
+    """Returns Muon with Adam for vectors, at AdamW's learning rates (`optim.scale_by_muon`)."""
     return adamw(lr, name="muon", momentum=0.95, **changes)
 
 

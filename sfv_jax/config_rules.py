@@ -186,7 +186,7 @@ OPTIMIZER = {
     "schedule": choice("learning rate after the warm-up", "constant", "cosine", "linear"),
     "decay_steps": count('length of "cosine" and "linear", to zero', 0),
     "clip_norm": real("gradients are scaled down to at most this norm; 0: never"),
-    "momentum": decay("SM3 and Muon: momentum"),
+    "momentum": decay("SM3 and Muon (there 0.95 by default): momentum"),
     "beta": decay("SM3: decay of the second moment; 0: sums, as in SM3-II"),
     "max_decay": real("SM3: decay of the running maximum; 1: it never falls", 0, 1),
     "b1": decay("AdamW, and Muon for vectors: decay of the first moment"),

@@ -4,7 +4,6 @@ Most tests run the methods on plain functions in place of the networks (`Plain`)
 """
 
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -15,10 +14,8 @@ import pytest
 
 from sfv_jax import config as configs
 from sfv_jax.diffusion import edm, losses
-from sfv_jax.methods import adversarial, optim, sfv, teacher
-from sfv_jax.models import tree
+from sfv_jax.methods import adversarial, sfv, teacher
 from sfv_jax.models.discriminator import DiscriminatorConfig
-from sfv_jax.models.unet import UNet, UNetConfig
 from tests.conftest import noise
 
 C, D = 3, 5  # channels of latents, width of embeddings
@@ -359,27 +356,6 @@ def test_frozen_parameters_stay_bit_for_bit(optimizer):
     free = plain_step(config)[1]["opt_g"][1].momentum["w"]
     config.trainable = "^w"
     np.testing.assert_allclose(plain_step(config)[1]["opt_g"][1].momentum["w"], free, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_trained_parts_of_svd():
-    unet = tree.abstract(UNet, UNetConfig.svd())[1]
-    sizes = {which: tree.count(optim.trainable(unet, which)) for which in ("all", "temporal", "spatial")}
-    assert sizes == {"all": 1_524_623_082, "temporal": 656_076_838, "spatial": 1_524_623_082 - 656_076_838}
-    assert set(optim.trainable(unet, "up_blocks|conv_out")) == {"up_blocks", "conv_out"}
-    with pytest.raises(ValueError, match="finds no parameter"):
-        optim.check_trainable(unet, "temporel")
-
-
-def test_a_search_that_never_ends_is_ended(monkeypatch):
-    """Python's search of `(.+)+!` takes time exponential in the length of a path."""
-    monkeypatch.setattr(optim, "PATIENCE", 1.0)
-    unet = tree.abstract(UNet, UNetConfig.tiny())[1]
-    began = time.monotonic()
-    with pytest.raises(ValueError, match="more than 1 s to search: write it without nested repetitions"):
-        optim.check_trainable(unet, "(.+)+!")
-    assert time.monotonic() - began < 20
-    optim.check_trainable(unet, r"(up_blocks\.\d+\.)+resnets")
 
 
 MUTATIONS = {  # module, original text, replacement

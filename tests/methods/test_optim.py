@@ -1,6 +1,7 @@
 """SM3 and Muon against independent implementations; schedules, clipping and the moving average."""
 
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from ml_collections import ConfigDict
 
 from sfv_jax import config as configs
 from sfv_jax.methods import optim
+from sfv_jax.models import tree
+from sfv_jax.models.unet import UNet, UNetConfig
 
 SHAPES = [(), (7,), (4, 6), (3, 4, 5), (3, 1, 2, 4, 5)]
 
@@ -228,3 +231,24 @@ def test_where_optax_differs():
     theirs, ours = optax.scale_by_sm3(b1=0.5, b2=0.999), optim.scale_by_sm3(0.5, 0.999)
     short, full = (float(o.update(g, o.init(g))[0]["w"][0, 0]) for o in (theirs, ours))
     assert short < 0.1 * full
+
+
+@pytest.mark.slow
+def test_trained_parts_of_svd():
+    unet = tree.abstract(UNet, UNetConfig.svd())[1]
+    sizes = {which: tree.count(optim.trainable(unet, which)) for which in ("all", "temporal", "spatial")}
+    assert sizes == {"all": 1_524_623_082, "temporal": 656_076_838, "spatial": 1_524_623_082 - 656_076_838}
+    assert set(optim.trainable(unet, "up_blocks|conv_out")) == {"up_blocks", "conv_out"}
+    with pytest.raises(ValueError, match="finds no parameter"):
+        optim.check_trainable(unet, "temporel")
+
+
+def test_a_search_that_never_ends_is_ended(monkeypatch):
+    """Python's search of `(.+)+!` takes time exponential in the length of a path."""
+    monkeypatch.setattr(optim, "PATIENCE", 1.0)
+    unet = tree.abstract(UNet, UNetConfig.tiny())[1]
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="more than 1 s to search: write it without nested repetitions"):
+        optim.check_trainable(unet, "(.+)+!")
+    assert time.monotonic() - began < 20
+    optim.check_trainable(unet, r"(up_blocks\.\d+\.)+resnets")
