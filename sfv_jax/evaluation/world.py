@@ -22,7 +22,8 @@ from sfv_jax.data.worlds import PALETTE, Body, Label, World
 from sfv_jax.evaluation import worldnet
 from sfv_jax.evaluation.frechet import MIN_SAMPLES, Moments, extrapolate, frechet_distance
 
-Network = tuple[Callable[[np.ndarray], np.ndarray], dict]  # features of clips, and their description
+Features = Callable[[np.ndarray], np.ndarray]  # from clips uint8 [b, t, h, w, 3] to [b, d]
+Network = tuple[Features, dict]  # features of clips, and their description
 LEGAL = 1.0  # pixels: RMS distance to the nearest legal path below which a path is legal
 INTACT = 0.2  # squared error of an intact body, at most, over its squared contrast; half a contrast has 0.25
 _GRID = 0.5  # pixels between the candidate positions of the object
@@ -122,7 +123,7 @@ def world_fvd(
     """
     features, about = network if isinstance(network, tuple) else _network(world, network)
     fake = features(clips)
-    true = np.stack([features(world.render_futures(label)) for label in labels])
+    true = _true_features(features, world, tuple(labels))
 
     def distance(rows) -> float:
         return frechet_distance(Moments.of(np.concatenate(true[rows])), Moments.of(fake[rows]))
@@ -137,6 +138,12 @@ def world_fvd(
         "world_fvd_interval": (float(low), float(high)),
         "network": about,
     }
+
+
+@lru_cache(maxsize=4)
+def _true_features(features: Features, world: World, labels: tuple[Label, ...]) -> np.ndarray:
+    """Returns the features `[n, futures, d]` of all legal continuations; all models of a table share them."""
+    return np.stack([features(world.render_futures(label)) for label in labels])
 
 
 def redrawn(world: World, labels: list[Label], seed: int = 0) -> np.ndarray:

@@ -13,23 +13,26 @@ from sfv_jax import config as configs
 from sfv_jax.methods import adversarial, sfv
 from sfv_jax.methods.adversarial import Balance
 from sfv_jax.training.alarms import Alarms
-from tests.methods.test_methods import C, Plain, Trace, assert_trees_close, make_batch, sfv_config
+from tests.methods.test_methods import C, Silent, Trace, assert_trees_close, make_batch, sfv_config
 
 RATIO, FACTOR = "ratio/adv_to_rec_gradient", "balance/factor"
 
 
+VIDEOS = 32  # as in `Trace`: nothing here is jitted, and operations on arrays of known shapes are compiled already
+
+
 def batch_of(size: int) -> dict:
-    """Returns a batch of four videos of `size` x `size` cells."""
-    batch, rng = make_batch(4), np.random.default_rng(size)
-    shapes = dict(latents=(4, 2, size, size, C), cond_latent=(4, size, size, C))
+    """Returns a batch of videos of `size` x `size` cells."""
+    batch, rng = make_batch(VIDEOS), np.random.default_rng(size)
+    shapes = dict(latents=(VIDEOS, 2, size, size, C), cond_latent=(VIDEOS, size, size, C))
     return batch | {k: rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
 
 
 def train(config, steps: int, size: int = 4, module=sfv) -> tuple[list[dict], list[dict]]:
     """Returns the states before and after each step on plain networks, and the metrics of the steps."""
-    networks = Plain()
+    networks = Silent()
     state, frozen = module.init_state(networks, config, networks.params["generator"])
-    step, states, metrics = jax.jit(module.make_train_step(networks, config)), [state], []
+    step, states, metrics = module.make_train_step(networks, config), [state], []
     for _ in range(steps):
         state, measured = step(states[-1], frozen, batch_of(size))
         states.append(state)
@@ -39,9 +42,9 @@ def train(config, steps: int, size: int = 4, module=sfv) -> tuple[list[dict], li
 
 def gradients(size: int, state: Balance | None = None, **changes) -> tuple:
     """Returns (generator gradients, metrics) of one batch."""
-    networks, config = Plain(), sfv_config(**changes)
+    networks, config = Silent(), sfv_config(**changes)
     params = networks.params
-    run = jax.jit(sfv.make_gradients(networks, config))
+    run = sfv.make_gradients(networks, config)
     found = run(params["generator"], params["heads"], params, batch_of(size), jax.random.key(0), 0, state)
     return found[0], {name: float(x) for name, x in found[2].items()}
 
@@ -126,11 +129,11 @@ def test_a_sum_over_heads_is_as_many_times_the_mean():
 
 def test_lazy_penalties_have_the_same_mean():
     """Over a turn, with the same parameters: n-fold in one step of n."""
-    networks, config, batch = Plain(), sfv_config(r1_weight=0.3, r1_every=3), batch_of(4)
-    run = jax.jit(sfv.make_gradients(networks, config))
+    networks, config, batch = Silent(), sfv_config(r1_weight=0.3, r1_every=3), batch_of(4)
+    run = sfv.make_gradients(networks, config)
     params, key = networks.params, jax.random.key(0)
     found = [run(params["generator"], params["heads"], params, batch, key, step) for step in range(4)]
-    every = jax.jit(sfv.make_gradients(networks, sfv_config(r1_weight=0.3)))(
+    every = sfv.make_gradients(networks, sfv_config(r1_weight=0.3))(
         params["generator"], params["heads"], params, batch, key
     )
     lazy = np.array([metrics["loss/r1"] for _, _, metrics in found])

@@ -17,7 +17,7 @@ from sfv_jax import config as configs
 from sfv_jax.methods import METHODS, adversarial, animatelcm, ladd, sfv, ufogen
 from sfv_jax.runtime import sharding
 from tests.conftest import noise
-from tests.methods.test_methods import C, D, Plain, assert_trees_close, moved, unscaled, wide
+from tests.methods.test_methods import C, D, Plain, Silent, assert_trees_close, moved, unscaled, wide
 
 torch = pytest.importorskip("torch")
 SIZE, FRAMES = 48, 3
@@ -168,11 +168,11 @@ def test_ufogen():
 
 @pytest.mark.slow
 def test_ufogen_heads_learn_in_every_second_step():
-    networks, config = Plain(), make_config("ufogen")
+    networks, config = Silent(), make_config("ufogen")
     state, frozen = ufogen.init_state(networks, config, networks.params["generator"])
     step, states = ufogen.make_train_step(networks, config), [state]
     for _ in range(3):
-        state, metrics = step(states[-1], frozen, make_batch(4))
+        state, metrics = step(states[-1], frozen, make_batch())  # of the size of other tests
         states.append(state)
         assert np.isfinite(metrics["loss/hinge"])
     pairs = list(zip(states[:-1], states[1:], strict=True))
@@ -286,19 +286,19 @@ def test_animatelcm():
 
 
 def test_animatelcm_step_moves_student_and_target_only():
-    networks, config = Plain(), make_config("animatelcm")
+    networks, config = Silent(), make_config("animatelcm")
     config.dtype = "bfloat16"
     config.generator_optimizer.lr = 1e-2
     state, frozen = animatelcm.init_state(networks, config, networks.params["generator"])
     step = animatelcm.make_train_step(networks, config)
-    first, metrics = step(state, frozen, make_batch(4))
+    first, metrics = step(state, frozen, make_batch())
     assert int(first["step"]) == 1 and np.isfinite(metrics["loss/consistency"])
     expected = jax.tree.map(lambda e, p: 0.95 * e + 0.05 * p, state["ema"], first["generator"])
     assert_trees_close(first["ema"], expected, rtol=1e-6)
     assert moved(state, first, "generator")
-    second, _ = step(first, frozen, make_batch(4))
+    second, _ = step(first, frozen, make_batch())
     # The target of the second step is the average: with the student in its place the update differs.
-    third, _ = step(first | {"ema": first["generator"]}, frozen, make_batch(4))
+    third, _ = step(first | {"ema": first["generator"]}, frozen, make_batch())
     assert moved(second, third, "generator")
     half = jax.tree.map(lambda x: np.asarray(jnp.bfloat16(x)), networks.params["generator"])
     jax.tree.map(np.testing.assert_array_equal, frozen["teacher"], half)  # in the compute dtype
@@ -355,14 +355,6 @@ def test_mutations_are_noticed(monkeypatch, mutation):
 
 
 # ---- devices ----
-
-
-class Silent(Plain):
-    """`Plain` without a record of its inputs, so that it can be partitioned."""
-
-    def run(self, name, params, x, c_noise, context, ids):
-        c = jnp.concatenate([context, c_noise[:, None], ids / 100], axis=-1) @ params["c"]
-        return jnp.tanh(x @ params["w"] + c[:, None, None, None])
 
 
 @pytest.mark.slow

@@ -56,26 +56,28 @@ def begun(made):
     return networks, *method.init_state(networks, made, params)
 
 
-def stepped(made, given=None):
-    """Returns networks, state and frozen parameters before a step, and state and metrics after it."""
-    networks, state, frozen = begun(made)
-    after, metrics = jax.jit(method.make_train_step(networks, made))(state, frozen, given or batch())
-    return networks, state, frozen, after, metrics
+WEIGHTS = dict(l1_weight=0.7, flicker_weight=0.3, feature_weight=0.2, real_weight=0.4)
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return stepped(config(real_weight=0.5))
+    """Networks, state, frozen parameters, state and metrics after a step with `WEIGHTS`, and the step."""
+    made = config(**WEIGHTS)
+    made.generator_optimizer.update(lr=3e-3, warmup_steps=0)
+    networks, state, frozen = begun(made)
+    step = jax.jit(method.make_train_step(networks, made))
+    return networks, state, frozen, *step(state, frozen, batch()), step
 
 
 def test_losses_are_those_of_an_independent_formula(plain):
-    networks, state, frozen, _, metrics = plain
+    networks, state, frozen, _, metrics, _ = plain
     given, student = batch(), {k: v for k, v in state["generator"].items() if k != "projectors"}
-    graph, _ = tree.abstract(TinyTemporalDecoder, networks.config)
-    made = np.float64(tree.build(graph, student)(given["latents"]))
-    graph, _ = tree.abstract(TemporalVAE, VAE)
+    tiny, _ = tree.abstract(TinyTemporalDecoder, networks.config)
+    made = np.float64(jax.jit(lambda params, latents: tree.build(tiny, params)(latents))(student, given["latents"]))
+    vae, _ = tree.abstract(TemporalVAE, VAE)
     whole = tree.init(TemporalVAE, VAE) | {"decoder": frozen["teacher"]}
-    target = np.float64(tree.build(graph, whole).decode(given["latents"] / 0.5)).clip(-1, 1) / 2 + 0.5
+    decode = jax.jit(lambda params, latents: tree.build(vae, params).decode(latents / 0.5))
+    target = np.float64(decode(whole, given["latents"])).clip(-1, 1) / 2 + 0.5
     expected = {
         "loss/l1": np.abs(made - target).mean(),
         "loss/flicker": np.abs((made[:, 1:] - made[:, :-1]) - (target[:, 1:] - target[:, :-1])).mean(),
@@ -89,47 +91,48 @@ def test_losses_are_those_of_an_independent_formula(plain):
 
 def test_features_are_matched_as_a_share_of_the_teachers(plain):
     """The lowest level's features, through its projector; the teacher's are what its decoder computes on the way."""
-    networks, state, frozen, _, metrics = plain
+    networks, state, frozen, _, metrics, _ = plain
     given = batch()
-    _, found = networks.decode(state["generator"], given["latents"])
-    _, teacher = networks.target(frozen["teacher"], given["latents"])
+    _, found = jax.jit(networks.decode)(state["generator"], given["latents"])
+    _, teacher = jax.jit(networks.target)(frozen["teacher"], given["latents"])
     assert networks.matched == len(found) == len(teacher) == 1
     assert found[0].shape == teacher[0].shape == (*SHAPE, 8)
     expected = np.mean(np.square(found[0] - teacher[0])) / np.mean(np.square(teacher[0]))
     assert float(metrics["loss/features"]) == pytest.approx(float(expected), rel=1e-4)
     graph, _ = tree.abstract(TemporalDecoder, VAE)
-    vae = tree.build(graph, frozen["teacher"])
-    level = vae.up_blocks[0].resnets[1](vae.up_blocks[0].resnets[0](vae.mid_block(vae.conv_in(given["latents"] / 0.5))))
+
+    @jax.jit
+    def lowest_level(params, x):
+        vae = tree.build(graph, params)
+        return vae.up_blocks[0].resnets[1](vae.up_blocks[0].resnets[0](vae.mid_block(vae.conv_in(x))))
+
+    level = lowest_level(frozen["teacher"], given["latents"] / 0.5)
     np.testing.assert_allclose(teacher[0], level, atol=1e-5)
 
 
 def test_only_the_student_learns(plain):
-    _, before, frozen, after, _ = plain
+    _, before, frozen, after, _, _ = plain
     assert frozen.keys() == {"teacher"} and after.keys() == {"step", "generator", "ema", "opt_g"}
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before["generator"], after["generator"])
     assert all(x > 0 for x in jax.tree.leaves(moved))
     assert int(after["step"]) == 1
 
 
-def test_the_loss_is_the_weighted_sum():
-    """The gradient with all weights is the sum of those with one weight each, times it."""
-    weights = dict(l1_weight=0.7, flicker_weight=0.3, feature_weight=0.2, real_weight=0.4)
-    networks, state, frozen = begun(config())
+def test_the_loss_is_the_weighted_sum(plain):
+    """The gradient is that of the sum of all parts, times their weights."""
+    networks, state, frozen, _, metrics, _ = plain
     latents, real = batch()["latents"], batch()["frames"] / np.float32(255)
-    target, expected = networks.target(frozen["teacher"], latents)
 
-    def total(generator):
+    def total(generator, teacher):
+        target, expected = networks.target(teacher, latents)
         made, features = networks.decode(generator, latents)
         share = jnp.mean(jnp.square(features[0] - expected[0])) / jnp.mean(jnp.square(expected[0]))
         motion = jnp.abs(jnp.diff(made, axis=1) - jnp.diff(target, axis=1)).mean()
         return 0.7 * jnp.abs(made - target).mean() + 0.3 * motion + 0.2 * share + 0.4 * jnp.abs(made - real).mean()
 
-    slope = jax.jit(jax.grad(total))(state["generator"])
-    made = config(**weights)
-    made.generator_optimizer.update(warmup_steps=0)
-    *_, metrics = stepped(made)
-    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(slope)))
-    assert float(metrics["norm/generator_gradient"]) == pytest.approx(norm, rel=1e-3)
+    slope = jax.jit(jax.grad(total))(state["generator"], frozen["teacher"])
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(jax.device_get(slope))))
+    assert float(metrics["norm/generator_gradient"]) == pytest.approx(float(norm), rel=1e-3)
 
 
 def test_crops_are_squares_of_latents_and_the_pixels_over_them():
@@ -149,21 +152,9 @@ def test_crops_are_squares_of_latents_and_the_pixels_over_them():
     assert method.cropped(jax.random.key(1), latents, None, 6)[0].shape == (8, 3, 6, 6, 2)
 
 
-@pytest.mark.slow
-def test_the_critic_learns_beside_the_student():
-    _, before, _, after, metrics = stepped(config(adv_weight=0.1))
-    assert {"loss/adversarial", "loss/critic", "loss/r1"} <= metrics.keys()
-    assert float(metrics["loss/critic"]) == pytest.approx(np.log(2), abs=0.2) and float(metrics["loss/r1"]) > 0
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before["critic"], after["critic"])
-    assert all(x > 0 for path, x in tree.flatten(moved).items() if path != "conv_out.bias")  # a constant cancels
-
-
-@pytest.mark.slow
-def test_distillation_approaches_the_teacher():
-    made = config()
-    made.generator_optimizer.update(lr=3e-3, warmup_steps=0)
-    networks, state, frozen = begun(made)
-    step, given, found = jax.jit(method.make_train_step(networks, made)), batch(), []
+def test_distillation_approaches_the_teacher(plain):
+    _, state, frozen, *_, step = plain
+    given, found = batch(), []
     for _ in range(40):
         state, metrics = step(state, frozen, given)
         found.append({k: float(metrics[k]) for k in ("loss/l1", "loss/features", "quality/psnr")})
@@ -171,25 +162,40 @@ def test_distillation_approaches_the_teacher():
     assert found[-1]["quality/psnr"] > found[0]["quality/psnr"] + 1
 
 
-@pytest.mark.slow
-def test_some_latents_are_those_of_the_generator(monkeypatch):
-    """The first half of the batch is replaced by what the UNet makes in one step, and has no real frames."""
-    made = config(generated_share=0.5, real_weight=1.0)
+@pytest.fixture(scope="module")
+def with_all():
+    """Networks, state, frozen parameters, state and metrics after a step with critic and generated latents, latents."""
+    made = config(generated_share=0.5, real_weight=1.0, adv_weight=0.1)
     networks = method.make_networks(method.Teacher(VAE, UNET), made)
     unet = method.Networks(UNET).init_generator(2)
     params = {"decoder": method.fresh(networks, made), "teacher": tree.init(TemporalDecoder, VAE, 7), "unet": unet}
     state, frozen = method.init_state(networks, made, params)
-    assert frozen.keys() == {"teacher", "unet"}
     seen, decode = [], method.DecoderNetworks.decode
     watched = lambda self, params, latents: (jax.debug.callback(seen.append, latents), decode(self, params, latents))[1]  # noqa: E731
-    monkeypatch.setattr(method.DecoderNetworks, "decode", watched)
-    _, metrics = jax.jit(method.make_train_step(networks, made))(state, frozen, batch())
-    jax.effects_barrier()
-    latents = np.asarray(seen[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method.DecoderNetworks, "decode", watched)
+        after, metrics = jax.jit(method.make_train_step(networks, made))(state, frozen, batch())
+        jax.effects_barrier()
+    return networks, state, frozen, after, metrics, np.asarray(seen[0])
+
+
+@pytest.mark.slow
+def test_the_critic_learns_beside_the_student(with_all):
+    _, before, _, after, metrics, _ = with_all
+    assert {"loss/adversarial", "loss/critic", "loss/r1"} <= metrics.keys()
+    assert float(metrics["loss/critic"]) == pytest.approx(np.log(2), abs=0.2) and float(metrics["loss/r1"]) > 0
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before["critic"], after["critic"])
+    assert all(x > 0 for path, x in tree.flatten(moved).items() if path != "conv_out.bias")  # a constant cancels
+
+
+@pytest.mark.slow
+def test_some_latents_are_those_of_the_generator(with_all):
+    """The first half of the batch is replaced by what the UNet makes in one step, and has no real frames."""
+    networks, state, frozen, _, metrics, latents = with_all
+    assert frozen.keys() == {"teacher", "unet"}
     np.testing.assert_array_equal(latents[1], batch()["latents"][1])
     assert np.isfinite(latents[0]).all() and np.abs(latents[0] - batch()["latents"][0]).max() > 0.1
-    monkeypatch.undo()
-    frames, _ = networks.decode(state["generator"], batch()["latents"][1:])
+    frames, _ = jax.jit(networks.decode)(state["generator"], batch()["latents"][1:])
     expected = np.abs(np.asarray(frames) - batch()["frames"][1:] / 255).mean()
     assert float(metrics["loss/real_l1"]) == pytest.approx(float(expected), rel=1e-3)
 

@@ -10,8 +10,8 @@ from sfv_jax import config as configs
 from sfv_jax.methods import METHODS, ladd, sfv, ufogen
 from sfv_jax.models import tree
 from sfv_jax.runtime import seeds
-from tests.methods.test_baselines import Adversarial, Silent, make_batch
-from tests.methods.test_methods import Plain, unscaled, wide
+from tests.methods.test_baselines import Adversarial, make_batch
+from tests.methods.test_methods import Plain, Silent, unscaled, wide
 
 PENALTIES = dict(r1_form="perturbation", r1_weight=1.0, r2_weight=1.0)
 OPTIONS = [
