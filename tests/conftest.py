@@ -196,7 +196,7 @@ def assert_equal(found: tuple, expected: tuple, tolerance: float) -> None:
 
 # Config fields that the program of a train step does not depend on.
 OF_THE_LOOP = ("init", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "sample_every")
-OF_THE_LOOP += ("sample_count", "data", "alarms", "wandb_project", "profile_start", "profile_steps")
+OF_THE_LOOP += ("backbone_init", "sample_count", "data", "alarms", "wandb_project", "profile_start", "profile_steps")
 STEPS: dict[tuple, Callable] = {}  # compiled train steps
 
 

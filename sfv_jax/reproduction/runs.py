@@ -54,6 +54,8 @@ class Runs:
       base: workdir or model folder of the base model, from which the methods start and SVD's rows are sampled.
       trains_base: whether the base model is trained, too.
       small: whether the networks are such that two CPU cores train them.
+      run_minutes: how long a run compiles on a CPU core.
+      row_minutes: how long a row is compiled, sampled and scored on a CPU core.
     """
 
     folder: Path
@@ -61,6 +63,8 @@ class Runs:
     base: Path
     trains_base: bool
     small: bool = True
+    run_minutes: float = 1.2
+    row_minutes: float = 0.25
 
     def workdir(self, run: str, seed: int) -> Path:
         """Returns the workdir of a run, or `base` for the base model."""
@@ -107,7 +111,14 @@ def world_runs(folder: Path, budget: Budget, settings: Sequence[str]) -> Runs:
 def scenes_runs(folder: Path, budget: Budget, settings: Sequence[str]) -> Runs:
     """Returns the runs of small networks on the scenes, from the base model in the package."""
     config = partial(scenes_config, budget=budget)
-    return Runs(folder, with_settings(lambda run, seed: config(run, seed=seed), settings), Path(SCENES_BASE), False)
+    return Runs(
+        folder,
+        with_settings(lambda run, seed: config(run, seed=seed), settings),
+        Path(SCENES_BASE),
+        False,
+        run_minutes=2.0,
+        row_minutes=0.7,
+    )
 
 
 def svd_runs(folder: Path, svd: str, data: str, settings: Sequence[str]) -> Runs:
@@ -225,8 +236,8 @@ def plan(runs: Runs, tables: Sequence[str], seeds: Sequence[int], jobs: int = 1,
     count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     lines.append(f"{len(todo)} training runs ({count}){there}, {len(rows) * len(seeds)} rows in all.")
     if runs.small:
-        # A run compiles for a minute, a row for a quarter of a minute.
-        shared = (total - alone) / CPU_RATE / 60 + 1.2 * len(todo) + 0.25 * len(rows) * len(seeds)
+        shared = (total - alone) / CPU_RATE / 60 + runs.run_minutes * len(todo)
+        shared += runs.row_minutes * len(rows) * len(seeds)
         minutes = alone / CPU_RATE / 60 + shared / jobs
         lines.append(
             f"Training {total:.3g} FLOPs; about {minutes:.0f} minutes in all on two or more idle x86-64 cores, "

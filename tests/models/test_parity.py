@@ -19,7 +19,7 @@ from sfv_jax.weights.diffusers import manifest
 from tests.conftest import CONFIGS, error, noise
 from tests.support import golden
 
-pytestmark = pytest.mark.short
+short = pytest.mark.short  # a call of each network, its full-size names, and what depends on numpy
 MANIFESTS = json.loads((Path(__file__).parents[1] / "manifests" / "svd.json").read_text())
 FULL = {"unet": UNetConfig.svd(), "vae": VAEConfig.svd(), "image_encoder": CLIPConfig.svd()}
 
@@ -29,6 +29,7 @@ def assert_close(found, expected, *, peak, rms):
     assert found_peak <= peak and found_rms <= rms, (found_peak, found_rms)
 
 
+@short
 def test_unet(build, unet_case):
     assert_close(jax.jit(build("unet"))(*unet_case.inputs), unet_case.expected, peak=1e-5, rms=3e-6)
 
@@ -75,10 +76,12 @@ def test_attention_kernels_agree():
         attention.attention(q, k, v, "flash")
 
 
+@short
 def test_vae_encoder(build, encoder_case):
     assert_close(build("vae").encode(*encoder_case.inputs), encoder_case.expected, peak=5e-5, rms=2e-5)
 
 
+@short
 @pytest.mark.parametrize("form", ["matmul", "conv"])
 def test_vae_decoder(build, decoder_case, form):
     model = build("vae", dataclasses.replace(CONFIGS["vae"], temporal_conv=form))
@@ -90,16 +93,19 @@ def test_vae_refuses_odd_sizes(build):
         build("vae").encode(jnp.zeros((1, 1, 36, 32, 3)))
 
 
+@short
 def test_clip(build, clip_case):
     assert_close(build("image_encoder")(*clip_case.inputs), clip_case.expected, peak=1e-5, rms=1e-5)
 
 
+@short
 @pytest.mark.parametrize(("height", "width"), golden.IMAGE_SIZES)
 def test_clip_preprocessing(height, width):
     found = clip.preprocess(golden.preprocess_input(height, width))[:, golden.GRID, golden.GRID]
     np.testing.assert_allclose(found, golden.load("preprocessing")[f"preprocess_{height}x{width}"], atol=2e-4)
 
 
+@short
 @pytest.mark.parametrize("side", golden.SIDES)
 def test_clip_resize_matrix(side):
     identity = clip.resize_matrix(224)  # the width stays, but has the reference's slight blur
@@ -107,6 +113,7 @@ def test_clip_resize_matrix(side):
     np.testing.assert_allclose(found[:, golden.COLUMNS], golden.load("preprocessing")[f"resize_{side}"], atol=1e-4)
 
 
+@short
 def test_many_layers_stay_in_order():
     """Lists of more than ten layers keep their order; only the full-size CLIP tower has them."""
     graphdef, shapes = tree.abstract(clip.CLIPVision, CLIPConfig.tiny(num_hidden_layers=12))
@@ -128,6 +135,7 @@ SINUSOIDS = {
 }
 
 
+@short
 @pytest.mark.parametrize("args", SINUSOIDS, ids=str)
 def test_sinusoids(args):
     embedding = np.asarray(sinusoidal_embedding(*args))
@@ -135,6 +143,7 @@ def test_sinusoids(args):
         np.testing.assert_allclose(embedding.sum() if index is None else embedding[index], value, rtol=2e-5, atol=2e-6)
 
 
+@short
 @pytest.mark.parametrize("component", FULL)
 def test_full_size_names_and_shapes(component):
     shapes = manifest(component, FULL[component])

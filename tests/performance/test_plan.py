@@ -52,7 +52,7 @@ def tiny(method_: str, **changes):
 
 CASES = [
     pytest.param(
-        "train", "cpu:2", tiny("sfv", trainable="up_blocks", **{"mesh.fsdp": 2}), id="sfv fsdp", marks=pytest.mark.slow
+        "train", "cpu:2", tiny("sfv", trainable="conv_out", **{"mesh.fsdp": 2}), id="sfv fsdp", marks=pytest.mark.slow
     ),
     pytest.param(
         "train",

@@ -60,13 +60,10 @@ class Steps:
         params = structure.unflatten([0.3 * noise(n, *x.shape) for n, x in enumerate(leaves)])
         self.mesh = mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
 
-        def init(params):
-            return METHODS[method].init_state(networks, config, params)
-
-        self.abstract = jax.eval_shape(init, abstract)
+        begun = jax.tree.map(np.array, METHODS[method].init_state(networks, config, params))  # copies, for donation
+        self.abstract = jax.eval_shape(lambda: begun)
         self.shardings = sharding.param_shardings(mesh, self.abstract)
-        place = sharding.param_shardings(mesh, abstract)
-        state, frozen = jax.jit(init, out_shardings=self.shardings)(jax.device_put(params, place))
+        state, frozen = jax.device_put(begun, self.shardings)
         self.first = jax.device_get((state, frozen))
         split = sharding.batch_sharding(mesh)
         self.step = jax.jit(

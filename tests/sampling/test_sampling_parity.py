@@ -33,7 +33,6 @@ def sampler(model_folder) -> Sampler:
     ("steps", "guidance"),
     [
         pytest.param(1, None, marks=pytest.mark.short),
-        pytest.param(4, (1.0, 3.0), marks=pytest.mark.slow),
         pytest.param(25, (1.5, 3.0), marks=pytest.mark.slow),
     ],
 )

@@ -88,17 +88,21 @@ def test_broken_files(case, tmp_path):
     tracemalloc.start()
     began = time.process_time()
     refused(path, message)
-    assert time.process_time() - began < 5 and tracemalloc.get_traced_memory()[1] < 20 * len(content) + 10**7
+    assert time.process_time() - began < 30 and tracemalloc.get_traced_memory()[1] < 20 * len(content) + 10**7
     tracemalloc.stop()
 
 
-def test_many_names_take_little_time(tmp_path):
-    """None of them is there twice, so that none ends the search."""
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(pack({f"{n}": entry(0, 0, (0,)) for n in range(60_000)}))
-    began = time.process_time()
-    assert len(open_weights(path).names()) == 60_000
-    assert time.process_time() - began < 5
+def test_the_time_of_many_names_grows_with_their_number(tmp_path):
+    """Four times the names take about four times as long, not sixteen times; none is there twice and ends the search."""
+
+    def seconds(count: int) -> float:
+        path = tmp_path / f"{count}.safetensors"
+        path.write_bytes(pack({f"{n}": entry(0, 0, (0,)) for n in range(count)}))
+        began = time.process_time()
+        assert len(open_weights(path).names()) == count
+        return time.process_time() - began
+
+    assert seconds(60_000) < 10 * min(seconds(15_000) for _ in range(2))
 
 
 def test_damage_never_ends_in_another_error(tmp_path):
