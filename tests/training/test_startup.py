@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from functools import partial
 
+import jax
 import pytest
 
-from sfv_jax.training.loop import train
+from sfv_jax.runtime import sharding
+from sfv_jax.training import loop
 from tests.support import small_run
 
 LINES = (  # in this order, each at once
-    "devices: 8 x cpu",
+    "devices: 1 x cpu",
     "teacher from a random start: ",
     "data: 64 clips of 2 frames, latents 4x4x48; 1 steps of 8 clips",
     "compiling the train step ...",
@@ -18,10 +21,12 @@ LINES = (  # in this order, each at once
 
 
 @pytest.mark.slow
-def test_a_run_says_what_it_does_before_it_compiles(tmp_path, capsys):
+def test_a_run_says_what_it_does_before_it_compiles(tmp_path, capsys, monkeypatch):
+    """The program is that of tests/training/test_interruptions.py."""
+    monkeypatch.setattr(loop, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
     config = small_run.get_config()
-    config.update(dict(steps=1, sample_every=0, dtype="auto", trainable="conv_out"))  # which compiles sooner
-    train(config, tmp_path / "run")
+    config.update(dict(steps=1, sample_every=0, dtype="auto", trainable="conv_out"))
+    loop.train(config, tmp_path / "run")
     said = capsys.readouterr().out.splitlines()
     places = [next(n for n, line in enumerate(said) if line.startswith(text)) for text in LINES]
     assert places == sorted(places)

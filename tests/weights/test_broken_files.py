@@ -93,7 +93,7 @@ def test_broken_files(case, tmp_path):
 
 
 def test_the_time_of_many_names_grows_with_their_number(tmp_path):
-    """Four times the names take about four times as long, not sixteen times; none is there twice and ends the search."""
+    """Four times the names take about four times as long, not sixteen; none is there twice and ends the search."""
 
     def seconds(count: int) -> float:
         path = tmp_path / f"{count}.safetensors"
