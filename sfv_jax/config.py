@@ -43,7 +43,9 @@ def schedule(lr: float) -> dict:
     """Returns the fields of all optimizers. All but `lr` are choices: the paper gives only a learning rate."""
     return dict(
         lr=lr,
-        delay_steps=0,  # steps before the warm-up in which nothing moves, but the optimizer sees the gradients
+        # Updates before the warm-up in which nothing moves, but the optimizer sees the gradients. With
+        # generator_every=n the generator has one update in n steps; the fields below count updates, too.
+        delay_steps=0,
         warmup_steps=0,  # linear, from lr / warmup_steps; SM3's first step is 16 times lr, so try about 100
         schedule="constant",  # after the warm-up: "constant", "cosine" or "linear" (to zero)
         decay_steps=0,  # length of "cosine" and "linear"
