@@ -115,6 +115,26 @@ def test_world_fvd_orders_the_damages(found):
         assert found[name]["world_fvd_interval"][0] > found["perfect"]["world_fvd_interval"][1], name
 
 
+def test_true_features_are_computed_once_for_all_models():
+    """And anew for other first frames, or by another network."""
+    counts = []
+
+    def features(clips):
+        counts.append(len(clips))
+        return clips.mean((2, 3), dtype=np.float32).reshape(len(clips), -1)[:, :4]
+
+    truth, labels = WORLD.batch(range(24), "heldout")
+    futures = len(WORLD.futures(labels[0]))
+    first = scores.world_fvd(WORLD, labels, truth, network=(features, {}), resamples=2)
+    assert counts == [24, *24 * [futures]]
+    assert scores.world_fvd(WORLD, labels, truth, network=(features, {}), resamples=2) == first
+    assert counts[25:] == [24]
+    scores.world_fvd(WORLD, labels[:20], truth[:20], network=(features, {}), resamples=2)
+    assert counts[26:] == [20, *20 * [futures]]
+    other = scores.world_fvd(WORLD, labels, truth, network=(lambda clips: 2 * features(clips), {}), resamples=2)
+    assert other["world_fvd"] == pytest.approx(4 * first["world_fvd"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_the_network_is_kept_and_made_again_alike(network, tmp_path):
     _, about = network

@@ -52,7 +52,7 @@ def one_device():
 def folders(tmp_path_factory):
     """Returns the folders of a VAE's run, of its decoder's second stage, of the encoders and of a packed model."""
     place = tmp_path_factory.mktemp("world")
-    loop.train(vae_config(trainable=r"conv_out\."), place / "vae")  # which compiles in a third of the time
+    loop.train(vae_config(trainable=r"conv_out\."), place / "vae")  # which compiles sooner
     second = vae_config(init=str(place / "vae"), trainable=r"^decoder\.conv_out\.", sample_every=0)
     with second.unlocked():
         second.vae.num_frames = 3
