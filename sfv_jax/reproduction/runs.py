@@ -54,8 +54,8 @@ class Runs:
       base: workdir or model folder of the base model, from which the methods start and SVD's rows are sampled.
       trains_base: whether the base model is trained, too.
       small: whether the networks are such that two CPU cores train them.
-      run_minutes: how long a run compiles on a CPU core.
-      row_minutes: how long a row is compiled, sampled and scored on a CPU core.
+      run_minutes: about how long a run compiles on a CPU core, for the estimate of `plan`.
+      row_minutes: about how long a row is compiled, sampled and scored on one.
     """
 
     folder: Path

@@ -16,8 +16,6 @@ from sfv_jax.training.alarms import Alarms
 from tests.methods.test_methods import C, Silent, Trace, assert_trees_close, make_batch, sfv_config
 
 RATIO, FACTOR = "ratio/adv_to_rec_gradient", "balance/factor"
-
-
 VIDEOS = 32  # as in `Trace`: nothing here is jitted, and operations on arrays of known shapes are compiled already
 
 
