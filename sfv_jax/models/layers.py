@@ -128,9 +128,51 @@ class Conv2d(nnx.Module):
 
 def conv2d(x: Array, kernel: Array, padding, *, strides=(1, 1), lhs_dilation=(1, 1)) -> Array:
     """Returns the convolution `[n, h', w', o]` of `x [n, h, w, i]` with `kernel [k, l, i, o]`."""
-    return lax.conv_general_dilated(
-        x, kernel, strides, padding, lhs_dilation=lhs_dilation, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    one_cpu = platform() == "cpu" and axis_size(*BATCH, "spatial") == 1
+    if one_cpu and lhs_dilation == (1, 1):
+        return _conv2d_on_cpu(x, kernel, tuple(padding), tuple(strides))
+    return _conv2d(x, kernel, padding, strides, lhs_dilation=lhs_dilation)
+
+
+def _conv2d(x: Array, kernel: Array, padding, strides, **dilation) -> Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout, **dilation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv2d_on_cpu(x: Array, kernel: Array, padding, strides) -> Array:
+    """Computes `_conv2d`, with gradients that are channels-last convolutions of transposed arrays.
+
+    XLA brings the convolutions of JAX's own gradients to that form, too, but not inside loops and conditions, as of
+    gradient accumulation: there it computes them some 80 times more slowly (jax-ml/jax#12868).
+    """
+    return _conv2d(x, kernel, padding, strides)
+
+
+def _conv2d_forward(x: Array, kernel: Array, padding, strides):
+    return _conv2d_on_cpu(x, kernel, padding, strides), (x, kernel)  # not _conv2d, for second derivatives
+
+
+def _conv2d_backward(padding, strides, kept, g: Array):
+    x, kernel = kept
+    before = [p for p, _ in padding]
+    # What the windows of the last outputs reach beyond the input's border, negative if they end before it.
+    reach = [
+        s * (out - 1) + k - before - size
+        for s, out, k, before, size in zip(strides, g.shape[1:3], kernel.shape, before, x.shape[1:3], strict=False)
+    ]
+    ends = list(zip(before, reach, strict=True))
+    edges = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape, ends, strict=False)]
+    for_x = g, rearrange(kernel[::-1, ::-1], "k l i o -> k l o i"), tuple(edges), (1, 1)
+    for_kernel = rearrange(x, "n h w i -> i h w n"), rearrange(g, "n h w o -> h w n o"), tuple(ends), (1, 1)
+    if strides == (1, 1):  # with second derivatives of the same kind, as R1 takes them
+        to_x, to_kernel = _conv2d_on_cpu(*for_x), _conv2d_on_cpu(*for_kernel)
+    else:
+        to_x, to_kernel = _conv2d(*for_x, lhs_dilation=strides), _conv2d(*for_kernel, rhs_dilation=strides)
+    return to_x, rearrange(to_kernel, "i k l o -> k l i o")
+
+
+_conv2d_on_cpu.defvjp(_conv2d_forward, _conv2d_backward)
 
 
 def conv3x3_by_matmul(x: Array, kernel: Array) -> Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from sfv_jax.models import attention, layers, tree
 from sfv_jax.models.layers import Upsample
@@ -19,14 +20,18 @@ from sfv_jax.runtime.sharding import make_mesh, on_mesh
 from tests.conftest import CONFIGS, assert_equal, noise, value_and_gradients
 
 
-def convolutions(function, *args) -> list[tuple]:
-    """Returns (kernel shape, input dilation) of all convolutions in `function`, including those in remat and loops."""
+def convolutions(function, *args, layout: bool = False) -> list[tuple]:
+    """Returns (kernel shape, input dilation) of all convolutions in `function`, including those in remat and loops.
+
+    With `layout` it is (kernel shape, dimension numbers).
+    """
+    field = "dimension_numbers" if layout else "lhs_dilation"
     found = []
 
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "conv_general_dilated":
-                found.append((eqn.invars[1].aval.shape, eqn.params["lhs_dilation"]))
+                found.append((eqn.invars[1].aval.shape, eqn.params[field]))
             for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
                 inner = getattr(value, "jaxpr", value)
                 if hasattr(inner, "eqns"):
@@ -109,6 +114,47 @@ def test_few_pixels_and_many_channels_are_a_matrix_product_on_cpu(monkeypatch):
         monkeypatch.setattr(layers, "platform", lambda: "gpu")
         expected = value_and_gradients(convolve, *args)
         assert_equal(found, expected, 1e-12)
+
+
+def jax_s_own(x, kernel, padding, strides):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("padding", [((0, 0), (0, 0)), ((1, 1), (1, 1)), ((0, 1), (0, 1)), ((3, 0), (1, 2))])
+def test_gradients_of_convolutions_on_cpu_are_those_of_jax(padding, strides):
+    """Also for windows that leave rows at the end out, and the second derivatives that R1 takes."""
+    with jax.enable_x64(True):
+        x, kernel = jnp.asarray(noise(0, 2, 8, 7, 3), jnp.float64), jnp.asarray(noise(1, 3, 3, 3, 2), jnp.float64)
+
+        def derivatives(convolve):
+            def score(x, kernel):
+                return jnp.sum(jnp.sin(convolve(x, kernel, padding, strides)))
+
+            penalty = lambda x, kernel: jnp.sum(jax.grad(score)(x, kernel) ** 2)  # noqa: E731
+            return *jax.grad(score, (0, 1))(x, kernel), *jax.grad(penalty, (0, 1))(x, kernel)
+
+        ours = lambda x, kernel, padding, strides: layers.conv2d(x, kernel, padding, strides=strides)  # noqa: E731
+        assert_equal(derivatives(ours), derivatives(jax_s_own), 1e-12)
+
+
+def test_convolutions_on_cpu_are_channels_last_in_all_their_derivatives():
+    """Others are some 80 times slower inside loops and conditions; outside, XLA mends them."""
+    x, kernel = jnp.asarray(noise(0, 2, 8, 8, 3)), jnp.asarray(noise(1, 3, 3, 3, 2))
+    channels_last = lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
+
+    def others(convolve) -> int:
+        def penalty(x, kernel):
+            score = lambda x: jnp.sum(jnp.sin(convolve(x, kernel, ((1, 1), (1, 1)), (1, 1))))  # noqa: E731
+            return jnp.sum(jax.grad(score)(x) ** 2)
+
+        found = convolutions(jax.grad(penalty, (0, 1)), x, kernel, layout=True)
+        assert len(found) >= 4  # forward, its gradient, and the gradients of both
+        return sum(layout != channels_last for _, layout in found)
+
+    assert others(jax_s_own) > 0
+    assert others(lambda x, kernel, padding, _: layers.conv2d(x, kernel, padding)) == 0
 
 
 # ---- matrix products ----

@@ -89,13 +89,15 @@ def torment(
     progress: Callable[[Path], int],
     half_written: Callable[[Path], bool],
     environment: dict[str, str],
+    before: int = 0,
 ) -> Outcome:
-    """Runs `command` until it ends by itself, killing and restarting it up to `kills` times."""
+    """Runs `command` until it ends by itself, killing and restarting it up to `kills` times, after `before` others."""
     outcome = Outcome(runs=1)
     while True:
         log = (folder.parent / f"{folder.name}.log").open("ab")
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-        if outcome.kills < kills and _wait_to_strike(process, folder, outcome.kills, rng, progress, half_written):
+        turn = before + outcome.kills
+        if outcome.kills < kills and _wait_to_strike(process, folder, turn, rng, progress, half_written):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             outcome.kills += 1
@@ -115,9 +117,21 @@ def _wait_to_strike(process, folder: Path, turn: int, rng: random.Random, progre
     while process.poll() is None:
         if strike is None and progress(folder) > begun:
             strike = time.monotonic() + rng.uniform(0, 0.5)
-        if strike and time.monotonic() > strike and (turn % 2 == 0 or half_written(folder)):
+        if strike and time.monotonic() > strike and (turn % 2 == 0 or _stopped_inside(process, folder, half_written)):
             return True
         time.sleep(0.0005)
+    return False
+
+
+def _stopped_inside(process, folder: Path, half_written: Callable[[Path], bool]) -> bool:
+    """Returns whether the process was stopped inside a write; it may end the write between the look and the signal."""
+    if not half_written(folder):
+        return False
+    os.killpg(process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    if half_written(folder):
+        return True
+    os.killpg(process.pid, signal.SIGCONT)
     return False
 
 
@@ -140,7 +154,8 @@ def kill_train(folder: Path, kills: int, seed: int = 0, **changes) -> Outcome:
     while outcome.kills < kills:
         workdir = folder / f"run{outcome.runs}"
         command = train_command(workdir, **changes)
-        done = torment(command, workdir, kills - outcome.kills, rng, checkpoints, half_written_checkpoints, env)
+        left, states = kills - outcome.kills, (checkpoints, half_written_checkpoints)
+        done = torment(command, workdir, left, rng, *states, env, outcome.kills)
         found = final_arrays(workdir), numbers(workdir)
         assert found[0].keys() == expected[0].keys()
         different = [name for name, x in found[0].items() if not np.array_equal(x, expected[0][name], equal_nan=True)]
@@ -177,7 +192,8 @@ def kill_prepare(folder: Path, kills: int, videos: Path, svd: Path, seed: int = 
     while outcome.kills < kills:
         out = folder / f"run{outcome.runs}"
         out.mkdir()
-        done = torment([*command, f"--out={out}"], out, kills - outcome.kills, rng, shards, half_written_shards, env)
+        left, states = kills - outcome.kills, (shards, half_written_shards)
+        done = torment([*command, f"--out={out}"], out, left, rng, *states, env, outcome.kills)
         found = contents(out)
         assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
         assert all(found[k] == expected[k] for k in found), [k for k in found if found[k] != expected[k]]
