@@ -13,14 +13,14 @@ from sfv_jax.weights.folders import WeightsError
 ROOT = Path(__file__).parent.parent / "box"
 NAMES: dict[str, dict[str, str]] = {  # {name: {file: SHA-256}}
     "world": {
-        "fingerprints.json": "af5b96e2b70fb096e8f61933d9a81c43f620e439a31ca0e3dd34a4e2fde589dc",
-        "model.json": "2b81c8dce11a3e8c783af6318123d3f15e1fda375fd4e3ba4d6c0f9a6e63fbd5",
-        "unet.safetensors": "70be63da93cd90acedbb3f78db18c781f011014d2bb459ec9e5b3b28b4461794",
+        "fingerprints.json": "da0430f291fa9c827c85af22111895c63ae11f4c69a3910ed32e9badd1f535ad",
+        "model.json": "f94df4cc63ce8690096d1d20fa77a3b24de11fceac4b0ec0931a292ff68f34ff",
+        "unet.safetensors": "b2d31c27459362c47ee8bee233cbafb272a8d441639677fb1e25dc55bdc638ae",
     },
     "world-teacher": {
-        "fingerprints.json": "c670c8ec576e9f25548adc2e90047f9497ac2be0bf126e2f068eddccf5167c09",
-        "model.json": "44e3b2ebe32358913c57d31bf6b1400d7d2de73f74a239c3bd8a919a2b2e86b3",
-        "unet.safetensors": "063f7f525dfbe71010c7c25a3c119a6d1ff0788e4c6d4bdf53f070836e9ab9f7",
+        "fingerprints.json": "3e24f9a66ab7e1e9b55f579f41addb388ec52262ad1a7935b3fae2ba2dbe90ac",
+        "model.json": "13d2a491e5f4be00a7084917a09dc7b9089e253e77276642557137742d15a644",
+        "unet.safetensors": "a6a450d7c300e5e515eae85a139f2edae9a795efa93e268dff2c760791c19cf2",
     },
     "world-decoder": {
         "fingerprints.json": "dba3d013cb2b288cf6eb1f4175510381e6b55bcc99c65d188b8414b7eceb2687",

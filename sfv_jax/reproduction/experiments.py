@@ -307,16 +307,17 @@ def _of_length(config: configs.ConfigDict, steps: int) -> ConfigDict:
 # ---- the scenes of the models in the package ----
 
 SCENES_BASE = "world-teacher"  # the base model of every run
-SCENES_FAST = Budget(base_steps=0, steps=100, batch=4, conditions=64)
-SCENES_FULL = Budget(base_steps=0, steps=600, batch=8, conditions=128)
+SCENES_FAST = Budget(base_steps=0, steps=200, batch=4, conditions=64)
+SCENES_FULL = Budget(base_steps=0, steps=800, batch=8, conditions=128)
 
 
 def scenes_config(run: str, budget: Budget, seed: int) -> ConfigDict:
     """Returns the config of a run on the scenes, which starts from the base model in the package.
 
     SF-V's rows are those of the default recipe: the printed losses have another balance at each size of a video. Levels
-    of the discriminators are shifted by the size (`noise_shift`), so P_mean is that of the paper. Learning rates are
-    those of the world; SF-V trains most where LADD does, at the highest level.
+    of the discriminators are shifted by the size (`noise_shift`), so P_mean is that of the paper. SF-V trains most at
+    the highest level, as LADD does. Optimizers, and four steps of the heads per step of the generator, are those of
+    `configs/world.py:sfv`, in LADD too; UFOGen has two steps of the generator per step of the heads, as published.
 
     Args:
       run: a key of `RUNS`.
@@ -330,11 +331,16 @@ def scenes_config(run: str, budget: Budget, seed: int) -> ConfigDict:
     config.update(dict(ema_decay=0.98, keep_checkpoints=1))
     config.data.update(source="world", world=ConfigDict(SCENES), world_size=6000)
     config.unet.temporal_conv = "matmul"
-    _set_learning_rates(config, recipe, base=1.5e-3)
     if "discriminator" in config:
         config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
+        config.generator_optimizer = configs.adamw(3e-4, b1=0.5, b2=0.99, delay_steps=8, warmup_steps=5)
+        config.heads_optimizer = configs.adamw(2e-3, b1=0.5, b2=0.99, warmup_steps=20)
+        if config.method != "ufogen":
+            config[config.method].generator_every = 4
+    else:
+        _set_learning_rates(config, recipe, base=1.5e-3)
     if config.method == "sfv" and run not in RECIPES:
-        config.sfv.noise_shift = True
+        config.sfv.update(noise_shift=True, balance=6.0)
         if "sfv.generator_levels" not in changes:
             config.sfv.probabilities = (0.15, 0.15, 0.7)
         if changes.get("sfv.recon_weight") == 0:

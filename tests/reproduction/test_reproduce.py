@@ -249,8 +249,11 @@ def test_every_run_is_a_config_that_its_method_accepts(run):
     assert all(fields[name] == value for name, value in changes.items())
     assert fields["steps"] == experiments.SCENES_FAST.steps
     if scenes.method == "sfv":
-        assert scenes.sfv.balance == (0.0 if run == "no reconstruction" or run.startswith("printed") else 1.5)
+        recipes = {"no reconstruction": 0.0, "printed recipe": 0.0, "printed recipe x 20": 0.0, "default recipe": 1.5}
+        assert scenes.sfv.balance == recipes.get(run, 6.0)
         assert scenes.sfv.noise_shift == (run not in experiments.RECIPES)
+    every = {"sfv": 4, "ladd": 4, "ufogen": 1}  # steps of the heads per step of the generator
+    assert scenes.method == "animatelcm" or scenes[scenes.method].generator_every == every[scenes.method]
     METHODS[scenes.method].make_networks(read_unet("world-teacher"), scenes)
     codec, unet = patch_codec_of(world), unet_of(world)
     assert unet.out_channels == codec.latent_channels and world_of(world).size % codec.embed_cell == 0
