@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from sfv_jax.runtime.platforms import physical_memory
 
@@ -34,14 +35,15 @@ def count_flops(function: Callable, *args) -> float:
     """Counts the FLOPs of the matrix products and convolutions of one call, on its jaxpr: nothing is compiled or run.
 
     A multiply-add counts as two. The body of a scan counts once per iteration; of the branches of a condition the
-    largest counts. Elementwise operations and the inside of custom calls (fused attention) are left out, so pass a
-    function without such calls.
+    largest counts. Left out are what no result depends on, as compilers do, elementwise operations, and the inside of
+    custom calls (fused attention), so pass a function without such calls.
 
     Args:
       function: the function.
       *args: its arguments, arrays or `jax.ShapeDtypeStruct`.
     """
-    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _flops(jaxpr) -> float:

@@ -11,6 +11,7 @@ import pytest
 
 from sfv_jax import config as configs
 from sfv_jax.config import ConfigError
+from sfv_jax.models.layers import conv2d
 from sfv_jax.runtime import device
 from sfv_jax.runtime.progress import ProgressReport
 from sfv_jax.training import clock
@@ -222,6 +223,24 @@ def test_flops_of_products_convolutions_loops_and_branches():
     assert device.count_flops(loop, square) == 7 * 2 * 4**3
     branch = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)  # noqa: E731
     assert device.count_flops(branch, square) == 2 * 2 * 4**3
+
+
+@pytest.mark.parametrize("within", ["alone", "scan", "cond", "checkpoint"])
+def test_flops_of_what_nothing_needs_are_not_counted(within):
+    """The gradient of a frozen layer's kernel, which our convolutions compute with that of their input on a CPU."""
+    x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
+
+    def gradient(x):
+        layer = lambda x: jnp.sin(conv2d(x, kernel, ((1, 1), (1, 1))))  # noqa: E731
+        layer = jax.checkpoint(layer) if within == "checkpoint" else layer
+        return jax.grad(lambda x: jnp.sum(layer(x)))(x)
+
+    wrapped = {
+        "scan": lambda x: jax.lax.scan(lambda c, _: (gradient(c), None), x, length=3)[0],
+        "cond": lambda x: jax.lax.cond(x[0, 0, 0, 0] > 0, gradient, jnp.zeros_like, x),
+    }.get(within, gradient)
+    once = 2 * (2 * 8 * 8 * 4) * (3 * 3 * 4)
+    assert device.count_flops(wrapped, x) == (3 if within == "scan" else 1) * 2 * once  # forward, and to the input
 
 
 def test_flops_of_xla():
