@@ -24,14 +24,18 @@ Array = jax.Array
 kernel_init = nnx.initializers.lecun_normal()
 
 
+def on_one_cpu() -> bool:
+    """Returns whether activations are whole on one CPU device: no mesh axis shares them."""
+    return platform() == "cpu" and axis_size(*BATCH, "spatial") == 1
+
+
 def matmul(x: Array, kernel: Array, *_, **settings) -> Array:
     """Computes `x [..., i] @ kernel [i, o]`; Linear calls it in place of lax.dot_general, with its `settings`.
 
     On CPU, unless several devices share the axes of `x`, these axes are merged into one: with more than one, XLA makes
     transposed copies of the activations for the gradient of the kernel.
     """
-    matrix = platform() == "cpu" and axis_size(*BATCH, "spatial") == 1
-    lhs = x.reshape(-1, x.shape[-1]) if matrix else x
+    lhs = x.reshape(-1, x.shape[-1]) if on_one_cpu() else x
     y = lax.dot_general(lhs, kernel, (((lhs.ndim - 1,), (0,)), ((), ())), **settings)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -128,8 +132,7 @@ class Conv2d(nnx.Module):
 
 def conv2d(x: Array, kernel: Array, padding, *, strides=(1, 1), lhs_dilation=(1, 1)) -> Array:
     """Returns the convolution `[n, h', w', o]` of `x [n, h, w, i]` with `kernel [k, l, i, o]`."""
-    one_cpu = platform() == "cpu" and axis_size(*BATCH, "spatial") == 1
-    if one_cpu and lhs_dilation == (1, 1):
+    if on_one_cpu() and lhs_dilation == (1, 1):
         return _conv2d_on_cpu(x, kernel, tuple(padding), tuple(strides))
     return _conv2d(x, kernel, padding, strides, lhs_dilation=lhs_dilation)
 

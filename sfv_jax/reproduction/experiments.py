@@ -317,7 +317,8 @@ def scenes_config(run: str, budget: Budget, seed: int) -> ConfigDict:
     SF-V's rows are those of the default recipe: the printed losses have another balance at each size of a video. Levels
     of the discriminators are shifted by the size (`noise_shift`), so P_mean is that of the paper. SF-V trains most at
     the highest level, as LADD does. Optimizers, and four steps of the heads per step of the generator, are those of
-    `configs/world.py:sfv`, in LADD too; UFOGen has two steps of the generator per step of the heads, as published.
+    `configs/world.py:sfv`, in LADD too; UFOGen has two steps of the generator per step of the heads, as published. The
+    runs of `RECIPES` keep SM3 and equal numbers of steps.
 
     Args:
       run: a key of `RUNS`.
@@ -333,12 +334,13 @@ def scenes_config(run: str, budget: Budget, seed: int) -> ConfigDict:
     config.unet.temporal_conv = "matmul"
     if "discriminator" in config:
         config.discriminator.update(temporal_kernel=5, projection_dim=32, sinusoid_dim=32)
+    if config.method == "animatelcm" or run in RECIPES:
+        _set_learning_rates(config, recipe, base=1.5e-3)
+    else:
         config.generator_optimizer = configs.adamw(3e-4, b1=0.5, b2=0.99, delay_steps=8, warmup_steps=5)
         config.heads_optimizer = configs.adamw(2e-3, b1=0.5, b2=0.99, warmup_steps=20)
         if config.method != "ufogen":
             config[config.method].generator_every = 4
-    else:
-        _set_learning_rates(config, recipe, base=1.5e-3)
     if config.method == "sfv" and run not in RECIPES:
         config.sfv.update(noise_shift=True, balance=6.0)
         if "sfv.generator_levels" not in changes:

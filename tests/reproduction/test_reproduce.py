@@ -29,6 +29,7 @@ from sfv_jax.runtime.plain_config import flat
 from sfv_jax.training.alarms import TrainingStopped
 from sfv_jax.training.step import unet_step_flops
 from tests.support import small_run
+from tests.test_configs import get_config
 
 ROWS = [Row("base, 1 step", BASE, published=2.0), Row("lcm, 2 steps", "animatelcm", 2, "animatelcm", published=1.0)]
 
@@ -252,12 +253,25 @@ def test_every_run_is_a_config_that_its_method_accepts(run):
         recipes = {"no reconstruction": 0.0, "printed recipe": 0.0, "printed recipe x 20": 0.0, "default recipe": 1.5}
         assert scenes.sfv.balance == recipes.get(run, 6.0)
         assert scenes.sfv.noise_shift == (run not in experiments.RECIPES)
-    every = {"sfv": 4, "ladd": 4, "ufogen": 1}  # steps of the heads per step of the generator
+    every = {
+        "sfv": 1 if run in experiments.RECIPES else 4,
+        "ladd": 4,
+        "ufogen": 1,
+    }  # steps of the heads per generator's
     assert scenes.method == "animatelcm" or scenes[scenes.method].generator_every == every[scenes.method]
+    assert (scenes.generator_optimizer.name == "sm3") == (run in experiments.RECIPES)
     METHODS[scenes.method].make_networks(read_unet("world-teacher"), scenes)
     codec, unet = patch_codec_of(world), unet_of(world)
     assert unet.out_channels == codec.latent_channels and world_of(world).size % codec.embed_cell == 0
     METHODS[world.method].make_networks(unet, world)
+
+
+def test_sfv_of_the_scenes_tables_is_the_packages():
+    """All but the length, and `noise_shift`, which the tables need for the paper's P_mean."""
+    packaged = flat(get_config("world")("sfv").to_dict())
+    table = flat(experiments.scenes_config("sfv", experiments.SCENES_FULL, 0).to_dict())
+    different = {name for name in packaged if packaged[name] != table.get(name)}
+    assert different == {"sfv.noise_shift", "log_every", "checkpoint_every", "sample_every"}
 
 
 def test_tables_name_runs_that_exist():

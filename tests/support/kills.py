@@ -91,13 +91,13 @@ def torment(
     environment: dict[str, str],
     before: int = 0,
 ) -> Outcome:
-    """Runs `command` until it ends by itself, killing and restarting it up to `kills` times, after `before` others."""
+    """Runs `command` until it ends by itself, killing and restarting it up to `kills` times, with `before` others."""
     outcome = Outcome(runs=1)
     while True:
         log = (folder.parent / f"{folder.name}.log").open("ab")
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
         turn = before + outcome.kills
-        if outcome.kills < kills and _wait_to_strike(process, folder, turn, rng, progress, half_written):
+        if turn < kills and _wait_to_strike(process, folder, turn, rng, progress, half_written):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             outcome.kills += 1
@@ -154,8 +154,7 @@ def kill_train(folder: Path, kills: int, seed: int = 0, **changes) -> Outcome:
     while outcome.kills < kills:
         workdir = folder / f"run{outcome.runs}"
         command = train_command(workdir, **changes)
-        left, states = kills - outcome.kills, (checkpoints, half_written_checkpoints)
-        done = torment(command, workdir, left, rng, *states, env, outcome.kills)
+        done = torment(command, workdir, kills, rng, checkpoints, half_written_checkpoints, env, outcome.kills)
         found = final_arrays(workdir), numbers(workdir)
         assert found[0].keys() == expected[0].keys()
         different = [name for name, x in found[0].items() if not np.array_equal(x, expected[0][name], equal_nan=True)]
@@ -192,8 +191,7 @@ def kill_prepare(folder: Path, kills: int, videos: Path, svd: Path, seed: int = 
     while outcome.kills < kills:
         out = folder / f"run{outcome.runs}"
         out.mkdir()
-        left, states = kills - outcome.kills, (shards, half_written_shards)
-        done = torment([*command, f"--out={out}"], out, left, rng, *states, env, outcome.kills)
+        done = torment([*command, f"--out={out}"], out, kills, rng, shards, half_written_shards, env, outcome.kills)
         found = contents(out)
         assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
         assert all(found[k] == expected[k] for k in found), [k for k in found if found[k] != expected[k]]
